@@ -1,0 +1,1 @@
+"""Allocation: numbers in, bits out."""

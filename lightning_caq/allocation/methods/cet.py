@@ -1,0 +1,32 @@
+"""CET: rounding errors as energy in the steep directions of the loss (CET §3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_caq.measures.profile import CurvatureProfile, LayerCurvature
+
+
+class Method:
+    """Cost ½ (energy of the rounding error in the short-axis subspace S + μ ‖Δ_i(b)‖²), in nat.
+
+    Where the quadratic model fails (CET Eq. 7: its prediction and the measured loss change differ by more than the
+    tolerance) the measured change is the cost instead.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"rounding_error", "subspace", "loss_change"})
+
+    def costs(self, profile: CurvatureProfile, bits: Sequence[int]) -> NDArray[np.float64]:
+        """cost[i, b] in nat."""
+        mu = profile.residual_curvature or 0.0
+        return np.array([[_cost(row, b, mu) for b in bits] for row in profile.layers])
+
+
+def _cost(row: LayerCurvature, b: int, mu: float) -> float:
+    if b in row.outside:
+        return max(row.loss_change[b], 0.0)
+    return 0.5 * (row.subspace_energy[b] + mu * row.rounding_error[b])

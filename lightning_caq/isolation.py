@@ -1,0 +1,57 @@
+"""Isolation: work on a network that leaves nothing behind, whatever happens."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Put a network into eval mode for a while, and put everything back afterwards.
+
+    Always restored: the train/eval flag of every module and the global random states of torch, numpy and Python.
+    Restored if the block raises, Ctrl-C included: parameters, buffers and the classes of the modules.
+
+    Args:
+        model: The network.
+
+    Example:
+        >>> net = nn.BatchNorm1d(2)
+        >>> with preserved(net):
+        ...     net.training
+        False
+        >>> net.training
+        True
+    """
+    flags = {module: module.training for module in model.modules()}
+    shapes = {module: (module.__class__, dict(module.__dict__), dict(module._buffers)) for module in model.modules()}
+    tensors = [*model.parameters(), *model.buffers()]
+    values = [t.detach().clone() for t in tensors]
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            model.eval()
+            yield
+    except BaseException:
+        for module, (kind, attributes, buffers) in shapes.items():
+            module.__class__ = kind
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        with torch.no_grad():
+            for tensor, value in zip(tensors, values, strict=True):
+                tensor.copy_(value)
+        raise
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+        for module, training in flags.items():
+            module.training = training

@@ -1,0 +1,112 @@
+"""A layer as a matrix: every layer multiplies a weight matrix by columns cut from its input.
+
+A linear layer multiplies its input vectors, a convolution the patches under its kernel, group by group, and a
+transposed convolution the patches of its input with zeros put between the pixels. One form, ``output = matrix @
+columns``, then serves everything that looks at a layer from its inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_caq.layers import Layer
+
+_CHUNK_NUMBERS = 16_000_000  # numbers in one block of columns, 64 MB
+
+
+def to_matrix(layer: Layer, weight: Tensor) -> Tensor:
+    """The weight as matrices, shape (groups, outputs per group, columns).
+
+    Example:
+        >>> to_matrix(Layer("c", "conv2d", (8, 3, 5, 5), groups=2), torch.zeros(8, 3, 5, 5)).shape
+        torch.Size([2, 4, 75])
+    """
+    if layer.transposed:
+        inputs, outputs = weight.shape[0] // layer.groups, weight.shape[1]
+        kernel = weight.reshape(layer.groups, inputs, outputs, *weight.shape[2:]).transpose(1, 2)
+        return kernel.flip(tuple(range(3, kernel.ndim))).reshape(layer.groups, outputs, -1)
+    return weight.reshape(layer.groups, weight.shape[0] // layer.groups, -1)
+
+
+def from_matrix(layer: Layer, matrix: Tensor) -> Tensor:
+    """The weight that ``to_matrix`` was made from."""
+    if layer.transposed:
+        inputs, outputs, *kernel = layer.shape
+        weight = matrix.reshape(layer.groups, outputs, inputs // layer.groups, *kernel)
+        return weight.flip(tuple(range(3, weight.ndim))).transpose(1, 2).reshape(layer.shape)
+    return matrix.reshape(layer.shape)
+
+
+def columns(layer: Layer, module: Any, inputs: Tensor) -> Tensor:
+    """The columns a layer multiplies, shape (samples, groups, columns, positions).
+
+    Args:
+        layer: The layer; not an embedding, whose columns are the words themselves.
+        module: Its module, for stride, padding and dilation.
+        inputs: Its input, samples first.
+
+    Returns:
+        Columns such that ``to_matrix(layer, weight) @ columns`` is the output without bias, group by group.
+
+    Example:
+        >>> conv = nn.Conv2d(2, 4, 3, padding=1, bias=False)
+        >>> x = torch.randn(5, 2, 6, 6)
+        >>> layer = Layer("c", "conv2d", (4, 2, 3, 3))
+        >>> y = to_matrix(layer, conv.weight) @ columns(layer, conv, x)
+        >>> torch.allclose(y.reshape(5, 4, 6, 6), conv(x), atol=1e-5)
+        True
+    """
+    if layer.kind == "linear":
+        return inputs.reshape(len(inputs), 1, -1, inputs.shape[-1]).transpose(2, 3)
+    if layer.transposed:
+        padded, stride = _spread(module, inputs), (1,) * len(module.stride)
+    else:
+        padded, stride = _pad(module, inputs), module.stride
+    patches = padded
+    for d, (size, step, gap) in enumerate(zip(module.kernel_size, stride, module.dilation, strict=True)):
+        patches = patches.unfold(2 + d, (size - 1) * gap + 1, step)[..., ::gap]
+    n, spatial = len(module.kernel_size), patches.shape[2 : 2 + len(module.kernel_size)]
+    order = (0, 1, *range(2 + n, 2 + 2 * n), *range(2, 2 + n))
+    return patches.permute(order).reshape(len(inputs), layer.groups, -1, spatial.numel())
+
+
+def column_chunks(layer: Layer, module: Any, inputs: Tensor) -> Iterator[Tensor]:
+    """``columns`` a few samples at a time, so that a block stays below 64 MB where one sample does."""
+    positions = inputs[0].numel() if layer.kind == "linear" else inputs[0].numel() * _numel(module.kernel_size)
+    step = max(1, _CHUNK_NUMBERS // max(positions, 1))
+    for chunk in inputs.split(step):
+        yield columns(layer, module, chunk)
+
+
+def _numel(sizes: tuple[int, ...]) -> int:
+    """Product of sizes."""
+    return int(torch.Size(sizes).numel())
+
+
+def _pad(module: Any, inputs: Tensor) -> Tensor:
+    # torch keeps the padding of every mode, "same" included, in the order that F.pad takes.
+    sides, mode = module._reversed_padding_repeated_twice, module.padding_mode
+    if not any(sides):
+        return inputs
+    return F.pad(inputs, sides, mode="constant" if mode == "zeros" else mode)
+
+
+def _spread(module: Any, inputs: Tensor) -> Tensor:
+    """Zeros between and around the pixels: a transposed convolution is a plain one over this."""
+    spread = inputs.new_zeros(
+        *inputs.shape[:2], *((size - 1) * s + 1 for size, s in zip(inputs.shape[2:], module.stride, strict=True))
+    )
+    every: tuple[Any, ...] = tuple(slice(None, None, s) for s in module.stride)
+    spread[(..., *every)] = inputs
+    sides: list[int] = []
+    for size, gap, pad, extra in zip(
+        module.kernel_size, module.dilation, module.padding, module.output_padding, strict=True
+    ):
+        edge = gap * (size - 1) - pad
+        sides = [edge, edge + extra, *sides]
+    return F.pad(spread, sides)

@@ -1,0 +1,141 @@
+"""The curvature profile: everything that was measured, one row a layer, as plain numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerCurvature:
+    """What was measured of one layer. A figure that was not asked for is ``None`` (or an empty dict).
+
+    Attributes:
+        name: The layer.
+        weights: n_i, number of weights.
+        channels: Number of scales.
+        macs: m_i, multiply–accumulates a sample.
+        kappa: κ_i, second-order sensitivity: largest operator norm of ∇²‖f_i(z)‖² over samples; out²/in².
+        kappa_tolerance: Relative change of κ_i in the last step of its iteration.
+        lipschitz: L_i, σ_max of the layer's linear operator times the Lipschitz constants of what follows; out/in.
+        lipschitz_tolerance: Relative bound on what L_i may still be short of.
+        input_norm: Root mean square over samples of ‖z_i‖.
+        diameter: Twice the largest distance of an input from the mean input.
+        remainder: ρ_i, second difference of f_i at the radius of the rounding error; out/in².
+        trace: tr(H_ii) of the objective, nat/weight².
+        trace_stderr: Its standard error; 0 where the trace is exact.
+        rounding_error: Bits to ‖Δ_i(b)‖², with nearest rounding.
+        output_error: Bits to e_i(b), the root mean square over samples of ‖Δ_i(b) z_i‖.
+        amplification: A_i, the gain from the layer's output error to the network's output error.
+        subspace_curvature: Σ_j |λ_j| ‖v_j restricted to the layer‖², the curvature in the short-axis subspace S.
+        subspace_energy: Bits to Σ_j |λ_j| (v_jᵀ Δ_i(b))², the energy of the real rounding error in S.
+        first_order: Bits to gᵀΔ_i(b), the first-order change of the loss; zeros for ``distill``.
+        loss_change: Bits to the loss change measured with only this layer rounded to nearest, ℓ(w + Δ_i) − ℓ(w).
+        outside: Bit-widths at which the quadratic model fails (CET Eq. 7): its prediction is off by more than the
+            tolerance from ``loss_change``.
+    """
+
+    name: str
+    weights: int
+    channels: int
+    macs: int
+    kappa: float | None = None
+    kappa_tolerance: float | None = None
+    lipschitz: float | None = None
+    lipschitz_tolerance: float | None = None
+    input_norm: float | None = None
+    diameter: float | None = None
+    remainder: float | None = None
+    trace: float | None = None
+    trace_stderr: float | None = None
+    rounding_error: dict[int, float] = field(default_factory=dict)
+    output_error: dict[int, float] = field(default_factory=dict)
+    amplification: float | None = None
+    subspace_curvature: float | None = None
+    subspace_energy: dict[int, float] = field(default_factory=dict)
+    first_order: dict[int, float] = field(default_factory=dict)
+    loss_change: dict[int, float] = field(default_factory=dict)
+    outside: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class CurvatureProfile:
+    """The measured network.
+
+    Attributes:
+        layers: One row a layer, in order of execution.
+        objective: The calibration objective, ``"distill"`` or ``"task"``.
+        samples: Samples that curvature was measured on.
+        seed: Seed of the random probes.
+        eigenvalues: λ_1, …, λ_m of the objective's Hessian, by magnitude; they span the short-axis subspace S.
+        trace: tr(H) over all layers, or ``None``.
+        residual_curvature: μ, the mean curvature outside S, floored at 0.
+        seconds: Time it took.
+    """
+
+    layers: tuple[LayerCurvature, ...]
+    objective: str = "distill"
+    samples: int = 0
+    seed: int = 0
+    eigenvalues: tuple[float, ...] = ()
+    trace: float | None = None
+    residual_curvature: float | None = None
+    seconds: float = 0.0
+
+    def __getitem__(self, name: str) -> LayerCurvature:
+        """The row of the layer called ``name``."""
+        return next(row for row in self.layers if row.name == name)
+
+    @property
+    def shape(self) -> str:
+        """What the quadratic form is: an ellipsoid (all λ > 0) or a hyperbolic paraboloid (mixed signs; CET §3.2)."""
+        if not self.eigenvalues:
+            return "not measured"
+        # A computed zero eigenvalue carries rounding noise of either sign; noise is not a direction of descent.
+        floor = 1e-6 * max(abs(x) for x in self.eigenvalues)
+        return "hyperbolic paraboloid" if any(x < -floor for x in self.eigenvalues) else "ellipsoid"
+
+    def predicted_change(self, name: str, bits: int) -> float | None:
+        """Loss change with one layer rounded, nat: the quadratic model's, or the measured one outside its range.
+
+        gᵀΔ + ½ (energy in S + μ ‖Δ‖²); ``None`` where it was not measured.
+        """
+        row = self[name]
+        if bits in row.outside:
+            return row.loss_change[bits]
+        if bits not in row.subspace_energy:
+            return None
+        residual = (self.residual_curvature or 0.0) * row.rounding_error[bits]
+        return row.first_order.get(bits, 0.0) + 0.5 * (row.subspace_energy[bits] + residual)
+
+    def predicted_loss(self, bits: Mapping[str, int]) -> float | None:
+        """Loss change of a whole network, the sum over layers; ``None`` where it was not measured."""
+        changes = [self.predicted_change(name, b) for name, b in bits.items()]
+        return None if None in changes else sum(x for x in changes if x is not None)
+
+    def to_json(self) -> str:
+        """The profile as JSON text.
+
+        Example:
+            >>> profile = CurvatureProfile((LayerCurvature("fc", 10, 2, 10, rounding_error={2: 0.5}),))
+            >>> CurvatureProfile.from_json(profile.to_json()) == profile
+            True
+        """
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> CurvatureProfile:
+        """The profile that ``to_json`` wrote."""
+        data = json.loads(text)
+        rows = tuple(_row(item) for item in data.pop("layers"))
+        return cls(layers=rows, **{**data, "eigenvalues": tuple(data["eigenvalues"])})
+
+
+def _row(item: dict[str, Any]) -> LayerCurvature:
+    known = {f.name for f in fields(LayerCurvature)}
+    values = {k: v for k, v in item.items() if k in known}
+    for name in ("rounding_error", "output_error", "subspace_energy", "first_order", "loss_change"):
+        values[name] = {int(bits): value for bits, value in values[name].items()}
+    return LayerCurvature(**{**values, "outside": tuple(values["outside"])})

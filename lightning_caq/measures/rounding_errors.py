@@ -1,0 +1,147 @@
+"""Rounding errors: what nearest rounding does to a weight, to its layer's output and to the network's output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from lightning_caq.batches import run_model
+from lightning_caq.layers import Layer, apply_weight, layer_weight
+from lightning_caq.objective import Objective
+from lightning_caq.quantizers.affine import fit_grid
+from lightning_caq.visits import visit_modules
+
+
+def nearest_errors(model: nn.Module, layer: Layer, bits: Sequence[int]) -> dict[int, Tensor]:
+    """Δ_i(b) = Q_b(W_i) − W_i for every bit-width, in the shape of the weight.
+
+    Example:
+        >>> net = nn.Linear(4, 4)
+        >>> errors = nearest_errors(net, Layer("", "linear", (4, 4)), [2, 8])
+        >>> bool(errors[2].norm() > errors[8].norm())
+        True
+    """
+    weight = layer_weight(model, layer).detach()
+    return {b: (fit_grid(weight, b, layer.channel_shape).nearest(weight) - weight).to(weight.dtype) for b in bits}
+
+
+@dataclass
+class InputStatistics:
+    """Size and spread of a layer's inputs over samples.
+
+    Attributes:
+        norm: Root mean square of ‖z‖.
+        diameter: Twice the largest ‖z − mean z‖.
+    """
+
+    norm: float
+    diameter: float
+
+
+def output_errors(
+    model: nn.Module, layer: Layer, batches: Sequence[Any], deltas: Mapping[int, Tensor]
+) -> dict[int, float]:
+    """e_i(b): root mean square over samples of ‖Δ_i(b) z_i‖, in the unit of the layer's output.
+
+    Args:
+        model: The float network, in eval mode.
+        layer: The layer.
+        batches: The samples.
+        deltas: Bits to Δ_i(b).
+
+    Returns:
+        Bits to e_i(b); zeros for a layer that no batch reaches.
+    """
+    sums = dict.fromkeys(deltas, 0.0)
+    samples = 0
+
+    def visit(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
+        nonlocal samples
+        samples += len(inputs)
+        for b, delta in deltas.items():
+            sums[b] += float(apply_weight(module, delta, inputs).double().square().sum())
+
+    _visit_layer(model, layer, batches, visit)
+    return {b: (total * layer.calls / samples) ** 0.5 if samples else 0.0 for b, total in sums.items()}
+
+
+def input_statistics(model: nn.Module, layer: Layer, batches: Sequence[Any]) -> InputStatistics:
+    """Size and spread of a layer's inputs; an embedding's words are one-hot vectors, of norm 1 each."""
+    norms: list[Tensor] = []
+    kept: list[Tensor] = []
+
+    def visit(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
+        norms.append(inputs.float().flatten(1).norm(dim=1).double())
+        if len(kept) < 1:
+            kept.append(inputs.float().flatten(1))
+
+    if layer.kind == "embedding":
+        return InputStatistics(1.0, 2.0**0.5)
+    _visit_layer(model, layer, batches, visit)
+    if not norms:
+        return InputStatistics(0.0, 0.0)
+    # The spread is taken over the first batch: the mean must be known before the distances are.
+    z = kept[0]
+    return InputStatistics(float(torch.cat(norms).square().mean().sqrt()), float(2 * (z - z.mean(0)).norm(dim=1).max()))
+
+
+def amplification(model: nn.Module, layer: Layer, objective_batches: Sequence[Any], delta: Tensor) -> float:
+    """A_i: gain from the layer's output to the network's output along the layer's own rounding error.
+
+    rms ‖J_i u‖ / rms ‖u‖ over samples, u = Δ_i z_i, with the Jacobian–vector product by forward differentiation: the
+    layer's output carries u as its tangent and the network carries it on (theory: composition, ``jacobian``).
+
+    Args:
+        model: The float network, in eval mode.
+        layer: The layer.
+        objective_batches: The samples.
+        delta: The layer's rounding error Δ_i at some bit-width.
+
+    Returns:
+        A_i; 0 for a layer that no batch reaches or that rounds without error.
+    """
+    before = after = 0.0
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        nonlocal before
+        with torch.no_grad():
+            tangent = apply_weight(module, delta, forward_ad.unpack_dual(args[0]).primal)
+        before += float(tangent.double().square().sum())
+        primal, carried = forward_ad.unpack_dual(output)
+        dual: Tensor = forward_ad.make_dual(primal, tangent if carried is None else carried + tangent)
+        return dual
+
+    handles = [model.get_submodule(name).register_forward_hook(hook) for name in layer.modules]
+    try:
+        with torch.no_grad():
+            for batch in objective_batches:
+                with forward_ad.dual_level():
+                    tangent = forward_ad.unpack_dual(run_model(model, batch)).tangent
+                    after += 0.0 if tangent is None else float(tangent.double().square().sum())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return (after / before) ** 0.5 if before > 0 else 0.0
+
+
+def loss_change(model: nn.Module, layer: Layer, objective: Objective, delta: Tensor, reference: float) -> float:
+    """ℓ(w + Δ_i) − ℓ(w), measured, in nat; the weight is put back."""
+    weight = layer_weight(model, layer)
+    before = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight.add_(delta)
+        return objective.value(model) - reference
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+
+
+def _visit_layer(model: nn.Module, layer: Layer, batches: Sequence[Any], visit: Any) -> None:
+    if layer.calls:
+        visit_modules(model, [model.get_submodule(n) for n in layer.modules], batches, visit, calls=layer.calls)

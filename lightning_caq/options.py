@@ -1,0 +1,104 @@
+"""Options: everything a user may choose, checked in one place before any work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_caq.allocation.methods import available_methods
+from lightning_caq.budget import Budget, make_budget
+from lightning_caq.errors import OptionError
+
+ROUNDINGS = ("nearest", "error_feedback")
+BATCHNORM = ("recentre", "keep")
+OBJECTIVES = ("distill", "task")
+
+
+@dataclass(frozen=True)
+class QuantizationOptions:
+    """What to do, as the user asked for it.
+
+    Attributes:
+        method: How bits are allocated: ``"cet"``, ``"caq"``, ``"uniform"`` or another registered method.
+        avg_bits: Budget: average bits a weight. Give exactly one budget.
+        ratio: Budget: float32 size over quantized size, scales and zero points counted.
+        bits: Candidate bit-widths, from 1 to 8.
+        rounding: ``"error_feedback"`` or ``"nearest"``.
+        batchnorm: ``"recentre"`` moves the batch-norm statistics, and the biases of layers without batch-norm, by what
+            quantization changed; ``"keep"`` leaves them.
+        objective: ``"distill"`` (KL divergence from the float outputs, no labels needed) or ``"task"`` (the loss).
+        calibration_samples: Samples used to round weights and to repair statistics.
+        curvature_samples: How many of these are used to measure curvature.
+        eigenpairs: Eigenpairs of the Hessian to find where they come from Lanczos.
+        compare: Methods to evaluate beside the chosen one at the same budget.
+        include: Shell patterns of the layers to quantize; all by default.
+        exclude: Shell patterns of the layers to leave in float32.
+        seed: Seed of every random number.
+
+    Raises:
+        OptionError: If a value is not allowed.
+        BudgetError: If there is no budget, two, or one out of range.
+
+    Example:
+        >>> str(QuantizationOptions(avg_bits=3).budget)
+        'avg_bits=3'
+    """
+
+    method: str = "cet"
+    avg_bits: float | None = None
+    ratio: float | None = None
+    bits: Sequence[int] = (2, 3, 4, 5, 6, 8)
+    rounding: str = "error_feedback"
+    batchnorm: str = "recentre"
+    objective: str = "distill"
+    calibration_samples: int = 512
+    curvature_samples: int = 256
+    eigenpairs: int = 64
+    compare: Sequence[str] = ("uniform",)
+    include: Sequence[str] | None = None
+    exclude: Sequence[str] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("method", self.method, available_methods())
+        for name in _names("compare", self.compare):
+            _one_of("compare", name, available_methods())
+        _one_of("rounding", self.rounding, ROUNDINGS)
+        _one_of("batchnorm", self.batchnorm, BATCHNORM)
+        _one_of("objective", self.objective, OBJECTIVES)
+        bits = tuple(self.bits) if isinstance(self.bits, (list, tuple)) else ()
+        if not bits or any(isinstance(b, bool) or not isinstance(b, int) or not 1 <= b <= 8 for b in bits):
+            raise OptionError(
+                f"bits={self.bits!r} is not allowed; give whole numbers from 1 to 8, such as (2, 3, 4, 8)."
+            )
+        object.__setattr__(self, "bits", tuple(sorted(set(bits))))
+        for name in ("calibration_samples", "curvature_samples", "eigenpairs"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise OptionError(f"{name}={value!r} is not allowed; give a whole number from 1 up.")
+        for name in ("include", "exclude"):
+            if getattr(self, name) is not None:
+                _names(name, getattr(self, name))
+        _ = self.budget
+
+    @property
+    def budget(self) -> Budget:
+        """The one budget that was given."""
+        return make_budget(self.avg_bits, self.ratio, self.bits)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The chosen method and those to compare it with, each once."""
+        return tuple(dict.fromkeys((self.method, *self.compare)))
+
+
+def _one_of(option: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise OptionError(f"{option}={value!r} is not known; choose from {', '.join(repr(a) for a in allowed)}.")
+
+
+def _names(option: str, value: Any) -> Sequence[str]:
+    if isinstance(value, str) or not all(isinstance(v, str) for v in value):
+        raise OptionError(f"{option}={value!r} must be a list of strings, such as [{value!r}].")
+    return tuple(value)

@@ -1,0 +1,304 @@
+"""The plan: bits, scales and codes of every layer. It is what is saved, and what makes a network quantized."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from lightning_caq.budget import LayerSizes
+from lightning_caq.errors import PlanError
+from lightning_caq.fingerprint import fingerprint
+from lightning_caq.quantizers.affine import Grid
+from lightning_caq.quantizers.modules import on_grid
+from lightning_caq.quantizers.swap import swap
+
+VERSION = 1
+SCHEME = "affine, per output channel"
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How one layer is stored.
+
+    Attributes:
+        name: Module name of the layer.
+        modules: Every module name under which the weight is reached.
+        grid: Bit-width, scales and zero points.
+        codes: Codes of the weights, uint8 in the shape of the weight.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    grid: Grid
+    codes: Tensor
+
+    @property
+    def values(self) -> Tensor:
+        """The rounded weight, float32."""
+        return self.grid.values(self.codes)
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """A quantized network, apart from its architecture.
+
+    Attributes:
+        method: The method that allocated the bits.
+        budget: The budget in words, such as ``"avg_bits=3"``.
+        rounding: The rounding that chose the codes.
+        layers: One entry a layer, in order of execution.
+        sizes: Numbers of weights and channels, by which size is counted.
+        fingerprint: Fingerprint of the float weights the plan was made for.
+        repairs: State-dict entries that repair changed: batch-norm statistics and biases.
+    """
+
+    method: str
+    budget: str
+    rounding: str
+    layers: tuple[LayerPlan, ...]
+    sizes: LayerSizes
+    fingerprint: str
+    repairs: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def bits(self) -> dict[str, int]:
+        """Layer name to bit-width."""
+        return {layer.name: layer.grid.bits for layer in self.layers}
+
+    @property
+    def avg_bits(self) -> float:
+        """Average bits of a quantized weight, Σ n_i b_i / Σ n_i; scales are not counted."""
+        return self.sizes.avg_bits(list(self.bits.values()))
+
+    @property
+    def ratio(self) -> float:
+        """Float32 size over quantized size of the weights; scales, zero points and excluded layers are counted."""
+        return self.sizes.ratio(list(self.bits.values()))
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the weights, scales and zero points, excluded layers in float32 counted."""
+        bits = self.sizes.payload(list(self.bits.values())) + self.sizes.overhead + 32 * self.sizes.unquantized
+        return -(-bits // 8)
+
+    def apply(self, model: nn.Module) -> None:
+        """Make a network quantized: write the rounded weights and the repairs, and swap in fake-quant modules.
+
+        Args:
+            model: The network the plan was made for, with its float weights or with its rounded ones.
+
+        Raises:
+            PlanError: If it is another network or holds other weights; the network is then untouched.
+        """
+        self._check_architecture(model)
+        if not self._holds_rounded_weights(model) and self._fingerprint_of(model) != self.fingerprint:
+            raise PlanError(
+                f"The plan was made for other weights than those in {type(model).__name__}; "
+                "load the checkpoint that was quantized, or quantize again."
+            )
+        with torch.no_grad():
+            for layer in self.layers:
+                _weight(model, layer).copy_(layer.values)
+            for name, tensor in _entries(model, self.repairs):
+                tensor.copy_(self.repairs[name])
+        swap(model, self.grids())
+
+    def attach(self, model: nn.Module) -> bool:
+        """Swap in fake-quant modules if the network already holds weights on the plan's grids.
+
+        Meant for a network that was just filled from a checkpoint. Weights are not changed.
+
+        Returns:
+            Whether the modules were swapped; ``False`` leaves the network as it was.
+
+        Raises:
+            PlanError: If the plan belongs to another network.
+        """
+        self._check_architecture(model)
+        if not all(on_grid(_weight(model, layer), layer.grid) for layer in self.layers):
+            return False
+        swap(model, self.grids())
+        return True
+
+    def settled(self, model: nn.Module) -> QuantizationPlan:
+        """The plan after the swapped network was trained on: its weights are snapped to their grids, in place.
+
+        Returns:
+            A plan with the new codes, for the same scales and bits, made for the weights it now holds.
+        """
+        self._check_architecture(model)
+        layers = []
+        with torch.no_grad():
+            for layer in self.layers:
+                weight = _weight(model, layer)
+                grid = Grid(layer.grid.bits, *(t.to(weight.device) for t in (layer.grid.scale, layer.grid.zero_point)))
+                codes = grid.codes(weight)
+                weight.copy_(grid.values(codes))
+                layers.append(replace(layer, codes=codes.to("cpu", torch.uint8)))
+        repairs = {name: tensor.detach().cpu().clone() for name, tensor in _entries(model, self.repairs)}
+        return replace(self, layers=tuple(layers), repairs=repairs, fingerprint=self._fingerprint_of(model))
+
+    def cpu(self) -> QuantizationPlan:
+        """The plan with its tensors on the CPU."""
+        layers = tuple(
+            replace(x, grid=Grid(x.grid.bits, x.grid.scale.cpu(), x.grid.zero_point.cpu()), codes=x.codes.cpu())
+            for x in self.layers
+        )
+        return replace(self, layers=layers, repairs={name: tensor.cpu() for name, tensor in self.repairs.items()})
+
+    def grids(self) -> dict[str, Grid]:
+        """Module name to grid, tied modules included."""
+        return {name: layer.grid for layer in self.layers for name in layer.modules}
+
+    def save(self, path: str | Path) -> Path:
+        """Write the plan as JSON that people can read, with its tensors in a safetensors file beside it.
+
+        Args:
+            path: Where the JSON goes, such as ``plan.json``; the tensors go to ``plan.safetensors``.
+
+        Returns:
+            The path of the JSON file.
+        """
+        path = Path(path).with_suffix(".json")
+        payload = save_tensors(self._tensors())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".safetensors").write_bytes(payload)
+        path.write_text(json.dumps(self._description(), indent=1))
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> QuantizationPlan:
+        """Read a plan that ``save`` wrote.
+
+        Raises:
+            PlanError: If a file is missing, damaged, not of the pair, or of a newer format.
+        """
+        path = Path(path).with_suffix(".json")
+        try:
+            description = json.loads(path.read_text())
+            tensors = load_tensors(path.with_suffix(".safetensors").read_bytes())
+        except OSError as error:
+            raise PlanError(f"Plan {path} cannot be read: {error.strerror} ({error.filename}).") from error
+        except (ValueError, SafetensorError) as error:
+            raise PlanError(f"Plan {path} or its tensors are damaged: {error}.") from error
+        return cls._build(description, tensors, str(path))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The plan as plain containers and tensors, which ``torch.load(weights_only=True)`` accepts."""
+        return {**self._description(), "tensors": self._tensors()}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> QuantizationPlan:
+        """The plan that ``state_dict`` gave.
+
+        Raises:
+            PlanError: If entries are missing or of a newer format.
+        """
+        return cls._build(state, state.get("tensors", {}), "in the checkpoint")
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "version": VERSION,
+            "scheme": SCHEME,
+            "method": self.method,
+            "budget": self.budget,
+            "rounding": self.rounding,
+            "avg_bits": self.avg_bits,
+            "ratio": self.ratio,
+            "fingerprint": self.fingerprint,
+            "tensors_fingerprint": fingerprint(self._tensors()),
+            "sizes": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.sizes).items()},
+            "layers": [
+                {"name": x.name, "modules": list(x.modules), "bits": x.grid.bits, "shape": list(x.codes.shape)}
+                for x in self.layers
+            ],
+            "repairs": sorted(self.repairs),
+        }
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"repair/{name}": tensor for name, tensor in self.repairs.items()}
+        for layer in self.layers:
+            tensors[f"codes/{layer.name}"] = layer.codes
+            tensors[f"scale/{layer.name}"] = layer.grid.scale
+            tensors[f"zero_point/{layer.name}"] = layer.grid.zero_point
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+    @classmethod
+    def _build(cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> QuantizationPlan:
+        version = data.get("version") if isinstance(data, Mapping) else None
+        if not isinstance(version, int):
+            raise PlanError(f"Plan {where} is not a quantization plan: it has no version.")
+        if version > VERSION:
+            raise PlanError(f"Plan {where} has format {version}; this version of lightning-caq reads up to {VERSION}.")
+        try:
+            if fingerprint(tensors) != data["tensors_fingerprint"]:
+                raise PlanError(f"Plan {where} and its tensors do not belong together; save the plan again.")
+            layers = tuple(
+                LayerPlan(
+                    x["name"],
+                    tuple(x["modules"]),
+                    Grid(x["bits"], tensors[f"scale/{x['name']}"], tensors[f"zero_point/{x['name']}"]),
+                    tensors[f"codes/{x['name']}"],
+                )
+                for x in data["layers"]
+            )
+            counts = data["sizes"]
+            sizes = LayerSizes(tuple(counts["weights"]), tuple(counts["channels"]), counts["unquantized"])
+            repairs = {name: tensors[f"repair/{name}"] for name in data["repairs"]}
+            return cls(data["method"], data["budget"], data["rounding"], layers, sizes, data["fingerprint"], repairs)
+        except (KeyError, TypeError) as error:
+            raise PlanError(f"Plan {where} is damaged: {type(error).__name__} {error}.") from error
+
+    def _check_architecture(self, model: nn.Module) -> None:
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for layer in self.layers:
+            for name in layer.modules:
+                weight = getattr(modules.get(name), "weight", None)
+                if not isinstance(weight, Tensor) or weight.shape != layer.codes.shape:
+                    has = "no such layer" if not isinstance(weight, Tensor) else f"a weight {list(weight.shape)} there"
+                    raise PlanError(
+                        f"The plan belongs to another network: it has layer '{name}' with a weight "
+                        f"{list(layer.codes.shape)}, {type(model).__name__} has {has}."
+                    )
+        state = model.state_dict()
+        for name, tensor in self.repairs.items():
+            if name not in state or state[name].shape != tensor.shape:
+                raise PlanError(
+                    f"The plan belongs to another network: {type(model).__name__} has no '{name}' of its shape."
+                )
+
+    def _holds_rounded_weights(self, model: nn.Module) -> bool:
+        return all(
+            torch.equal(_weight(model, x).detach().cpu(), x.values.cpu().to(_weight(model, x).dtype))
+            for x in self.layers
+        )
+
+    def _fingerprint_of(self, model: nn.Module) -> str:
+        return weights_fingerprint(model, [x.name for x in self.layers])
+
+
+def weights_fingerprint(model: nn.Module, names: list[str]) -> str:
+    """Fingerprint of the weights of the named layers."""
+    return fingerprint({name: model.get_submodule(name).weight for name in names})  # type: ignore[misc]
+
+
+def _weight(model: nn.Module, layer: LayerPlan) -> Tensor:
+    weight = model.get_submodule(layer.name).weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _entries(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Live parameters and buffers by their state-dict keys."""
+    live = dict(model.state_dict(keep_vars=True))
+    for name in names:
+        yield name, live[name]

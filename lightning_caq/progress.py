@@ -1,0 +1,47 @@
+"""Progress: one line a step of the road, written wherever the caller wants to read it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Say = Callable[[str], None]
+
+
+def silent(message: str) -> None:
+    """Say nothing."""
+
+
+class Progress:
+    """Announces steps and keeps the seconds that each took.
+
+    Args:
+        say: Called with one line of text at a time.
+
+    Example:
+        >>> progress = Progress(print)
+        >>> with progress.step("allocation"):
+        ...     pass
+        caq: allocation ...
+        >>> list(progress.seconds)
+        ['allocation']
+    """
+
+    def __init__(self, say: Say = silent) -> None:
+        self._say = say
+        self.seconds: dict[str, float] = {}
+
+    def say(self, message: str) -> None:
+        """Write one line."""
+        self._say(f"caq: {message}")
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Announce a step, and add the time it takes to ``seconds[name]``."""
+        self.say(f"{name} ...")
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

@@ -1,0 +1,1 @@
+"""Quantizers: grids, rounding, fake-quant modules and the repair of batch-norm statistics."""

@@ -1,0 +1,193 @@
+"""Repair: move batch-norm statistics and biases by what quantization changed.
+
+The changes are measured on the same calibration samples in the float and in the quantized network, in order of
+execution, each with the repairs before it in place. Statistics are moved, not estimated anew: those of training saw far
+more data, and its augmentation (theory: rounding and repair).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_caq.batches import batch_size, take_samples
+from lightning_caq.layers import Layer, layer_module
+from lightning_caq.objective import Loss, Objective, make_objective
+from lightning_caq.visits import visit_modules
+
+HELD_OUT = 0.125
+
+
+@dataclass
+class Moments:
+    """Sums over samples and positions of what a module sees, channel by channel, in float64."""
+
+    count: int = 0
+    calls: int = 0
+    total: Tensor | float = 0.0
+    squares: Tensor | float = 0.0
+
+    def add(self, values: Tensor, axis: int) -> None:
+        """Add a batch of values whose channels lie along ``axis``."""
+        x = values.float().movedim(axis, 0).flatten(1)
+        var, mean = torch.var_mean(x, dim=1, correction=0)
+        self.count += x.shape[1]
+        self.calls += 1
+        self.total = self.total + x.shape[1] * mean.double()
+        self.squares = self.squares + x.shape[1] * (var.double() + mean.double().square())
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean, shape (channels,)."""
+        return torch.as_tensor(self.total) / self.count
+
+    @property
+    def var(self) -> Tensor:
+        """Variance, shape (channels,)."""
+        return (torch.as_tensor(self.squares) / self.count - self.mean.square()).clamp_min(0)
+
+
+def repairable(model: nn.Module, layers: Sequence[Layer]) -> dict[str, nn.Module]:
+    """What can be repaired: batch-norms with running statistics, and layers that have a bias and no batch-norm behind.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+        >>> layers = [Layer("0", "linear", (3, 2), batchnorm="1"), Layer("2", "linear", (2, 3))]
+        >>> list(repairable(net, layers))
+        ['1', '2']
+    """
+    found: dict[str, nn.Module] = {name: module for name, module in model.named_modules() if _is_batchnorm(module)}
+    for layer in layers:
+        # An embedding's rows have no common bias; a layer that no batch reached has nothing to measure.
+        if layer.batchnorm is None and layer.calls and getattr(layer_module(model, layer), "bias", None) is not None:
+            found[layer.name] = layer_module(model, layer)
+    return found
+
+
+def measure_moments(
+    model: nn.Module, modules: Mapping[str, nn.Module], batches: Sequence[Any], *, calls: int | None = None
+) -> dict[str, Moments]:
+    """Moments of what enters each batch-norm and of what leaves each layer, in order of execution; one pass.
+
+    Args:
+        model: The network, in eval mode.
+        modules: The modules by name.
+        batches: Calibration batches.
+        calls: Calls to see in each batch before the rest of the network is skipped.
+
+    Returns:
+        Name to moments; a module that no batch reaches is missing.
+    """
+    names = {id(module): name for name, module in modules.items()}
+    moments: dict[str, Moments] = {}
+
+    def visit(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
+        seen = inputs if isinstance(module, _BatchNorm) else output
+        axis = -1 if isinstance(module, nn.Linear) else 1
+        moments.setdefault(names[id(module)], Moments()).add(seen, axis)
+
+    visit_modules(model, modules.values(), batches, visit, calls=calls)
+    return moments
+
+
+def _is_batchnorm(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
+
+
+def move_statistics(
+    model: nn.Module, modules: Mapping[str, nn.Module], reference: Mapping[str, Moments], batches: Sequence[Any]
+) -> dict[str, Tensor]:
+    """Move statistics and biases of a quantized network, in place, by what quantization changed.
+
+    Batch-norm: running mean += m_q − m_f, running variance *= v_q / v_f, where m and v are the mean and the variance
+    of what enters it. Layer: bias −= mean output error.
+
+    Args:
+        model: The quantized network, in eval mode.
+        modules: What to repair, from ``repairable``.
+        reference: Moments in the float network, from ``measure_moments``, in order of execution.
+        batches: The calibration batches that ``reference`` was measured on.
+
+    Returns:
+        State-dict key to the repaired tensor.
+    """
+    changed: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, before in reference.items():
+            module: Any = modules[name]
+            after = measure_moments(model, {name: module}, batches, calls=before.calls // len(batches))[name]
+            shift = after.mean - before.mean
+            if _is_batchnorm(module):
+                ratio = torch.where(before.var > 0, after.var / before.var.clamp_min(1e-30), 1.0)
+                module.running_mean.add_(shift.to(module.running_mean.dtype))
+                module.running_var.mul_(ratio.to(module.running_var.dtype))
+                changed[f"{name}.running_mean"] = module.running_mean.detach().clone()
+                changed[f"{name}.running_var"] = module.running_var.detach().clone()
+            else:
+                module.bias.sub_(shift.to(module.bias.dtype))
+                changed[f"{name}.bias"] = module.bias.detach().clone()
+    return changed
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What a repair needs to know of the float network.
+
+    Attributes:
+        modules: What can be repaired, by name.
+        reference: Moments in the float network.
+        fitted: The samples that moments are measured on.
+        held_out: The objective on other samples, by which a repair is judged.
+    """
+
+    modules: Mapping[str, nn.Module]
+    reference: Mapping[str, Moments]
+    fitted: Sequence[Any]
+    held_out: Objective
+
+    def __call__(self, model: nn.Module) -> tuple[dict[str, Tensor], str]:
+        """Repair a quantized network in place, if that lowers the objective on the samples held out.
+
+        Returns:
+            State-dict key to the repaired tensor, and a note: empty unless the repair was dropped.
+        """
+        before = self.held_out.value(model)
+        live = model.state_dict(keep_vars=True)
+        kept = {name: tensor.detach().clone() for name, tensor in live.items()}
+        changed = move_statistics(model, self.modules, self.reference, self.fitted)
+        after = self.held_out.value(model)
+        if after <= before:
+            return changed, ""
+        with torch.no_grad():
+            for name in changed:
+                live[name].copy_(kept[name])
+        return {}, f"repair dropped: objective {before:.4g} without it, {after:.4g} with it, on samples held out"
+
+
+def prepare_repair(
+    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], objective: str, loss_fn: Loss | None
+) -> Repair:
+    """Measure a float network for later repairs; the last eighth of the samples is held out to judge them by.
+
+    Args:
+        model: The float network, in eval mode.
+        layers: The layers.
+        batches: Calibration batches.
+        objective: ``"distill"`` or ``"task"``.
+        loss_fn: Loss of a model and a batch, for ``"task"``.
+
+    Returns:
+        The repair, to be called on the quantized network.
+    """
+    samples = sum(batch_size(batch) for batch in batches)
+    # A single sample can only judge itself.
+    keep = samples - max(1, round(HELD_OUT * samples)) if samples > 1 else 1
+    fitted, others = take_samples(batches, keep), take_samples(batches, samples, skip=keep) or list(batches)
+    modules = repairable(model, layers)
+    reference = measure_moments(model, modules, fitted)
+    return Repair(modules, reference, fitted, make_objective(objective, model, others, loss_fn))

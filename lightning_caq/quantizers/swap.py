@@ -1,0 +1,59 @@
+"""Swap: turn the modules of a network into fake-quant modules, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from lightning_caq.quantizers.affine import Grid
+from lightning_caq.quantizers.modules import FakeQuant, fake_quant_class
+
+
+def swap(model: nn.Module, grids: Mapping[str, Grid]) -> None:
+    """Turn modules into fake-quant modules, in place.
+
+    The class of each module changes; the module stays the same object with the same Parameters, hooks and state-dict
+    keys, so optimizers, checkpoints and other references to it go on working. Nothing changes if a name is unknown.
+
+    Args:
+        model: The network; its weights are not touched.
+        grids: Module name to grid.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(2, 2))
+        >>> swap(net, {"0": Grid(4, torch.ones(2, 1), torch.zeros(2, 1))})
+        >>> net, list(net.state_dict())
+        (Sequential(
+          (0): FakeQuantLinear(in_features=2, out_features=2, bias=True)
+        ), ['0.weight', '0.bias'])
+        >>> restore_modules(net)
+        >>> net
+        Sequential(
+          (0): Linear(in_features=2, out_features=2, bias=True)
+        )
+    """
+    found = [(model.get_submodule(name), grid) for name, grid in grids.items()]
+    for each, grid in found:
+        module: Any = each
+        if not isinstance(module, FakeQuant):
+            module.__class__ = fake_quant_class(type(module))
+        module.bits = grid.bits
+        module.quantizing = True
+        module.register_buffer("scale", grid.scale.to(module.weight.device), persistent=False)
+        module.register_buffer("zero_point", grid.zero_point.to(module.weight.device), persistent=False)
+
+
+def restore_modules(model: nn.Module) -> None:
+    """Turn every fake-quant module back into the class it was; weights stay as they are."""
+    for module in quantized_modules(model).values():
+        module.__class__ = module.plain_class
+        for name in ("bits", "quantizing", "scale", "zero_point"):
+            delattr(module, name)
+
+
+def quantized_modules(model: nn.Module) -> dict[str, Any]:
+    """The fake-quant modules of a network by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, FakeQuant)}
