@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
         True
     """
     flags = {module: module.training for module in model.modules()}
-    shapes = {module: (module.__class__, dict(module.__dict__), dict(module._buffers)) for module in model.modules()}
+    shapes = {module: (module.__class__, dict(module.__dict__), _contents(module)) for module in model.modules()}
     tensors = [*model.parameters(), *model.buffers()]
     values = [t.detach().clone() for t in tensors]
     numpy_state, python_state = np.random.get_state(), random.getstate()
@@ -40,12 +41,14 @@ def preserved(model: nn.Module) -> Iterator[None]:
             model.eval()
             yield
     except BaseException:
-        for module, (kind, attributes, buffers) in shapes.items():
+        for module, (kind, attributes, contents) in shapes.items():
             module.__class__ = kind
             module.__dict__.clear()
             module.__dict__.update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+            for name, content in contents.items():
+                container = module.__dict__[name]
+                container.clear()
+                container.update(content)
         with torch.no_grad():
             for tensor, value in zip(tensors, values, strict=True):
                 tensor.copy_(value)
@@ -55,3 +58,9 @@ def preserved(model: nn.Module) -> Iterator[None]:
         random.setstate(python_state)
         for module, training in flags.items():
             module.training = training
+
+
+def _contents(module: nn.Module) -> dict[str, Any]:
+    """Copies of the containers that say what a module consists of; each is put back into the container itself."""
+    names = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+    return {name: module.__dict__[name].copy() for name in names}

@@ -169,17 +169,29 @@ def find_layers(
     return _in_execution_order(model, chosen, batch)
 
 
+def kind_of(module: nn.Module) -> str | None:
+    """What a module is, such as ``"linear"``; ``None`` if it cannot be quantized.
+
+    Example:
+        >>> kind_of(nn.Conv2d(1, 1, 1)), kind_of(nn.ReLU())
+        ('conv2d', None)
+    """
+    return next((KINDS[base] for base in type(module).__mro__ if base in KINDS), None)
+
+
 def quantizable_layers(model: nn.Module) -> list[Layer]:
     """Every layer of a known kind in the order of ``named_modules``; costs and order of execution not yet known."""
     found: dict[int, Layer] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        kind = next((KINDS[base] for base in type(module).__mro__ if base in KINDS), None)
+        kind = kind_of(module)
         weight = module._parameters.get("weight")
         if kind is None or weight is None:
             continue
         known = found.get(id(weight))
         if known is not None:
-            found[id(weight)] = replace(known, modules=(*known.modules, name))
+            # A word table that a linear layer shares, as in language models, counts as the table.
+            shared = kind if kind == "embedding" else known.kind
+            found[id(weight)] = replace(known, kind=shared, modules=(*known.modules, name))
         else:
             groups = int(getattr(module, "groups", 1))
             found[id(weight)] = Layer(name, kind, tuple(weight.shape), groups, modules=(name,))
@@ -225,7 +237,7 @@ def _in_execution_order(model: nn.Module, layers: list[Layer], batch: Any) -> li
     reached = [
         replace(
             by_name[name],
-            macs=_macs(by_name[name], trace.positions) // samples,
+            macs=by_name[name].weights * trace.positions // samples,
             calls=trace.calls,
             batchnorm=trace.batchnorm,
         )
@@ -234,25 +246,22 @@ def _in_execution_order(model: nn.Module, layers: list[Layer], batch: Any) -> li
     return reached + [layer for layer in layers if layer.name not in traces]
 
 
-def _macs(layer: Layer, positions: int) -> int:
-    """Multiply–accumulates of so many applications of the weight; a look-up in an embedding multiplies nothing."""
-    return 0 if layer.kind == "embedding" else layer.weights * positions
-
-
 @contextmanager
 def _tracing(model: nn.Module, layers: list[Layer], traces: dict[str, _Trace]) -> Iterator[None]:
     """While open, forward passes fill ``traces`` in the order in which the layers run."""
     outputs: dict[int, tuple[Tensor, str]] = {}  # the tensors are kept, so that no identity is used twice
     handles = []
 
-    def after_layer(layer: Layer, args: tuple[Any, ...], output: Tensor) -> None:
+    def after_layer(module: nn.Module, layer: Layer, args: tuple[Any, ...], output: Tensor) -> None:
         trace = traces.setdefault(layer.name, _Trace())
+        trace.calls += 1
+        outputs[id(output)] = (output, layer.name)
+        if isinstance(module, nn.Embedding):  # a look-up multiplies nothing
+            return
         # A weight is applied once an output position; that of a transposed convolution once an input position.
         side = args[0] if layer.transposed else output
         spatial = side.shape[2:] if layer.kind.startswith("conv") else side.shape[1:-1]
         trace.positions += len(side) * spatial.numel()
-        trace.calls += 1
-        outputs[id(output)] = (output, layer.name)
 
     def before_batchnorm(name: str, args: tuple[Any, ...]) -> None:
         if args and id(args[0]) in outputs:
@@ -263,7 +272,7 @@ def _tracing(model: nn.Module, layers: list[Layer], traces: dict[str, _Trace]) -
             for module in {id(m): m for m in map(model.get_submodule, layer.modules)}.values():
                 handles.append(
                     module.register_forward_hook(
-                        lambda module, args, output, layer=layer: after_layer(layer, args, output)
+                        lambda module, args, output, layer=layer: after_layer(module, layer, args, output)
                     )
                 )
         for name, module in model.named_modules():

@@ -54,7 +54,7 @@ def columns(layer: Layer, module: Any, inputs: Tensor) -> Tensor:
         Columns such that ``to_matrix(layer, weight) @ columns`` is the output without bias, group by group.
 
     Example:
-        >>> conv = nn.Conv2d(2, 4, 3, padding=1, bias=False)
+        >>> conv = torch.nn.Conv2d(2, 4, 3, padding=1, bias=False)
         >>> x = torch.randn(5, 2, 6, 6)
         >>> layer = Layer("c", "conv2d", (4, 2, 3, 3))
         >>> y = to_matrix(layer, conv.weight) @ columns(layer, conv, x)

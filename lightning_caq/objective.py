@@ -128,7 +128,8 @@ def divergence(target: Tensor, output: Tensor) -> Tensor:
     before, after = output_rows(target), output_rows(output)
     if before.shape[1] == 1:
         return 0.5 * (after - before).square().mean()
-    p, q = F.log_softmax(before.float(), 1), F.log_softmax(after.float(), 1)
+    dtype = torch.promote_types(after.dtype, torch.float32)  # half precision has too few digits for a small difference
+    p, q = F.log_softmax(before.to(dtype), 1), F.log_softmax(after.to(dtype), 1)
     return (p.exp() * (p - q)).sum(1).mean()
 
 

@@ -163,12 +163,13 @@ class QuantizationPlan:
         """Write the plan as JSON that people can read, with its tensors in a safetensors file beside it.
 
         Args:
-            path: Where the JSON goes, such as ``plan.json``; the tensors go to ``plan.safetensors``.
+            path: Where the JSON goes, such as ``plan.json``; the tensors go to ``plan.safetensors``. A name without
+                either ending gets both.
 
         Returns:
             The path of the JSON file.
         """
-        path = Path(path).with_suffix(".json")
+        path = _json_path(path)
         payload = save_tensors(self._tensors())
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".safetensors").write_bytes(payload)
@@ -182,7 +183,7 @@ class QuantizationPlan:
         Raises:
             PlanError: If a file is missing, damaged, not of the pair, or of a newer format.
         """
-        path = Path(path).with_suffix(".json")
+        path = _json_path(path)
         try:
             description = json.loads(path.read_text())
             tensors = load_tensors(path.with_suffix(".safetensors").read_bytes())
@@ -289,6 +290,17 @@ class QuantizationPlan:
 def weights_fingerprint(model: nn.Module, names: list[str]) -> str:
     """Fingerprint of the weights of the named layers."""
     return fingerprint({name: model.get_submodule(name).weight for name in names})  # type: ignore[misc]
+
+
+def _json_path(path: str | Path) -> Path:
+    """The JSON file of a pair.
+
+    Example:
+        >>> print(_json_path("plan.safetensors"), _json_path("plan-2.5"))
+        plan.json plan-2.5.json
+    """
+    path = Path(path)
+    return path.with_suffix(".json") if path.suffix in (".json", ".safetensors") else Path(f"{path}.json")
 
 
 def _weight(model: nn.Module, layer: LayerPlan) -> Tensor:

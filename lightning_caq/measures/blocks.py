@@ -20,8 +20,11 @@ from lightning_caq.batches import run_model
 from lightning_caq.layers import Layer
 
 
-def _batchnorm_lipschitz(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-    """Largest |γ| / √(σ² + ε) over channels: batch-norm in eval mode is an affine map."""
+def _batchnorm_lipschitz(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
+    """Largest |γ| / √(σ² + ε) over channels: batch-norm in eval mode is an affine map.
+
+    Without running statistics it normalises by those of the batch and is none: the block ends before it.
+    """
     values = dict(
         zip(
             ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
@@ -30,6 +33,8 @@ def _batchnorm_lipschitz(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float
         )
     )
     values.update(kwargs)
+    if values.get("training") or values["running_var"] is None:
+        return None
     scale = (values["running_var"] + values["eps"]).rsqrt()
     return float((scale if values["weight"] is None else values["weight"].abs() * scale).max())
 
@@ -43,9 +48,14 @@ def _leaky_lipschitz(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
     return max(1.0, abs(float(slope)))
 
 
-# The Lipschitz constant of everything that may follow a layer inside its block. Layer norm is not here: it has no
-# global constant, and a block ends before it.
-FOLLOWERS: dict[Any, Callable[[tuple[Any, ...], dict[str, Any]], float]] = {
+def _elu_lipschitz(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    alpha = args[1] if len(args) > 1 else kwargs.get("alpha", 1.0)
+    return max(1.0, abs(float(alpha)))
+
+
+# The Lipschitz constant of everything that may follow a layer inside its block; ``None`` where there is none. Layer
+# norm is not here: it has no global constant, and a block ends before it.
+FOLLOWERS: dict[Any, Callable[[tuple[Any, ...], dict[str, Any]], float | None]] = {
     F.batch_norm: _batchnorm_lipschitz,
     F.relu: _constant(1.0),
     torch.relu: _constant(1.0),
@@ -53,7 +63,7 @@ FOLLOWERS: dict[Any, Callable[[tuple[Any, ...], dict[str, Any]], float]] = {
     F.relu6: _constant(1.0),
     F.hardtanh: _constant(1.0),
     F.leaky_relu: _leaky_lipschitz,
-    F.elu: _constant(1.0),
+    F.elu: _elu_lipschitz,
     F.gelu: _constant(1.129),
     F.silu: _constant(1.0999),
     F.mish: _constant(1.0885),

@@ -28,7 +28,7 @@ def second_order_sensitivity(
     Returns:
         κ_i, and the relative change of the last step.
     """
-    z = block.inputs.float().requires_grad_()
+    z = block.inputs.clone().requires_grad_()
     with torch.enable_grad():
         energy = block(z).square().sum()
         (slope,) = torch.autograd.grad(energy, z, create_graph=True)
@@ -62,8 +62,10 @@ def remainder(block: Block, generator: torch.Generator, *, directions: int = 8) 
     Returns:
         ρ_i.
     """
-    z = block.inputs.float()
-    radius = _norms(z).clamp_min(1e-12) * 2.0**-_INPUT_BITS
+    z = block.inputs[block.inputs.flatten(1).any(dim=1)]  # rounding moves no zero
+    if not len(z):
+        return 0.0
+    radius = _norms(z) * 2.0**-_INPUT_BITS
     largest = 0.0
     with torch.no_grad():
         middle = block(z)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -133,15 +133,16 @@ def choose_rows(
         The rows, and the share of the trace that they hold.
     """
     weights, shapes = [], []
+    samples = sum(map(batch_size, batches))
     with torch.no_grad():
         for batch in batches:
             z = output_rows(run_model(model, batch)).double()
             # A single column has the output Hessian 1 of half the squared error: one row of weight 1 / N.
             p = z.softmax(1) if z.shape[1] > 1 else torch.ones_like(z)
             distance = 1 - 2 * p + p.square().sum(1, keepdim=True) if z.shape[1] > 1 else torch.ones_like(z)
-            weights.append(torch.stack([p, p * distance]).cpu())
+            # As in the objective, a batch counts by its samples, however many output rows these have.
+            weights.append(torch.stack([p, p * distance]).cpu() * (batch_size(batch) / samples / len(z)))
             shapes.append(len(z) // batch_size(batch))
-    total_rows = sum(w.shape[1] for w in weights)
     shares = torch.cat([w[1].flatten() for w in weights])
     order = shares.argsort(descending=True, stable=True)
     held = shares[order].cumsum(0) / shares.sum()
@@ -153,7 +154,7 @@ def choose_rows(
         mask = chosen[offset : offset + w[1].numel()].reshape(w[1].shape)
         offset += w[1].numel()
         for r, c in mask.nonzero().tolist():
-            rows.append(OutputRow(b, r // positions, r % positions, c, float(w[0][r, c]) / total_rows))
+            rows.append(OutputRow(b, r // positions, r % positions, c, float(w[0][r, c])))
     return rows, float(held[count - 1])
 
 
@@ -241,10 +242,12 @@ def _recording(model: nn.Module, weights: Mapping[int, Layer]) -> Iterator[list[
 
 def _weight_gradients(layer: Layer, module: nn.Module, inputs: Tensor, gradient: Tensor) -> Tensor:
     """Gradient of every sample with respect to the weight, shape (samples, *weight.shape)."""
-    if layer.kind == "embedding":
+    if isinstance(module, nn.Embedding):
         result = gradient.new_zeros(len(inputs), layer.shape[0], layer.shape[1])
         words = inputs.reshape(len(inputs), -1, 1).expand(-1, -1, layer.shape[1])
         return result.scatter_add_(1, words, gradient.reshape(words.shape))
+    if isinstance(module, nn.Linear):
+        layer = replace(layer, kind="linear")  # it may share the table of an embedding
     patches = columns(layer, module, inputs)  # (samples, groups, columns, positions)
     if layer.kind == "linear":
         outs = gradient.reshape(len(gradient), 1, -1, gradient.shape[-1]).transpose(2, 3)

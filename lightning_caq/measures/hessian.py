@@ -79,8 +79,9 @@ class Hessian:
 
     def _gradients(self, create_graph: bool = True) -> Iterator[tuple[float, tuple[Tensor, ...]]]:
         for index in range(len(self._objective.batches)):
-            loss = self._objective.batch_loss(self._model, index)
-            gradients = torch.autograd.grad(
-                loss, self._weights, create_graph=create_graph, allow_unused=True, materialize_grads=True
-            )
+            with torch.enable_grad():
+                loss = self._objective.batch_loss(self._model, index)
+                gradients = torch.autograd.grad(
+                    loss, self._weights, create_graph=create_graph, allow_unused=True, materialize_grads=True
+                )
             yield self._objective.weight(index), gradients

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_caq.batches import take_samples
 from lightning_caq.errors import OptionError
@@ -102,7 +103,8 @@ def measure(
     rows: Rows = {x.name: {"weights": x.weights, "channels": x.channels, "macs": x.macs} for x in layers}
     chosen = take_samples(batches, samples)
     whole: dict[str, Any] = {}
-    with preserved(model), _differentiable(model, layers):
+    # Only the plain attention kernel has the second and the forward derivatives that some measures take.
+    with preserved(model), _differentiable(model, layers), sdpa_kernel(SDPBackend.MATH):
         target = make_objective(objective, model, chosen, loss_fn)
         if needs & {"kappa", "lipschitz"}:
             with progress.step("curvature and Lipschitz constants"):
@@ -115,7 +117,7 @@ def measure(
             with progress.step("rounding errors"):
                 deltas = {layer.name: nearest_errors(model, layer, bits) for layer in layers}
                 _rounding(model, layers, chosen, deltas, needs, rows)
-            if needs & {"trace", "subspace"}:
+            if needs & {"trace", "subspace", "loss_change"}:
                 with progress.step("eigenspace of the Hessian"):
                     spectrum = _gram if objective == "distill" else _lanczos
                     whole = spectrum(model, layers, target, deltas, eigenpairs, seed, rows)

@@ -20,6 +20,9 @@ from lightning_caq.visits import visit_modules
 def nearest_errors(model: nn.Module, layer: Layer, bits: Sequence[int]) -> dict[int, Tensor]:
     """Δ_i(b) = Q_b(W_i) − W_i for every bit-width, in the shape of the weight.
 
+    Costs are built from nearest rounding even where error feedback rounds later: feedback makes the error of a single
+    layer small, and a sum of such errors understates what many layers at few bits do together.
+
     Example:
         >>> net = nn.Linear(4, 4)
         >>> errors = nearest_errors(net, Layer("", "linear", (4, 4)), [2, 8])
@@ -116,7 +119,9 @@ def amplification(model: nn.Module, layer: Layer, objective_batches: Sequence[An
         dual: Tensor = forward_ad.make_dual(primal, tangent if carried is None else carried + tangent)
         return dual
 
-    handles = [model.get_submodule(name).register_forward_hook(hook) for name in layer.modules]
+    # A module may be reached under two names: it is hooked once.
+    modules = {id(module): module for module in map(model.get_submodule, layer.modules)}
+    handles = [module.register_forward_hook(hook) for module in modules.values()]
     try:
         with torch.no_grad():
             for batch in objective_batches:

@@ -76,10 +76,12 @@ def fit_grid(weight: Tensor, bits: int, channel_shape: tuple[int, ...]) -> Grid:
     low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
     constant = high <= low
     # A constant channel c is stored as code 1 of the values 0, |c|, … (or their negatives).
-    step = torch.where(constant, low.abs().clamp_min(1e-30), (high - low) / top)
+    # A narrow range far from zero gets a wider step: the zero point reaches it only so.
+    least = torch.maximum(low.abs(), high.abs()) / _LARGEST_ZERO_POINT
+    step = torch.where(constant, low.abs().clamp_min(1e-30), torch.maximum((high - low) / top, least))
     best = _Best(rows, top, step, _halves(torch.where(constant, torch.where(low < 0, float(top), 0.0), -low / step)))
     for fraction in _FRACTIONS:
-        scale = torch.where(constant, step, step * fraction)
+        scale = torch.where(constant, step, torch.maximum(step * fraction, least))
         centre = torch.where(constant, 0.0, (low + high) / 2)
         zero = torch.where(constant, best.zero, top / 2 - centre / scale)
         best.offer(scale, zero)

@@ -57,7 +57,7 @@ def repairable(model: nn.Module, layers: Sequence[Layer]) -> dict[str, nn.Module
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
-        >>> layers = [Layer("0", "linear", (3, 2), batchnorm="1"), Layer("2", "linear", (2, 3))]
+        >>> layers = [Layer("0", "linear", (3, 2), calls=1, batchnorm="1"), Layer("2", "linear", (2, 3), calls=1)]
         >>> list(repairable(net, layers))
         ['1', '2']
     """
@@ -130,7 +130,8 @@ def move_statistics(
                 changed[f"{name}.running_var"] = module.running_var.detach().clone()
             else:
                 module.bias.sub_(shift.to(module.bias.dtype))
-                changed[f"{name}.bias"] = module.bias.detach().clone()
+                # The network may be a single layer, whose name is empty.
+                changed[f"{name}.bias".lstrip(".")] = module.bias.detach().clone()
     return changed
 
 

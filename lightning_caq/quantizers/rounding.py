@@ -82,37 +82,33 @@ def round_error_feedback(layer: Layer, weight: Tensor, grid: Grid, curvature: Te
     """
     if curvature is None:
         return round_nearest(weight, grid)
-    matrix = to_matrix(layer, weight.detach().float())
-    scale = to_matrix(layer, grid.scale.expand(layer.shape))
-    zero = to_matrix(layer, grid.zero_point.expand(layer.shape))
-    codes = torch.stack(
-        [
-            _feedback(matrix[g], scale[g], zero[g], 2**grid.bits - 1, curvature[g].to(matrix.device))
-            for g in range(layer.groups)
-        ]
+    matrices = (
+        to_matrix(layer, weight.detach().float()),
+        to_matrix(layer, grid.scale.expand(layer.shape)),
+        to_matrix(layer, grid.zero_point.expand(layer.shape)),
     )
-    return from_matrix(layer, codes).to(torch.uint8).contiguous()
+    groups = zip(*matrices, curvature.to(weight.device), strict=True)
+    codes = torch.stack([_feedback(w, s, z, 2**grid.bits - 1, h) for w, s, z, h in groups])
+    return from_matrix(layer, codes.to(torch.uint8)).contiguous()
 
 
 def _feedback(matrix: Tensor, scale: Tensor, zero: Tensor, top: int, curvature: Tensor) -> Tensor:
-    """Codes of one group; ``matrix``, ``scale`` and ``zero`` have shape (outputs, columns)."""
+    """Codes of one group; matrix, scale and zero have shape (outputs, columns)."""
     order = curvature.diagonal().argsort(descending=True, stable=True)
-    back = order.argsort()
-    w, s, z = (x[:, order].contiguous() for x in (matrix, scale, zero))
+    # Columns become rows: what the loop touches then lies together in memory.
+    w, s, z = (x[:, order].T.contiguous() for x in (matrix, scale, zero))
     factor = _inverse_factor(curvature[order][:, order])
     codes = torch.empty_like(w)
-    for start in range(0, w.shape[1], _BLOCK):
-        stop = min(start + _BLOCK, w.shape[1])
-        block, errors = w[:, start:stop], torch.empty_like(w[:, start:stop])
-        for j in range(stop - start):
-            row = factor[start + j, start + j : stop]
-            step, offset = s[:, start + j], z[:, start + j]
-            code = (block[:, j] / step + offset).round().clamp(0, top)
-            error = (block[:, j] - step * (code - offset)) / row[0]
-            block[:, j:] -= error[:, None] * row
-            codes[:, start + j], errors[:, j] = code, error
-        w[:, stop:] -= errors @ factor[start:stop, stop:]
-    return codes[:, back]
+    for start in range(0, len(w), _BLOCK):
+        stop = min(start + _BLOCK, len(w))
+        errors = torch.empty_like(w[start:stop])
+        for j in range(start, stop):
+            code = (w[j] / s[j] + z[j]).round_().clamp_(0, top)
+            error = (w[j] - s[j] * (code - z[j])) / factor[j, j]
+            w[j:stop].addr_(factor[j, j:stop], error, alpha=-1)
+            codes[j], errors[j - start] = code, error
+        w[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    return codes[order.argsort()].T
 
 
 def _inverse_factor(curvature: Tensor) -> Tensor:
@@ -139,6 +135,5 @@ def round_layer(model: nn.Module, layer: Layer, grid: Grid, rounding: str, batch
         Codes, uint8 in the shape of the weight.
     """
     weight = layer_weight(model, layer)
-    if rounding == "nearest":
-        return round_nearest(weight, grid)
-    return round_error_feedback(layer, weight, grid, input_curvature(model, layer, batches))
+    curvature = input_curvature(model, layer, batches) if rounding == "error_feedback" else None
+    return round_error_feedback(layer, weight, grid, curvature)
