@@ -274,7 +274,7 @@ class _Road:
             sizes=sizes,
             metrics=dict(metrics),
             predicted_loss={v: x for v, p in plans.items() if (x := profile.predicted_loss(p.bits)) is not None},
-            options=asdict(self.options),
+            options={k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.options).items()},
             versions=versions(),
             seconds=dict(self.progress.seconds),
             notes=tuple(notes),

@@ -1,0 +1,1 @@
+"""Evaluation: float against quantized, predicted against observed."""

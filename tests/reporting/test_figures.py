@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import combinations
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from lightning_caq.measures.profile import CurvatureProfile, LayerCurvature
+from lightning_caq.reporting.figures import bits_heatmap, curvature_bars, headline_metric
+
+METRICS = {
+    "float/val_loss": 0.31,
+    "float/val_acc": 0.915,
+    "quantized/val_loss": 0.32,
+    "quantized/val_acc": 0.9171,
+    "uniform/val_acc": 0.885,
+}
+MANY = [f"stage{1 + i // 20}.{i}.conv" for i in range(60)]
+LONG = [f"{'module.' * 14}{i}.{'x' * 20}" for i in range(5)]
+SIZES = pytest.mark.parametrize(
+    "layers", [["fc"], MANY[:4], MANY[:20], MANY, LONG], ids=["1", "4", "20", "60", "long names"]
+)
+
+
+def texts(figure: Figure) -> list[Text]:
+    return [t for t in figure.findobj(Text) if t.get_visible() and t.get_text()]
+
+
+def images(figure: Figure) -> list[np.ma.MaskedArray]:
+    return [axes.images[0].get_array() for axes in figure.axes if axes.images]
+
+
+def assert_readable(figure: Figure) -> None:
+    """No text leaves the figure, and no two texts lie on each other."""
+    figure.canvas.draw()
+    page = figure.bbox
+    shown = [(t.get_text(), t.get_window_extent()) for t in drawn_texts(figure)]
+    for text, box in shown:
+        inside = page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
+        assert inside, f"{text!r} is clipped"
+    for (a, box_a), (b, box_b) in combinations(shown, 2):
+        wide = min(box_a.x1, box_b.x1) - max(box_a.x0, box_b.x0)
+        tall = min(box_a.y1, box_b.y1) - max(box_a.y0, box_b.y0)
+        assert wide <= 1 or tall <= 3, f"{a!r} lies on {b!r}"  # ascenders may reach into the line above
+
+
+def drawn_texts(figure: Figure) -> list[Text]:
+    """Texts that are on the page; ticks outside an axis' limits are artists too, but are not drawn."""
+    hidden: set[int] = set()
+    for axes in figure.axes:
+        for axis, (low, high) in ((axes.xaxis, sorted(axes.get_xlim())), (axes.yaxis, sorted(axes.get_ylim()))):
+            for tick in [*axis.get_major_ticks(), *axis.get_minor_ticks()]:
+                if not low <= tick.get_loc() <= high or not tick.label1.get_visible():
+                    hidden.add(id(tick.label1))
+    return [t for t in texts(figure) if id(t) not in hidden]
+
+
+@SIZES
+def test_heatmap_is_readable(layers, make_report) -> None:
+    assert_readable(bits_heatmap(make_report(layers, METRICS)))
+
+
+@SIZES
+def test_curvature_is_readable(layers, make_report, make_profile) -> None:
+    assert_readable(curvature_bars(make_report(layers, METRICS), make_profile(layers)))
+
+
+@SIZES
+def test_heatmap_holds_the_bits_as_colours_and_as_numbers(layers, make_report) -> None:
+    report = make_report(layers)
+    figure = bits_heatmap(report)
+    expected = [[row.bits["quantized"], row.bits["uniform"]] for row in report.layers]
+    assert np.vstack(images(figure)).tolist() == expected
+    for axes in (a for a in figure.axes if a.images):
+        numbers = {t.get_position(): t.get_text() for t in axes.texts if isinstance(t.get_position()[0], int)}
+        array = axes.images[0].get_array()
+        for (i, j), bits in np.ndenumerate(array):
+            assert numbers[j, i] == str(bits)
+
+
+def test_colours_are_discrete_and_the_same_in_every_figure(make_report) -> None:
+    def colour(layers: list[str], bits: int) -> tuple[float, ...]:
+        axes = bits_heatmap(make_report(layers)).axes[0]
+        return tuple(axes.images[0].cmap(axes.images[0].norm(bits)))
+
+    few, many = MANY[:2], MANY[:6]
+    assert colour(few, 2) == colour(many, 2)
+    assert colour(few, 3) == colour(many, 3)
+    lightness = [sum(colour(many, bits)[:3]) for bits in (2, 3, 4, 5, 6, 8)]
+    assert lightness == sorted(lightness, reverse=True)
+    assert len(set(lightness)) == 6
+
+
+def test_numbers_stand_out_from_their_colour(make_report) -> None:
+    axes = bits_heatmap(make_report(MANY[:6])).axes[0]
+    image = axes.images[0]
+    for text in (t for t in axes.texts if t.get_text().isdigit() and isinstance(t.get_position()[0], int)):
+        j, i = text.get_position()
+        back = luminance(image.cmap(image.norm(image.get_array()[i, j])))
+        ink = luminance(mpl.colors.to_rgba(text.get_color()))
+        low, high = sorted((back, ink))
+        assert (high + 0.05) / (low + 0.05) >= 4.5  # WCAG 2.1, contrast of normal text
+
+
+def luminance(rgba: tuple[float, ...]) -> float:
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgba[:3]]
+    return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
+
+
+def test_colour_bar_names_the_bits_that_occur(make_report) -> None:
+    bar = bits_heatmap(make_report(MANY[:6])).axes[-1]
+    assert [t.get_text() for t in bar.get_yticklabels()] == ["2", "3", "4", "5", "6", "8"]
+
+
+def test_columns_say_bits_ratio_and_accuracy(make_report) -> None:
+    words = [t.get_text() for t in texts(bits_heatmap(make_report(MANY[:4], METRICS)))]
+    for word in ("quantized\n(cet)", "uniform", "2.96", "3.00", "10.3x", "10.1x", "0.9171", "0.885", "400"):
+        assert word in words
+    assert "val_acc (float 0.915)" in words
+
+
+def test_heatmap_without_metrics_has_no_line_for_them(make_report) -> None:
+    assert not any("float 0" in t.get_text() for t in texts(bits_heatmap(make_report(MANY[:4]))))
+
+
+def test_a_layer_without_bits_is_a_dash(make_report) -> None:
+    report = make_report(MANY[:3])
+    first = replace(report.layers[0], bits={"quantized": 2})
+    figure = bits_heatmap(replace(report, layers=(first, *report.layers[1:])))
+    assert images(figure)[0].mask.tolist() == [[False, True], [False, False], [False, False]]
+    assert "–" in [t.get_text() for t in texts(figure)]
+
+
+def test_names_are_not_taken_for_formulas(make_report) -> None:
+    assert_readable(bits_heatmap(make_report(["a$_b", r"c$\d$", "_x^{"])))
+
+
+@SIZES
+def test_curvature_holds_kappa_tolerance_and_bits(layers, make_report, make_profile) -> None:
+    report = make_report(layers)
+    figure = curvature_bars(report, make_profile(layers))
+    bars, points = figure.axes[: len(figure.axes) // 2], figure.axes[len(figure.axes) // 2 :]
+    widths = [patch.get_width() for axes in bars for patch in axes.patches]
+    assert widths == pytest.approx([2.0**i for i in range(len(layers))])
+    assert all(axes.get_xscale() == "log" for axes in bars)
+    offsets = np.vstack([axes.collections[0].get_offsets() for axes in points])
+    assert offsets[:, 0].tolist() == [row.bits["quantized"] for row in report.layers]
+    numbers = [t.get_text() for axes in points for t in axes.texts]
+    assert numbers == [str(row.bits["quantized"]) for row in report.layers]
+    whiskers = [segment for axes in bars for segment in axes.containers[1].lines[2][0].get_segments()]
+    assert [s[:, 0].tolist() for s in whiskers] == [
+        pytest.approx([0.9 * 2.0**i, 1.1 * 2.0**i]) for i in range(len(layers))
+    ]
+    assert all(axes.get_xlim() == bars[0].get_xlim() for axes in bars)
+
+
+def test_missing_zero_and_nan_curvature_is_said_in_words(make_report) -> None:
+    rows = (
+        LayerCurvature("a", 1, 1, 1, kappa=0.0),
+        LayerCurvature("b", 1, 1, 1, kappa=math.nan),
+        LayerCurvature("c", 1, 1, 1),
+        LayerCurvature("d", 1, 1, 1, kappa=5.0),
+    )
+    figure = curvature_bars(make_report(["a", "b", "c", "d", "e"]), CurvatureProfile(rows))
+    words = [t.get_text() for t in figure.axes[0].texts]
+    assert words == ["κ is 0", "κ not measured", "κ not measured", "κ not measured"]
+    assert_readable(figure)
+
+
+def test_nothing_measured_still_draws_the_bits(make_report) -> None:
+    figure = curvature_bars(make_report(MANY[:4]), CurvatureProfile(()))
+    assert [t.get_text() for t in figure.axes[1].texts] == ["2", "3", "4", "5"]
+    assert_readable(figure)
+
+
+def test_rank_correlation_is_stated(make_report, make_profile) -> None:
+    def caption(layers: list[str]) -> str:
+        return " ".join(curvature_bars(make_report(layers), make_profile(layers)).texts[1].get_text().split())
+
+    assert "over 6 layers: +1.00" in caption(MANY[:6])  # κ and bits both rise from layer to layer
+    assert "correlation" not in caption(MANY[:2])
+
+
+def test_equal_bits_are_stated_instead_of_a_correlation(make_report, make_profile) -> None:
+    report = make_report(MANY[:4])
+    same = replace(report, layers=tuple(replace(row, bits={"quantized": 3, "uniform": 3}) for row in report.layers))
+    caption = curvature_bars(same, make_profile(MANY[:4])).texts[1].get_text()
+    assert "Every layer has the same bits." in " ".join(caption.split())
+
+
+def test_drawing_leaves_pyplot_and_settings_alone(make_report, make_profile) -> None:
+    import matplotlib.pyplot as plt
+
+    report, profile = make_report(MANY[:4]), make_profile(MANY[:4])
+    with mpl.rc_context({"axes.facecolor": "black", "text.color": "white", "font.size": 30}):
+        figures = [bits_heatmap(report), curvature_bars(report, profile)]
+        assert mpl.rcParams["font.size"] == 30
+    assert plt.get_fignums() == []
+    assert all(axes.get_facecolor() == (1, 1, 1, 1) for figure in figures for axes in figure.axes[:1])
+
+
+def test_headline_metric_prefers_an_accuracy(make_report) -> None:
+    assert headline_metric(make_report(["fc"], METRICS)) == "val_acc"
+    assert headline_metric(make_report(["fc"], {"float/distill": 0.0, "float/rmse": 1.0, "float/mae": 1.0})) == "rmse"
+    assert headline_metric(make_report(["fc"], {"float/distill": 0.0})) == "distill"
+    assert headline_metric(make_report(["fc"])) is None
