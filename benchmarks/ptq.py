@@ -1,0 +1,176 @@
+"""Accuracy of a trained network after quantization without training, one row a budget.
+
+python benchmarks/ptq.py --model resnet20 --avg-bits 3 2.5 2.25 --method cet
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import resource
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from networks import BLOCKS, DATA, Images, ResNet, accuracy, load_cifar10, load_network
+
+from lightning_caq import quantize
+from lightning_caq.errors import CAQError
+from lightning_caq.evaluation.report import text_table
+from lightning_caq.options import BATCHNORM, ROUNDINGS, QuantizationOptions
+
+
+@dataclass(frozen=True)
+class Row:
+    """One budget: what was asked for, and what came out of it.
+
+    Attributes:
+        model: The network.
+        method: How bits were allocated.
+        rounding: How weights were rounded.
+        asked_bits: The budget, in bits a weight on average.
+        avg_bits: What the network has, Σ n b / Σ n.
+        ratio: Float32 size over quantized size, scales and zero points counted.
+        accuracy: Of the quantized network on the test images, in percent.
+        float_accuracy: Of the float network on the same images, in percent.
+        seconds: Time that ``quantize`` took, evaluation not counted.
+        peak_mb: Most memory that this process has held so far, in MiB.
+        seed: Seed of the calibration subset and of every random number.
+    """
+
+    model: str
+    method: str
+    rounding: str
+    asked_bits: float
+    avg_bits: float
+    ratio: float
+    accuracy: float
+    float_accuracy: float
+    seconds: float
+    peak_mb: float
+    seed: int
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    try:
+        budgets = [options_of(args, bits) for bits in args.avg_bits]
+        train, test = load_cifar10(args.data)
+        if args.samples > len(train):
+            raise ValueError(f"--samples {args.samples} is more than the {len(train):,} training images there are.")
+        model = load_network(args.model, args.data)
+        float_accuracy = accuracy(model, test)
+        calibration = train.sample(args.samples, args.seed)
+        rows = [run(model, options, args.model, calibration, test, float_accuracy) for options in budgets]
+    except (CAQError, OSError, ValueError) as error:
+        sys.exit(f"ptq.py: {error}")
+    command = shlex.join(["python", "benchmarks/ptq.py", *(sys.argv[1:] if argv is None else argv)])
+    print(json.dumps([asdict(row) for row in rows], indent=1) if args.json else as_text(rows, len(test), args, command))
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--model", choices=tuple(BLOCKS), default="resnet20")
+    result.add_argument("--avg-bits", type=float, nargs="+", default=[3.0, 2.5, 2.25], help="budgets, one row each")
+    result.add_argument("--method", default="cet", help="how bits are allocated")
+    result.add_argument("--rounding", choices=ROUNDINGS, default="error_feedback")
+    result.add_argument("--batchnorm", choices=BATCHNORM, default="recentre")
+    result.add_argument("--samples", type=int, default=512, help="training images to calibrate on")
+    result.add_argument("--seed", type=int, default=0, help="chooses these images, and seeds every random number")
+    result.add_argument("--data", type=Path, default=DATA, help="folder with the trained networks and the images")
+    result.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
+    return result
+
+
+def options_of(args: argparse.Namespace, avg_bits: float) -> QuantizationOptions:
+    """The options of one budget; made before any work, so that a wrong one is told at once."""
+    return QuantizationOptions(
+        method=args.method,
+        avg_bits=avg_bits,
+        rounding=args.rounding,
+        batchnorm=args.batchnorm,
+        calibration_samples=args.samples,
+        compare=(),
+        seed=args.seed,
+    )
+
+
+def run(
+    model: ResNet, options: QuantizationOptions, name: str, calibration: Images, test: Images, float_accuracy: float
+) -> Row:
+    """Quantize a copy of ``model`` to one budget and measure it."""
+    progress(f"{name}: {options.method} at {options.budget} ...")
+    start = time.perf_counter()
+    result = quantize(copy.deepcopy(model), calibration.batches(64), **asdict(options), say=progress)
+    seconds = time.perf_counter() - start
+    assert options.avg_bits is not None
+    row = Row(
+        model=name,
+        method=options.method,
+        rounding=options.rounding,
+        asked_bits=options.avg_bits,
+        avg_bits=result.plan.avg_bits,
+        ratio=result.plan.ratio,
+        accuracy=accuracy(result.model.eval(), test),
+        float_accuracy=float_accuracy,
+        seconds=round(seconds, 2),
+        peak_mb=round(peak_mb(), 1),
+        seed=options.seed,
+    )
+    progress(f"{name}: {row.accuracy:.1f} % at {row.avg_bits:.3f} bits in {seconds:.0f} s")
+    return row
+
+
+def progress(message: str) -> None:
+    """Say what is being done on stderr, so that stdout holds the result alone."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def peak_mb() -> float:
+    """Most memory this process has held, in MiB; the system counts it in KiB, on macOS in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)
+
+
+def as_text(rows: Sequence[Row], images: int, args: argparse.Namespace, command: str) -> str:
+    """The table, and what a reader needs to judge and to repeat it."""
+    header = ["network", "asked bits", "avg bits", "ratio", "accuracy %", "± s.e.", "float %", "seconds", "peak MB"]
+    cells = [
+        [
+            f"{row.model} {row.method} {row.rounding}",
+            f"{row.asked_bits:g}",
+            f"{row.avg_bits:.3f}",
+            f"{row.ratio:.2f}x",
+            f"{row.accuracy:.1f}",
+            f"{standard_error(row.accuracy, images):.1f}",
+            f"{row.float_accuracy:.1f}",
+            f"{row.seconds:.1f}",
+            f"{row.peak_mb:,.0f}",
+        ]
+        for row in rows
+    ]
+    notes = (
+        f"Accuracy on n = {images:,} test images of CIFAR-10; s.e. is the binomial standard error of one figure. "
+        f"Calibrated on\n{args.samples:,} training images drawn with seed {args.seed}. Average bits count the weights "
+        "alone, the ratio scales and zero points too.\nPeak memory is that of the process, data and all.\n"
+        f"Command: {command}"
+    )
+    return f"{text_table(header, cells)}\n\n{notes}"
+
+
+def standard_error(percent: float, images: int) -> float:
+    """Binomial standard error of an accuracy, in percent.
+
+    Example:
+        >>> round(standard_error(91.5, 1000), 2)
+        0.88
+    """
+    return math.sqrt(percent * (100 - percent) / images)
+
+
+if __name__ == "__main__":
+    main()
