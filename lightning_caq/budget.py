@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 
@@ -114,8 +115,11 @@ def make_budget(avg_bits: float | None, ratio: float | None, bits: Sequence[int]
     """
     given = {name: value for name, value in (("avg_bits", avg_bits), ("ratio", ratio)) if value is not None}
     if len(given) != 1:
-        what = "no budget" if not given else "two budgets (" + ", ".join(f"{k}={v:g}" for k, v in given.items()) + ")"
+        what = "no budget" if not given else "two budgets (" + ", ".join(f"{k}={v}" for k, v in given.items()) + ")"
         raise BudgetError(f"Got {what}; give exactly one of avg_bits (such as 3.0) or ratio (such as 10).")
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise BudgetError(f"{name}={value!r} is no number; give one such as 3.0.")
     if avg_bits is not None:
         if not min(bits) <= avg_bits <= max(bits):
             raise BudgetError(

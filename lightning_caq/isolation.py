@@ -10,6 +10,41 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Put the global random states of torch, numpy and Python back afterwards."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+
+
+@contextmanager
+def seeded(seed: int = 0) -> Iterator[None]:
+    """Set the global random states for a while, and put them back afterwards.
+
+    Args:
+        seed: The seed to start from.
+
+    Example:
+        >>> with seeded(1):
+        ...     a = random.random()
+        >>> with seeded(1):
+        ...     print(a == random.random())
+        True
+    """
+    with random_states_kept():
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        yield
 
 
 @contextmanager
@@ -32,12 +67,10 @@ def preserved(model: nn.Module) -> Iterator[None]:
     """
     flags = {module: module.training for module in model.modules()}
     shapes = {module: (module.__class__, dict(module.__dict__), _contents(module)) for module in model.modules()}
-    tensors = [*model.parameters(), *model.buffers()]
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if not is_lazy(t)]
     values = [t.detach().clone() for t in tensors]
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     try:
-        with torch.random.fork_rng(devices=devices):
+        with random_states_kept():
             model.eval()
             yield
     except BaseException:
@@ -54,8 +87,6 @@ def preserved(model: nn.Module) -> Iterator[None]:
                 tensor.copy_(value)
         raise
     finally:
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
         for module, training in flags.items():
             module.training = training
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_caq.batches import check_model_takes
 from lightning_caq.budget import LayerSizes
@@ -158,10 +159,6 @@ def find_layers(
     chosen = _select(every, include, exclude)
     for layer in chosen:
         weight = layer_weight(model, layer)
-        if isinstance(weight, nn.parameter.UninitializedParameter):
-            raise LayerError(
-                f"Layer '{layer.name}' is lazy and not initialised; run one batch through the model first."
-            )
         if not bool(torch.isfinite(weight).all()):
             raise LayerError(
                 f"Layer '{layer.name}' holds NaN or infinite weights; only finite weights can be quantized."
@@ -187,6 +184,8 @@ def quantizable_layers(model: nn.Module) -> list[Layer]:
         weight = module._parameters.get("weight")
         if kind is None or weight is None:
             continue
+        if is_lazy(weight):
+            raise LayerError(f"Layer '{name}' is lazy and not initialised; run one batch through the model first.")
         known = found.get(id(weight))
         if known is not None:
             # A word table that a linear layer shares, as in language models, counts as the table.

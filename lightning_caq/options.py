@@ -99,6 +99,8 @@ def _one_of(option: str, value: Any, allowed: Sequence[str]) -> None:
 
 
 def _names(option: str, value: Any) -> Sequence[str]:
-    if isinstance(value, str) or not all(isinstance(v, str) for v in value):
+    if isinstance(value, str):
         raise OptionError(f"{option}={value!r} must be a list of strings, such as [{value!r}].")
+    if not isinstance(value, Sequence) or not all(isinstance(v, str) for v in value):
+        raise OptionError(f"{option}={value!r} must be a list of strings.")
     return tuple(value)

@@ -124,7 +124,7 @@ class QuantizationPlan:
             PlanError: If the plan belongs to another network.
         """
         self._check_architecture(model)
-        if not all(on_grid(_weight(model, layer), layer.grid) for layer in self.layers):
+        if not all(on_grid(_weight(model, x), x.grid.to(_weight(model, x).device)) for x in self.layers):
             return False
         swap(model, self.grids())
         return True
@@ -140,7 +140,7 @@ class QuantizationPlan:
         with torch.no_grad():
             for layer in self.layers:
                 weight = _weight(model, layer)
-                grid = Grid(layer.grid.bits, *(t.to(weight.device) for t in (layer.grid.scale, layer.grid.zero_point)))
+                grid = layer.grid.to(weight.device)
                 codes = grid.codes(weight)
                 weight.copy_(grid.values(codes))
                 layers.append(replace(layer, codes=codes.to("cpu", torch.uint8)))
@@ -149,10 +149,7 @@ class QuantizationPlan:
 
     def cpu(self) -> QuantizationPlan:
         """The plan with its tensors on the CPU."""
-        layers = tuple(
-            replace(x, grid=Grid(x.grid.bits, x.grid.scale.cpu(), x.grid.zero_point.cpu()), codes=x.codes.cpu())
-            for x in self.layers
-        )
+        layers = tuple(replace(x, grid=x.grid.to("cpu"), codes=x.codes.cpu()) for x in self.layers)
         return replace(self, layers=layers, repairs={name: tensor.cpu() for name, tensor in self.repairs.items()})
 
     def grids(self) -> dict[str, Grid]:

@@ -55,9 +55,10 @@ class FakeQuant:
             return
         self.quantizing = on_grid(self.weight, self.grid)
         if not self.quantizing:
+            # The same words for every layer: Python then shows them once.
             warnings.warn(
-                f"Layer '{prefix.rstrip('.')}' was loaded with weights that are not on its {self.bits}-bit grid, such "
-                "as those of a float checkpoint; it runs as the float layer they are. Quantize again to quantize them.",
+                "A quantized network was loaded with weights that do not lie on its grids, such as those of a float "
+                "checkpoint; these layers run as the float layers they are. Quantize again to quantize them.",
                 stacklevel=2,
             )
 

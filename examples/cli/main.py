@@ -1,0 +1,26 @@
+"""Quantize from the command line: a LightningCLI program without a line about quantization.
+
+The callback comes from YAML, or from the command line alone::
+
+    python examples/cli/main.py fit --config examples/cli/cet.yaml
+    python examples/cli/main.py fit --config examples/cli/caq.yaml
+    python examples/cli/main.py fit --config examples/cli/cet.yaml --trainer.callbacks.avg_bits=2.25
+
+    python examples/cli/main.py fit --trainer.max_epochs=3 \
+        --trainer.callbacks+=lightning_caq.CurvatureQuantizationCallback --trainer.callbacks.avg_bits=3
+
+    python examples/cli/main.py fit --config examples/cli/cet.yaml --print_config
+"""
+
+import sys
+from pathlib import Path
+
+from lightning.pytorch.cli import LightningCLI
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the network and the data are those of the other examples
+
+from data import Digits
+from models import Classifier
+
+if __name__ == "__main__":
+    LightningCLI(Classifier, Digits, seed_everything_default=0)

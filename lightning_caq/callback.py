@@ -1,0 +1,396 @@
+"""The callback: when things happen. What happens is decided in the other rooms of the package."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_caq import bridge, pipeline
+from lightning_caq._compat import Callback, every
+from lightning_caq.contexts import InFloat32, curvature_safe
+from lightning_caq.errors import OptionError, PlanError
+from lightning_caq.evaluation.report import QuantizationReport
+from lightning_caq.isolation import preserved
+from lightning_caq.layers import find_layers
+from lightning_caq.measures.measure import measure
+from lightning_caq.measures.profile import CurvatureProfile
+from lightning_caq.options import QuantizationOptions
+from lightning_caq.plan import QuantizationPlan
+from lightning_caq.progress import Progress
+from lightning_caq.quantizers.swap import quantized_modules, restore_modules
+from lightning_caq.reporting.files import scalars, write_outputs
+from lightning_caq.reporting.tensorboard import log_to_tensorboard
+
+LATENT = "caq_latent_weights"
+
+
+class Outcome(NamedTuple):
+    """What a run leaves behind."""
+
+    plan: QuantizationPlan
+    profile: CurvatureProfile
+    report: QuantizationReport
+
+
+class CurvatureQuantizationCallback(Callback):
+    """Quantize a network to mixed precision when its training ends, guided by the curvature of its loss.
+
+    At the end of ``trainer.fit`` the callback measures the trained network on training data, gives each layer the bits
+    that its curvature asks for within the budget, rounds the weights, validates the float, the quantized and the
+    compared networks, and writes the report to ``<log_dir>/caq/``, the loggers and the console. Under a stand-alone
+    ``trainer.validate`` a network that is not quantized yet is quantized first, so that its metrics are those of the
+    quantized network.
+
+    The network stays the same object: weights are replaced by their rounded values, and layers turn into fake-quant
+    layers with the same parameters and state-dict keys. A second ``fit`` trains the quantized network on through
+    straight-through gradients. Quantization is simulated in floating point; the network does not run faster.
+
+    Note:
+        Checkpoints that ``ModelCheckpoint`` writes while the float network trains hold float weights. Loading one into
+        the quantized network, as ``trainer.test(ckpt_path="best")`` does, runs it as the float network it is, with a
+        warning. ``ModelCheckpoint(save_last=True)`` may write its last checkpoint after quantization; that one holds
+        the quantized network, and holds the plan for this callback.
+
+    Note:
+        Strategies that shard weights (FSDP, DeepSpeed, ModelParallel) are refused. Under strategies that start
+        processes (``ddp_spawn``) the main process keeps no result; load the plan from ``<log_dir>/caq/``.
+
+    Args:
+        method: How bits are allocated: ``cet``, ``caq``, ``uniform`` or another registered method.
+        avg_bits: Budget: average bits a weight. Give exactly one budget.
+        ratio: Budget: float32 size over quantized size, scales and zero points counted.
+        bits: Candidate bit-widths, from 1 to 8.
+        rounding: How weights are rounded to the grid.
+        batchnorm: ``recentre`` moves batch-norm statistics and biases by what quantization changed; ``keep`` does not.
+        objective: ``distill`` (divergence from the float outputs, no labels needed) or ``task`` (the module's loss).
+        calibration_samples: Training samples used to round weights and to repair statistics.
+        curvature_samples: How many of these are used to measure curvature.
+        eigenpairs: Eigenpairs of the Hessian to find where they come from Lanczos.
+        loss_fn: The loss of a batch, ``(module, batch) -> tensor``, for ``objective="task"``. By default the module's
+            ``curvature_loss(batch)`` if it has one, else its ``training_step``.
+        evaluate: Whether to validate the float, quantized and compared networks.
+        compare: Methods to evaluate beside the chosen one at the same budget.
+        monitor_every_n_epochs: Measure and log curvature during training at most this often, in epochs; 0 never does.
+        include: Shell patterns of the layers to quantize; all by default.
+        exclude: Shell patterns of the layers to leave in float32.
+        seed: Seed of every random number.
+
+    Raises:
+        OptionError: If an argument has a value that is not allowed.
+        BudgetError: If there is no budget, two, or one out of range.
+
+    Example::
+
+        trainer = Trainer(callbacks=CurvatureQuantizationCallback(method="cet", avg_bits=3))
+        trainer.fit(model, datamodule)
+        trainer.test(model, datamodule)  # the quantized network
+    """
+
+    def __init__(
+        self,
+        method: str = "cet",
+        *,
+        avg_bits: float | None = None,
+        ratio: float | None = None,
+        bits: list[int] | tuple[int, ...] = (2, 3, 4, 5, 6, 8),
+        rounding: Literal["error_feedback", "nearest"] = "error_feedback",
+        batchnorm: Literal["recentre", "keep"] = "recentre",
+        objective: Literal["distill", "task"] = "distill",
+        calibration_samples: int = 512,
+        curvature_samples: int = 256,
+        eigenpairs: int = 64,
+        loss_fn: Callable[[nn.Module, Any], Any] | None = None,
+        evaluate: bool = True,
+        compare: list[str] | tuple[str, ...] = ("uniform",),
+        monitor_every_n_epochs: int = 0,
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.options = QuantizationOptions(
+            method=method,
+            avg_bits=avg_bits,
+            ratio=ratio,
+            bits=bits,
+            rounding=rounding,
+            batchnorm=batchnorm,
+            objective=objective,
+            calibration_samples=calibration_samples,
+            curvature_samples=curvature_samples,
+            eigenpairs=eigenpairs,
+            compare=compare,
+            include=include,
+            exclude=exclude,
+            seed=seed,
+        )
+        if loss_fn is not None and not callable(loss_fn):
+            raise OptionError(f"loss_fn={loss_fn!r} is not a function of (module, batch) that returns a loss.")
+        if type(monitor_every_n_epochs) is not int or monitor_every_n_epochs < 0:
+            raise OptionError(
+                f"monitor_every_n_epochs={monitor_every_n_epochs!r} is not allowed; give a whole number, 0 for never."
+            )
+        self.loss_fn = loss_fn
+        self.evaluate = evaluate
+        self.monitor_every_n_epochs = monitor_every_n_epochs
+        self._outcome: Outcome | None = None
+        self._network: weakref.ref[nn.Module] | None = None  # the network that the plan is in force on
+        self._monitored: int | None = None  # the epoch that was measured last
+
+    @property
+    def plan(self) -> QuantizationPlan | None:
+        """Bits, scales and codes of every layer; ``None`` before a run."""
+        return self._outcome.plan if self._outcome else None
+
+    @property
+    def profile(self) -> CurvatureProfile | None:
+        """What was measured; ``None`` before a run."""
+        return self._outcome.profile if self._outcome else None
+
+    @property
+    def report(self) -> QuantizationReport | None:
+        """Float against quantized, with sizes; ``None`` before a run."""
+        return self._outcome.report if self._outcome else None
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """The key of this callback in a checkpoint; several of them may be in one list."""
+        return self._generate_state_key(method=self.options.method, budget=str(self.options.budget))
+
+    # ------------------------------------------------------------------------------------------------------- hooks
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called before a run starts; refuses what cannot work and warns of what would spoil the result."""
+        if bridge.is_superseded(trainer, self):
+            rank_zero_warn(
+                f"caq: {self.state_key} does nothing, because another {type(self).__name__} follows it in the list of "
+                "callbacks; only the last one quantizes."
+            )
+        if stage in ("fit", "validate"):
+            bridge.refuse_sharded(trainer)
+        if stage == "fit":
+            bridge.warn_of_late_averaging(trainer, self)
+            self._monitored = None
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when validation starts; quantizes before a stand-alone one, measures curvature during training."""
+        if trainer.sanity_checking or bridge.is_trial(trainer) or bridge.is_superseded(trainer, self):
+            return
+        if trainer.state.fn == "fit":
+            self._monitor(trainer, pl_module)
+        elif not self._in_force(pl_module):
+            self._quantize(trainer, pl_module)
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when a test starts; makes sure that the network is still swapped."""
+        self._in_force(pl_module)
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when prediction starts; makes sure that the network is still swapped."""
+        self._in_force(pl_module)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when training ends; quantizes, or settles a quantized network that was trained on."""
+        if bridge.is_superseded(trainer, self):
+            return
+        if bridge.is_trial(trainer):
+            rank_zero_info("caq: nothing is quantized under fast_dev_run.")
+            return
+        swapped = quantized_modules(pl_module).values()
+        if self._outcome and swapped and all(module.quantizing for module in swapped):
+            self._settle(trainer, pl_module, self._outcome)
+        else:
+            # A float checkpoint was loaded into a swapped network, or the network was swapped by someone else's plan.
+            restore_modules(pl_module)
+            self._quantize(trainer, pl_module)
+
+    # ------------------------------------------------------------------------------------------------- checkpoints
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: plain containers and tensors, and nothing before a run."""
+        if self._outcome is None:
+            return {}
+        plan, profile, report = self._outcome
+        return {"version": 1, "plan": plan.state_dict(), "profile": profile.to_json(), "report": report.to_json()}
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Called when a checkpoint is written; keeps the weights of a swapped network on their grid.
+
+        While such a network trains on, its parameters are off the grid. The checkpoint gets the values that the network
+        computes with, so that it is the network that was validated, and the parameters under a key of their own.
+        """
+        latent = {}
+        for name, module in quantized_modules(pl_module).items():
+            key = f"{name}.weight"
+            if module.quantizing and key in checkpoint["state_dict"]:
+                latent[key] = checkpoint["state_dict"][key]
+                checkpoint["state_dict"][key] = module.quantized_weight().detach()
+        if any(not torch.equal(weight, checkpoint["state_dict"][key]) for key, weight in latent.items()):
+            checkpoint[LATENT] = latent
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Called when a checkpoint was loaded, weights included; swaps the network by the plan that came with it.
+
+        The plan is used whatever the options of this callback are: it tells what the weights in the checkpoint are.
+        """
+        kind = type(self).__qualname__
+        states = [state for key, state in checkpoint["callbacks"].items() if key.startswith(kind) and state]
+        if not states or bridge.is_superseded(trainer, self):
+            return
+        state = states[-1]
+        if state["version"] != 1:
+            raise PlanError(f"The checkpoint holds a quantization of version {state['version']}; version 1 is known.")
+        plan = QuantizationPlan.from_state_dict(state["plan"])
+        if not plan.attach(pl_module):
+            rank_zero_warn(
+                "caq: the checkpoint holds a quantization plan, but its weights do not lie on the plan's grid; the "
+                "network runs as the float network they are."
+            )
+            return
+        if trainer.state.fn == "fit":
+            weights = dict(pl_module.named_parameters(remove_duplicate=False))
+            with torch.no_grad():
+                for key, value in checkpoint.get(LATENT, {}).items():
+                    weights[key].copy_(value)
+        profile, report = CurvatureProfile.from_json(state["profile"]), QuantizationReport.from_json(state["report"])
+        self._keep(pl_module, Outcome(plan, profile, report))
+
+    # ----------------------------------------------------------------------------------------------------- workers
+
+    def _quantize(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The whole road; whatever goes wrong on it, the float network is left."""
+        directory = _directory(trainer)
+        options = self.options
+        with curvature_safe(pl_module), preserved(pl_module):
+            float_state = _copied_state(pl_module) if trainer.world_size > 1 else {}
+            batches = bridge.training_batches(trainer, pl_module, options.calibration_samples, options.seed)
+            loss = bridge.quiet_loss(pl_module, self.loss_fn) if options.objective == "task" else None
+            validate = bridge.isolated_validation(trainer, pl_module) if self.evaluate else None
+            progress = Progress(rank_zero_info)
+            with InFloat32(pl_module) as float32:
+                batches, validate = float32.batches(batches), float32.outside(validate)
+                result = pipeline.run(pl_module, batches, options, loss_fn=loss, evaluate=validate, progress=progress)
+            plan = _agreed(trainer, pl_module, result.plan, float_state)
+            outcome = Outcome(plan, result.profile, result.report)
+            _write(trainer, directory, outcome)
+        self._keep(pl_module, outcome)
+
+    def _settle(self, trainer: Trainer, pl_module: LightningModule, before: Outcome) -> None:
+        """Snap a network that was trained on to its grid, and validate it again."""
+        directory = _directory(trainer)
+        with curvature_safe(pl_module), preserved(pl_module):
+            plan = before.plan.settled(pl_module)
+            validate = bridge.isolated_validation(trainer, pl_module) if self.evaluate else None
+            metrics = {k: v for k, v in before.report.metrics.items() if not k.startswith("quantized/")}
+            if validate is not None:
+                metrics |= {f"quantized/{name}": value for name, value in validate(pl_module).items()}
+            note = "The quantized network was trained on; all else is as measured before that."
+            notes = tuple(dict.fromkeys((*before.report.notes, note)))
+            report = replace(before.report, metrics=metrics, notes=notes)
+            outcome = Outcome(plan, before.profile, report)
+            _write(trainer, directory, outcome)
+        self._keep(pl_module, outcome)
+
+    def _keep(self, pl_module: nn.Module, outcome: Outcome) -> None:
+        self._outcome = outcome
+        self._network = weakref.ref(pl_module)
+
+    def _in_force(self, pl_module: LightningModule) -> bool:
+        """Whether the network is swapped; swaps it again if a ``configure_model`` that ran once more undid that."""
+        if quantized_modules(pl_module):
+            return True
+        if self.plan is None or self._network is None or self._network() is not pl_module:
+            return False
+        try:
+            with torch.inference_mode(False):  # buffers made in inference mode could never be trained with again
+                if not self.plan.attach(pl_module):
+                    self.plan.apply(pl_module)
+        except PlanError as error:
+            rank_zero_warn(
+                f"caq: the network that was quantized has lost its fake-quant layers ({error}) It runs as a float "
+                "network. If configure_model rebuilds the layers, let it return early where they exist."
+            )
+            return False
+        return True
+
+    def _monitor(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure and log κ and L of every layer; the network is not touched."""
+        epoch, every_n = trainer.current_epoch, self.monitor_every_n_epochs
+        if not every_n or (self._monitored is not None and epoch - self._monitored < every_n):
+            return
+        self._monitored = epoch
+        options = self.options
+        with curvature_safe(pl_module), preserved(pl_module):
+            batches = bridge.training_batches(trainer, pl_module, options.curvature_samples, options.seed)
+            with InFloat32(pl_module) as float32:
+                batches = float32.batches(batches)
+                layers = find_layers(pl_module, batches[0], include=options.include, exclude=options.exclude)
+                profile = measure(pl_module, layers, batches, samples=options.curvature_samples, seed=options.seed)
+        figures = {
+            f"caq/training/{measure}/{row.name}": value
+            for row in profile.layers
+            for measure, value in (("kappa", row.kappa), ("lipschitz", row.lipschitz))
+            if value is not None
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=trainer.global_step)
+
+
+def _write(trainer: Trainer, directory: Path, outcome: Outcome) -> None:
+    """Write files, loggers and the table on the console, on rank zero only."""
+    if not trainer.is_global_zero:
+        return
+    plan, profile, report = outcome
+    write_outputs(directory, plan, profile, report)
+    step, tensorboard = trainer.global_step, every("loggers", "TensorBoardLogger")
+    loggers: list[Any] = trainer.loggers
+    for logger in loggers:
+        logger.log_metrics(scalars(report, profile), step=step)
+        if isinstance(logger, tensorboard):
+            log_to_tensorboard(logger.experiment, plan, profile, report, step)
+        logger.save()
+    trainer.print(f"\n{report.table()}\n")
+    rank_zero_info(f"caq: plan, report and figures are in {directory}.")
+
+
+def _directory(trainer: Trainer) -> Path:
+    """Where the outputs go. Every rank has to ask: ``log_dir`` is a collective."""
+    return Path(trainer.log_dir or trainer.default_root_dir) / "caq"
+
+
+def _copied_state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def _agreed(
+    trainer: Trainer, pl_module: LightningModule, plan: QuantizationPlan, float_state: dict[str, Tensor]
+) -> QuantizationPlan:
+    """The plan of rank 0, in force on every rank: measurements may differ in their last digits between devices."""
+    if trainer.world_size == 1:
+        return plan
+    state = trainer.strategy.broadcast(plan.state_dict(), src=0)
+    if trainer.is_global_zero:
+        return plan
+    restore_modules(pl_module)
+    pl_module.load_state_dict(float_state)
+    plan = QuantizationPlan.from_state_dict(state)
+    plan.apply(pl_module)
+    return plan
