@@ -1,0 +1,125 @@
+"""The Gram spectrum against the analytic Gauss–Newton matrix from dense Jacobians, in float64."""
+
+import nets
+import pytest
+import torch
+from lightning_caq.layers import find_layers
+from lightning_caq.measures.gram import gram_spectrum
+from lightning_caq.measures.output_rows import choose_rows
+from lightning_caq.measures.measure import _differentiable
+
+K = 4
+
+
+class Setup:
+    """A case with its dense Gauss–Newton matrix and random perturbations of every layer."""
+
+    def __init__(self, name: str) -> None:
+        self.case = nets.make_case(name)
+        self.net, self.batches = self.case.net, self.case.batches
+        self.layers = find_layers(self.net, self.batches[0])
+        self.names = [layer.name for layer in self.layers]
+        self.dense = nets.Dense(self.net, self.names)
+        self.matrix = nets.gauss_newton(self.case, self.dense)
+        self.deltas = {x.name: {3: torch.randn(x.shape, dtype=torch.float64)} for x in self.layers}
+
+    def spectrum(self, **kwargs):
+        with _differentiable(self.net, self.layers):
+            return gram_spectrum(
+                self.net, self.layers, self.batches, self.deltas, **{"k": K, "tolerance": 0.0, **kwargs}
+            )
+
+    def placed(self, name: str) -> torch.Tensor:
+        """Δ of one layer among zeros for the others."""
+        parts = [
+            (self.deltas[n][3] if n == name else torch.zeros_like(self.deltas[n][3])).flatten() for n in self.names
+        ]
+        return torch.cat(parts)
+
+
+@pytest.fixture(params=nets.CASES)
+def setup(request):
+    return Setup(request.param)
+
+
+def test_analytic_matrix_is_the_hessian_of_the_objective(setup):
+    """The references agree with each other: the distill Hessian is the Gauss–Newton matrix."""
+    torch.testing.assert_close(setup.dense.hessian(nets.distill_loss(setup.case)), setup.matrix, rtol=1e-7, atol=1e-9)
+
+
+def test_spectrum_traces_energies_and_projections(setup):
+    spectrum = setup.spectrum()
+    values, vectors = torch.linalg.eigh(setup.matrix)
+    values, vectors = values.flip(0), vectors.flip(1)
+    top = float(values[0])
+    wanted = values[values > 1e-5 * top]
+    found = spectrum.values[: len(wanted)]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6 * top)
+    assert float(spectrum.values[len(wanted) :].sum()) < 2e-5 * top * len(values)
+    assert spectrum.kept == pytest.approx(1)
+
+    lead, lead_values = vectors[:, :K], values[:K]
+    start = 0
+    for name, block, size in zip(setup.names, setup.dense.blocks(setup.matrix), setup.dense.sizes, strict=True):
+        assert spectrum.traces[name] == pytest.approx(float(block.trace()), rel=1e-5)
+        energy = lead_values @ lead[start : start + size].square().sum(0)
+        assert spectrum.energies[name] == pytest.approx(float(energy), rel=1e-4)
+        delta = setup.placed(name)
+        inside = lead_values @ (lead.T @ delta).square()
+        projected = spectrum.projected[name][3]
+        assert float(projected[:K].square().sum()) == pytest.approx(float(inside), rel=1e-3)
+        assert float(projected.square().sum()) == pytest.approx(float(delta @ setup.matrix @ delta), rel=1e-5)
+        start += size
+
+
+def test_projections_of_layers_add_up_with_their_signs(setup):
+    """(Σ_i Δ_i)ᵀ H (Σ_i Δ_i) needs the signed components, not their squares."""
+    spectrum = setup.spectrum()
+    whole = sum(setup.placed(name) for name in setup.names)
+    signed = torch.stack([spectrum.projected[name][3] for name in setup.names]).sum(0)
+    assert float(signed.square().sum()) == pytest.approx(float(whole @ setup.matrix @ whole), rel=1e-5)
+
+
+@pytest.mark.parametrize("memory", [1, 2000])
+def test_little_memory_gives_the_same(memory):
+    setup = Setup("cnn")
+    whole, parts = setup.spectrum(), setup.spectrum(memory=memory)
+    torch.testing.assert_close(parts.values, whole.values)
+    assert parts.traces == pytest.approx(whole.traces)
+
+
+def test_dropped_rows_are_the_lightest_and_are_reported():
+    setup = Setup("mlp")
+    logits = torch.cat([setup.net(b).detach() for b in setup.batches])
+    p = logits.softmax(1)
+    shares = torch.stack(
+        [p[s, c] * (torch.eye(3)[c] - p[s]).square().sum() for s in range(len(p)) for c in range(3)]
+    ).sort(descending=True)
+    rows, kept = choose_rows(setup.net, setup.batches, 0.0, max_rows=7)
+    assert sorted(3 * (r.sample + 5 * r.batch) + r.cls for r in rows) == sorted(shares.indices[:7].tolist())
+    assert kept == pytest.approx(float(shares.values[:7].sum() / shares.values.sum()))
+
+    rows, kept = choose_rows(setup.net, setup.batches, 0.2, max_rows=10**6)
+    assert 0.8 <= kept < 1
+    assert float(shares.values[: len(rows) - 1].sum() / shares.values.sum()) < 0.8  # one row fewer is too few
+
+    spectrum = setup.spectrum(tolerance=0.2)
+    assert (spectrum.rows, spectrum.kept) == (len(rows), pytest.approx(kept))
+    values = torch.linalg.eigvalsh(setup.matrix).flip(0)[: len(spectrum.values)]
+    assert bool((spectrum.values <= values + 1e-6).all())  # fewer rows can only lower eigenvalues
+
+
+def test_confident_outputs():
+    """Classes of no probability carry nothing, and nothing breaks."""
+    net, x = torch.nn.Linear(3, 3).double(), torch.randn(6, 3, dtype=torch.float64)
+    with torch.no_grad():
+        net.weight.mul_(100)
+    layers = find_layers(net, x)
+    spectrum = gram_spectrum(net, layers, [x], {"": {}}, k=2)
+    case = nets.Case(net, [x])
+    jacobian = torch.autograd.functional.jacobian(
+        lambda w: torch.nn.functional.linear(x, w, net.bias), net.weight.detach()
+    ).reshape(6, 3, 9)
+    p = case.output(net, x).detach().softmax(1)
+    matrix = sum(j.T @ (torch.diag(q) - torch.outer(q, q)) @ j for j, q in zip(jacobian, p, strict=True)) / 6
+    assert float(spectrum.values.sum()) == pytest.approx(float(matrix.trace()), rel=1e-3)

@@ -1,0 +1,68 @@
+"""Products with the Hessian against dense Hessians in float64."""
+
+import nets
+import pytest
+import torch
+from lightning_caq.batches import run_model
+from lightning_caq.layers import find_layers
+from lightning_caq.measures.hessian import Hessian
+from lightning_caq.objective import make_objective
+
+
+def _task(net, batch):
+    output = run_model(net, batch)
+    return nets.task_loss(output.movedim(1, -1).flatten(0, -2) if output.ndim == 4 else output.flatten(0, -2))
+
+
+@pytest.fixture(params=nets.CASES)
+def case(request):
+    return nets.make_case(request.param)
+
+
+@pytest.mark.parametrize("objective", ["task", "distill"])
+def test_equals_dense_hessian(case, objective):
+    case.net.requires_grad_(True)  # `measure` lets autograd see frozen weights; here it is done by hand
+    layers = find_layers(case.net, case.batches[0])
+    operator = Hessian(case.net, layers, make_objective(objective, case.net, case.batches, _task))
+    dense = nets.Dense(case.net, [layer.name for layer in layers])
+    loss = nets.distill_loss(case) if objective == "distill" else lambda net: nets.loss_of(case, net)
+    expected = dense.hessian(loss)
+    assert operator.size == len(expected)
+    assert expected.norm() > 1e-3
+    columns = torch.stack([operator.product(unit) for unit in torch.eye(operator.size, dtype=torch.float64)])
+    torch.testing.assert_close(columns, expected, rtol=1e-8, atol=1e-10)
+
+    vectors = operator.split(torch.randn(operator.size, dtype=torch.float64))
+    quadratics = [v.flatten() @ b @ v.flatten() for v, b in zip(vectors, dense.blocks(expected), strict=True)]
+    assert operator.layer_quadratics(vectors) == pytest.approx([float(q) for q in quadratics], rel=1e-8, abs=1e-10)
+
+    slope = torch.func.grad(lambda vector: loss(dense.call(vector)))(dense.vector)
+    torch.testing.assert_close(torch.cat([g.flatten() for g in operator.gradient()]), slope, rtol=1e-8, atol=1e-10)
+
+
+def test_task_hessian_of_the_cases_is_indefinite():
+    case = nets.make_case("mlp")
+    values = torch.linalg.eigvalsh(nets.Dense(case.net, ["0", "2"]).hessian(lambda net: nets.loss_of(case, net)))
+    assert values.min() < -1e-3 < 1e-3 < values.max()
+
+
+def test_works_where_gradients_are_off():
+    case = nets.make_case("mlp")
+    operator = Hessian(
+        case.net, find_layers(case.net, case.batches[0]), make_objective("task", case.net, case.batches, _task)
+    )
+    v = torch.randn(operator.size, dtype=torch.float64)
+    expected = operator.product(v)
+    with torch.no_grad():
+        assert torch.equal(operator.product(v), expected)
+
+
+def test_a_layer_that_is_not_used_has_no_curvature():
+    net = torch.nn.ModuleDict({"used": torch.nn.Linear(3, 2), "idle": torch.nn.Linear(3, 2)}).double()
+    net.forward = lambda x: net["used"](x)
+    batch = torch.randn(4, 3, dtype=torch.float64)
+    layers = find_layers(net, batch)
+    assert [x.name for x in layers] == ["used", "idle"]
+    product = Hessian(net, layers, make_objective("distill", net, [batch])).product(torch.ones(12, dtype=torch.float64))
+    assert product[:6].norm() > 0
+    assert torch.equal(product[6:], torch.zeros(6, dtype=torch.float64))

@@ -1,0 +1,52 @@
+"""A layer as a matrix, against the layer itself."""
+
+import nets
+import pytest
+import torch
+from lightning_caq import matrix as module_under_test
+from lightning_caq.layers import quantizable_layers
+from lightning_caq.matrix import column_chunks, columns, from_matrix, to_matrix
+from torch import nn
+
+
+def _linear():
+    return nn.Linear(5, 3), (5,)
+
+
+LAYERS = {**{k: lambda k=k: (nets.CONVOLUTIONS[k][0](), nets.CONVOLUTIONS[k][1]) for k in nets.CONVOLUTIONS},
+          "linear": _linear, "tokens": lambda: (nn.Linear(5, 3), (2, 4, 5))}  # fmt: skip
+
+
+@pytest.fixture(params=LAYERS)
+def setup(request):
+    module, shape = LAYERS[request.param]()
+    module.double()
+    (layer,) = quantizable_layers(nn.Sequential(module))
+    return module, layer, torch.randn(3, *shape, dtype=torch.float64)
+
+
+def _without_bias(module, x):
+    return module(x) - module(torch.zeros_like(x))
+
+
+def test_matrix_times_columns_is_the_layer(setup):
+    module, layer, x = setup
+    found = to_matrix(layer, module.weight) @ columns(layer, module, x)
+    expected = _without_bias(module, x)
+    if layer.kind == "linear":
+        found, expected = found.transpose(2, 3).reshape(3, -1), expected.reshape(3, -1)
+    torch.testing.assert_close(found.reshape(expected.shape), expected)
+
+
+def test_round_trip(setup):
+    module, layer, _ = setup
+    again = from_matrix(layer, to_matrix(layer, module.weight))
+    assert torch.equal(again, module.weight)
+
+
+def test_chunks_are_the_columns(setup, monkeypatch):
+    module, layer, x = setup
+    monkeypatch.setattr(module_under_test, "_CHUNK_NUMBERS", 1)
+    chunks = list(column_chunks(layer, module, x))
+    assert len(chunks) == 3
+    assert torch.equal(torch.cat(chunks), columns(layer, module, x))

@@ -1,0 +1,74 @@
+import dataclasses
+
+import pytest
+from lightning_caq.budget import AvgBits, Ratio
+from lightning_caq.errors import BudgetError, OptionError
+from lightning_caq.options import QuantizationOptions
+
+
+def test_defaults_are_those_that_were_promised():
+    options = QuantizationOptions(avg_bits=3)
+    assert (options.method, options.rounding, options.batchnorm) == ("cet", "error_feedback", "recentre")
+    assert (options.objective, options.bits, options.compare) == ("distill", (2, 3, 4, 5, 6, 8), ("uniform",))
+    assert (options.calibration_samples, options.seed) == (512, 0)
+    assert options.budget == AvgBits(3)
+    assert QuantizationOptions(ratio=10).budget == Ratio(10)
+
+
+def test_bits_are_sorted_and_each_once():
+    assert QuantizationOptions(avg_bits=3, bits=[8, 2, 4, 2]).bits == (2, 4, 8)
+
+
+def test_methods_are_the_chosen_one_and_then_the_others_once():
+    assert QuantizationOptions(method="caq", avg_bits=3, compare=["uniform", "caq", "cet"]).methods == (
+        "caq",
+        "uniform",
+        "cet",
+    )
+    assert QuantizationOptions(avg_bits=3, compare=()).methods == ("cet",)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("method", "magic", "method='magic' is not known; choose from .*'cet'"),
+        ("compare", ["magic"], "compare='magic' is not known; choose from"),
+        ("compare", "uniform", r"compare='uniform' must be a list of strings, such as \['uniform'\]"),
+        ("rounding", "stochastic", "rounding='stochastic' is not known; choose from 'nearest', 'error_feedback'"),
+        ("batchnorm", True, "batchnorm=True is not known; choose from 'recentre', 'keep'"),
+        ("objective", "loss", "objective='loss' is not known; choose from 'distill', 'task'"),
+        ("bits", (), r"bits=\(\) is not allowed; give whole numbers from 1 to 8"),
+        ("bits", (0, 2), r"bits=\(0, 2\) is not allowed"),
+        ("bits", (2, 9), r"bits=\(2, 9\) is not allowed"),
+        ("bits", (2, 2.5), "is not allowed"),
+        ("bits", (True, 2), "is not allowed"),
+        ("bits", 4, "bits=4 is not allowed"),
+        ("bits", "248", "bits='248' is not allowed"),
+        ("calibration_samples", 0, "calibration_samples=0 is not allowed; give a whole number from 1 up"),
+        ("calibration_samples", 2.5, "calibration_samples=2.5 is not allowed"),
+        ("curvature_samples", -1, "curvature_samples=-1 is not allowed"),
+        ("eigenpairs", True, "eigenpairs=True is not allowed"),
+        ("include", "conv*", r"include='conv\*' must be a list of strings"),
+        ("exclude", [1], r"exclude=\[1\] must be a list of strings"),
+        ("exclude", 1, "exclude=1 must be a list of strings"),
+        ("compare", None, "compare=None must be a list of strings"),
+        ("method", ["cet"], "method=.* is not known"),
+    ],
+)
+def test_bad_options(name, value, message):
+    with pytest.raises(OptionError, match=message):
+        QuantizationOptions(**{"avg_bits": 3, name: value})
+
+
+def test_the_budget_is_checked_with_the_rest():
+    with pytest.raises(BudgetError, match="no budget"):
+        QuantizationOptions()
+    with pytest.raises(BudgetError, match="two budgets"):
+        QuantizationOptions(avg_bits=3, ratio=3)
+    with pytest.raises(BudgetError, match="avg_bits=2 cannot be met"):
+        QuantizationOptions(avg_bits=2, bits=(3, 4))
+
+
+def test_options_do_not_change():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        QuantizationOptions(avg_bits=3).seed = 1
