@@ -155,8 +155,10 @@ def run(
             f"{type(model).__name__} is quantized already; restore its float weights before quantizing it again."
         )
     device = next((p.device for p in model.parameters()), None)
-    samples = calibration_batches(batches, options.calibration_samples, device)
-    with preserved(model):
+    # Measuring differentiates, and a network with tensors made in inference mode could never be trained again. A data
+    # loader draws from the global random state as it is read, so that belongs to what is preserved.
+    with torch.inference_mode(False), preserved(model):
+        samples = calibration_batches(batches, options.calibration_samples, device)
         layers = find_layers(model, samples[0], include=options.include, exclude=options.exclude)
         chosen = {layer.name for layer in layers}
         left = sum(x.weights for x in quantizable_layers(model) if x.name not in chosen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -173,11 +174,11 @@ class Dense:
     def blocks(self, matrix: Tensor) -> list[Tensor]:
         """The diagonal blocks of the layers."""
         edges = torch.tensor([0, *self.sizes]).cumsum(0).tolist()
-        return [matrix[a:b, a:b] for a, b in zip(edges, edges[1:], strict=False)]
+        return [matrix[a:b, a:b] for a, b in pairwise(edges)]
 
 
 def gauss_newton(case: Case, dense: Dense) -> Tensor:
-    """Analytic softmax Gauss–Newton matrix, Jᵀ (diag p − p pᵀ) J averaged over rows in a batch and samples over batches."""
+    """Analytic softmax Gauss–Newton matrix: Jᵀ (diag p − p pᵀ) J over a batch's rows, batches by their samples."""
     total = torch.zeros(len(dense.vector), len(dense.vector), dtype=torch.float64)
     samples = 0
     for batch in case.batches:
@@ -267,7 +268,7 @@ def images(count: int, seed: int) -> tuple[Tensor, Tensor]:
     rows, cols = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
     waves = torch.stack([rows, cols, rows + cols, rows - cols])[y]
     phase = 6.28 * torch.rand(count, 1, 1, generator=draws)
-    return (torch.sin(waves + phase) + 0.5 * torch.randn(count, 8, 8, generator=draws))[:, None], y
+    return (torch.sin(waves + phase) + 1.1 * torch.randn(count, 8, 8, generator=draws))[:, None], y
 
 
 def small_cnn() -> nn.Module:

@@ -1,5 +1,8 @@
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
 from lightning_caq.batches import (
     batch_size,
     calibration_batches,
@@ -9,8 +12,6 @@ from lightning_caq.batches import (
     take_samples,
 )
 from lightning_caq.errors import CalibrationError
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 X = torch.arange(12.0).reshape(6, 2)
 

@@ -1,4 +1,5 @@
 import pytest
+
 from lightning_caq.budget import AvgBits, LayerSizes, Ratio, check_budget, make_budget, overhead_bits
 from lightning_caq.errors import BudgetError, CAQError, OptionError
 

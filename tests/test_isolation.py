@@ -3,10 +3,11 @@ import random
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from lightning_caq.isolation import preserved
 from lightning_caq.quantizers.affine import fit_grid
 from lightning_caq.quantizers.swap import swap
-from torch import nn
 
 
 def _net():
@@ -37,8 +38,8 @@ def _same(before, after):
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
 
-def _wreck(net):
-    """All that work on a network may do to it."""
+def _wreck(net, error):
+    """All that work on a network may do to it before it fails."""
     weight = net[0].weight.detach()
     swap(net, {"0": fit_grid(weight, 2, (4, 1))})
     with torch.no_grad():
@@ -50,6 +51,7 @@ def _wreck(net):
     net[3].note = "hello"
     net.add_module("more", nn.ReLU())
     torch.rand(5), np.random.rand(5), random.random()
+    raise error
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
@@ -58,8 +60,7 @@ def test_everything_is_put_back_if_the_work_fails(error):
     before = _picture(net)
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     with pytest.raises(error), preserved(net):
-        _wreck(net)
-        raise error
+        _wreck(net, error)
     _same(before, _picture(net))
     assert torch.equal(states[0], torch.get_rng_state())
     assert (states[1] == np.random.get_state()[1]).all()
@@ -83,8 +84,7 @@ def test_optimizers_go_on_with_the_same_parameters():
     net = _net()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     with pytest.raises(RuntimeError), preserved(net):
-        _wreck(net)
-        raise RuntimeError
+        _wreck(net, RuntimeError)
     before = net[3].weight.detach().clone()
     net(torch.randn(5, 3)).sum().backward()
     optimizer.step()

@@ -1,6 +1,9 @@
 import nets
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
 from lightning_caq.errors import CalibrationError, LayerError, OptionError
 from lightning_caq.layers import (
     Layer,
@@ -11,8 +14,6 @@ from lightning_caq.layers import (
     layer_weight,
     quantizable_layers,
 )
-from torch import nn
-from torch.nn.utils import parametrizations
 
 
 class Late(nn.Module):

@@ -3,10 +3,11 @@
 import nets
 import pytest
 import torch
+from torch import nn
+
 from lightning_caq import matrix as module_under_test
 from lightning_caq.layers import quantizable_layers
 from lightning_caq.matrix import column_chunks, columns, from_matrix, to_matrix
-from torch import nn
 
 
 def _linear():

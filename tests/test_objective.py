@@ -4,9 +4,10 @@ import nets
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from lightning_caq.errors import CalibrationError, OptionError
 from lightning_caq.objective import divergence, make_objective, output_rows
-from torch import nn
 
 
 @pytest.mark.parametrize("name", nets.CASES)

@@ -7,12 +7,13 @@ import json
 import nets
 import pytest
 import torch
+from torch import nn
+
 from lightning_caq import QuantizationPlan, quantize
 from lightning_caq.errors import CAQError, PlanError
 from lightning_caq.fingerprint import fingerprint
 from lightning_caq.quantizers.modules import on_grid
 from lightning_caq.quantizers.swap import quantized_modules, restore_modules
-from torch import nn
 
 X = nets.images(48, 3)[0]
 
@@ -23,7 +24,7 @@ def done():
     torch.manual_seed(0)
     net = nets.trained(nets.small_cnn(), *nets.images(256, 0), steps=40).eval()
     quantized = copy.deepcopy(net)
-    result = quantize(quantized, [nets.images(64, 1)[0]], avg_bits=3, method="uniform", compare=())
+    result = quantize(quantized, [nets.images(64, 1)[0]], avg_bits=2.5, method="uniform", compare=())
     assert {"1.running_mean", "10.bias"} <= set(result.plan.repairs)
     return net, quantized, result.plan
 
@@ -80,7 +81,7 @@ def test_plans_of_different_budgets_do_not_overwrite_each_other(done, tmp_path):
 
 def test_the_description_can_be_read_by_people(done, tmp_path):
     data = json.loads(done[2].save(tmp_path / "plan").read_text())
-    assert (data["version"], data["method"], data["budget"]) == (1, "uniform", "avg_bits=3")
+    assert (data["version"], data["method"], data["budget"]) == (1, "uniform", "avg_bits=2.5")
     assert [x["name"] for x in data["layers"]] == ["0", "4", "10"]
     assert {x["name"]: x["bits"] for x in data["layers"]} == done[2].bits
 
@@ -242,7 +243,7 @@ def test_damaged_files(done, tmp_path, damage, match):
 def test_files_of_different_plans(done, tmp_path):
     net, _, plan = done
     first = plan.save(tmp_path / "first")
-    other = quantize(copy.deepcopy(net), [X], avg_bits=2, method="uniform", compare=()).plan.save(tmp_path / "second")
+    other = quantize(copy.deepcopy(net), [X], avg_bits=4, method="uniform", compare=()).plan.save(tmp_path / "second")
     other.with_suffix(".safetensors").replace(first.with_suffix(".safetensors"))
     with pytest.raises(PlanError, match="do not belong together"):
         QuantizationPlan.load(first)

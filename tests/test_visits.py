@@ -1,7 +1,8 @@
 import pytest
 import torch
-from lightning_caq.visits import visit_modules
 from torch import nn
+
+from lightning_caq.visits import visit_modules
 
 
 def _setup():

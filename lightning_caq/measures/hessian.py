@@ -10,14 +10,23 @@ from torch import Tensor, nn
 from lightning_caq.layers import Layer, layer_weight
 from lightning_caq.objective import Objective
 
+Gradients = tuple[Tensor, ...]
+
 
 class Hessian:
     """∇²ℓ(w) over the weights of the layers, by double backward (Pearlmutter 1994).
+
+    The gradient's graph of a batch is kept from one product to the next as long as all that are kept fit in
+    ``graph_memory``; a product then costs two gradients instead of three. Batches beyond that are built anew each time.
 
     Args:
         model: The network, in eval mode.
         layers: The layers whose weights are the variables; in this order they make up a vector of n numbers.
         objective: The objective ℓ; batches are weighted by their sizes.
+        graph_memory: Bytes that graphs may take together.
+
+    Attributes:
+        sizes: Number of weights of each layer, n_i.
 
     Example:
         >>> from lightning_caq.layers import find_layers
@@ -29,15 +38,23 @@ class Hessian:
         tensor([0.5000, 2.0000])
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[Layer], objective: Objective) -> None:
-        self._model, self._objective = model, objective
+    def __init__(
+        self, model: nn.Module, layers: Sequence[Layer], objective: Objective, *, graph_memory: int = 2**30
+    ) -> None:
+        self._model, self._objective, self._room = model, objective, graph_memory
         self._weights = [layer_weight(model, layer) for layer in layers]
+        self._kept: dict[int, Gradients] = {}
         self.sizes = [w.numel() for w in self._weights]
 
     @property
     def size(self) -> int:
         """Number of weights, n."""
         return sum(self.sizes)
+
+    @property
+    def kept(self) -> int:
+        """Number of batches whose graphs are kept."""
+        return len(self._kept)
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """A vector of n numbers as one tensor a layer, in the shapes of the weights."""
@@ -51,37 +68,64 @@ class Hessian:
         """H v, shape (n,)."""
         parts = self.split(vector)
         total = torch.zeros_like(vector)
-        for share, gradients in self._gradients():
+        for share, gradients, kept in self._gradients():
             images = torch.autograd.grad(
-                gradients, self._weights, grad_outputs=parts, allow_unused=True, materialize_grads=True
+                gradients, self._weights, parts, retain_graph=kept, allow_unused=True, materialize_grads=True
             )
-            total += share * torch.cat([image.flatten() for image in images])
+            total.add_(torch.cat([image.flatten() for image in images]), alpha=share)
         return total
 
-    def layer_quadratics(self, vectors: Sequence[Tensor]) -> list[float]:
-        """v_iᵀ H_ii v_i of every layer, from per-layer products on one graph a batch."""
-        sums = [0.0] * len(self._weights)
-        for share, gradients in self._gradients():
-            for i, (gradient, weight, v) in enumerate(zip(gradients, self._weights, vectors, strict=True)):
+    def layer_products(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """H_ii v_i of every layer, each on the part of the graph behind its own weight."""
+        totals = [torch.zeros_like(w) for w in self._weights]
+        for share, gradients, _ in self._gradients():
+            for total, gradient, weight, v in zip(totals, gradients, self._weights, vectors, strict=True):
                 (image,) = torch.autograd.grad(
-                    gradient, weight, grad_outputs=v, retain_graph=True, allow_unused=True, materialize_grads=True
+                    gradient, weight, v, retain_graph=True, allow_unused=True, materialize_grads=True
                 )
-                sums[i] += share * float((image.double() * v.double()).sum())
-        return sums
+                total.add_(image, alpha=share)
+        return totals
+
+    def layer_quadratics(self, vectors: Sequence[Tensor]) -> list[float]:
+        """v_iᵀ H_ii v_i of every layer."""
+        products = self.layer_products(vectors)
+        return [float((p.double() * v.double()).sum()) for p, v in zip(products, vectors, strict=True)]
 
     def gradient(self) -> list[Tensor]:
         """∇ℓ, one tensor a layer."""
         total = [torch.zeros_like(w) for w in self._weights]
-        for share, gradients in self._gradients(create_graph=False):
+        for share, gradients, _ in self._gradients():
             for sum_, gradient in zip(total, gradients, strict=True):
-                sum_ += share * gradient
+                sum_.add_(gradient.detach(), alpha=share)
         return total
 
-    def _gradients(self, create_graph: bool = True) -> Iterator[tuple[float, tuple[Tensor, ...]]]:
+    def _gradients(self) -> Iterator[tuple[float, Gradients, bool]]:
+        """Of every batch its share, its gradients with their graph, and whether that graph is kept."""
         for index in range(len(self._objective.batches)):
-            with torch.enable_grad():
-                loss = self._objective.batch_loss(self._model, index)
-                gradients = torch.autograd.grad(
-                    loss, self._weights, create_graph=create_graph, allow_unused=True, materialize_grads=True
-                )
-            yield self._objective.weight(index), gradients
+            if index not in self._kept and self._room > 0:
+                self._room -= self._graph_bytes(index)
+                if self._room >= 0:
+                    self._kept[index] = self._build(index)
+            kept = index in self._kept
+            yield self._objective.weight(index), self._kept[index] if kept else self._build(index), kept
+
+    def _build(self, index: int) -> Gradients:
+        with torch.enable_grad():
+            loss = self._objective.batch_loss(self._model, index)
+            return torch.autograd.grad(
+                loss, self._weights, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+
+    def _graph_bytes(self, index: int) -> int:
+        """Bytes of what the gradient's graph of a batch saves, each storage once; from a graph that is thrown away."""
+        seen: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+            return tensor.detach()
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            self._build(index)
+        own = {w.untyped_storage().data_ptr() for w in self._model.parameters()}
+        return sum(size for pointer, size in seen.items() if pointer not in own)

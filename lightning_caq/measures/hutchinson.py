@@ -1,20 +1,114 @@
-"""Hutchinson: traces from products with random signs."""
+"""Hutchinson: traces and diagonals from products with random signs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_caq.measures.hessian import Hessian
 
+_LEAST_PROBES = 4
+
+
+@dataclass(frozen=True)
+class LayerTraces:
+    """tr(H_ii) of every layer, nat/weight².
+
+    Attributes:
+        values: Traces, shape (layers,), float64.
+        errors: Standard errors, shape (layers,), float64. An interval is the value ± Student's t with probes − 1
+            degrees of freedom times the error: 3.2 for 95 % after 4 probes, 2 after many.
+        probes: Probes that were spent.
+        converged: Whether each layer's error is within the tolerance, shape (layers,), bool.
+    """
+
+    values: Tensor
+    errors: Tensor
+    probes: int
+    converged: Tensor
+
+
+@dataclass(frozen=True)
+class LayerDiagonals:
+    """diag(H_ii) of every layer, nat/weight².
+
+    Attributes:
+        values: Diagonals, one tensor a layer, in the shapes of the weights.
+        errors: Standard errors, element by element; Student's t with probes − 1 degrees of freedom makes intervals.
+        probes: Probes that were spent.
+    """
+
+    values: list[Tensor]
+    errors: list[Tensor]
+    probes: int
+
+
+def estimate_layer_traces(
+    operator: Hessian,
+    generators: Sequence[torch.Generator],
+    *,
+    tolerance: float = 0.05,
+    share: float = 0.01,
+    max_probes: int = 64,
+) -> LayerTraces:
+    """tr(H_ii) of every layer, with as many probes as it takes (Hutchinson 1990).
+
+    E[vᵀ A v] = tr(A) for a vector v of independent random signs, with variance 2 Σ_{j≠k} A_jk². Each layer is probed
+    with its own block H_ii: a product with the whole H would serve all layers at once, but its blocks off the diagonal
+    add noise.
+
+    Stops once every layer's standard error is below ``tolerance`` · max(|tr(H_ii)|, ``share`` · Σ_j |tr(H_jj)|), where
+    the standard error counts STUDENT
+
+    Args:
+        operator: The Hessian.
+        generators: A random generator a layer.
+        tolerance: Largest standard error, relative to the layer's trace.
+        share: Share of all traces below which a layer needs no relative accuracy of its own.
+        max_probes: Most probes, at least 4.
+
+    Returns:
+        The traces, what they cost and which of them reached the tolerance.
+
+    Example:
+        >>> from lightning_caq.layers import find_layers
+        >>> from lightning_caq.objective import make_objective
+        >>> net, x = torch.nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> operator = Hessian(net, find_layers(net, x), make_objective("distill", net, [x]))
+        >>> found = estimate_layer_traces(operator, [torch.Generator().manual_seed(0)])
+        >>> found.values, found.probes, found.converged  # the block is diagonal: signs give its trace exactly
+        (tensor([2.5000], dtype=torch.float64), 4, tensor([True]))
+    """
+    draws: list[list[float]] = []
+    while True:
+        draws.append(operator.layer_quadratics(_signs(operator, generators)))
+        if len(draws) < min(_LEAST_PROBES, max_probes):
+            continue
+        values, errors = _mean_and_error(torch.tensor(draws, dtype=torch.float64))
+        size = torch.maximum(values.abs(), share * values.abs().sum())
+        converged = errors <= tolerance * size
+        if len(draws) >= max_probes or bool(converged.all()):
+            return LayerTraces(values, errors, len(draws), converged)
+
 
 def layer_traces(operator: Hessian, probes: int, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
-    """tr(H_ii) of every layer and its standard error (Hutchinson 1990).
+    """``estimate_layer_traces`` with a fixed number of probes, at least 2.
 
-    E[vᵀ A v] = tr(A) for a vector v of independent random signs. Each layer is probed with its own block H_ii: a
-    product with the whole H would serve all layers at once, but its blocks off the diagonal add noise.
+    Returns:
+        Traces and standard errors, shape (layers,), float64, nat/weight².
+    """
+    found = estimate_layer_traces(operator, generators, tolerance=-1.0, max_probes=probes)
+    return found.values, found.errors
+
+
+def layer_diagonals(operator: Hessian, probes: int, generators: Sequence[torch.Generator]) -> LayerDiagonals:
+    """diag(H_ii) of every layer: E[v ⊙ H_ii v] for vectors v of random signs (Bekas, Kokiopoulou and Saad 2007).
+
+    Element j has the variance Σ_{k≠j} H_jk² a probe: a small element beside large ones needs many. For ``distill``
+    ``gauss_newton_diagonals`` has no such noise.
 
     Args:
         operator: The Hessian.
@@ -22,15 +116,93 @@ def layer_traces(operator: Hessian, probes: int, generators: Sequence[torch.Gene
         generators: A random generator a layer.
 
     Returns:
-        Traces and standard errors, shape (layers,), float64, nat/weight².
+        The diagonals.
+
+    Example:
+        >>> from lightning_caq.layers import find_layers
+        >>> from lightning_caq.objective import make_objective
+        >>> net, x = torch.nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> operator = Hessian(net, find_layers(net, x), make_objective("distill", net, [x]))
+        >>> layer_diagonals(operator, 2, [torch.Generator().manual_seed(0)]).values
+        [tensor([[0.5000, 2.0000]])]
     """
-    draws = []
-    for _ in range(probes):
-        signs = [
-            torch.randint(0, 2, (size,), generator=generator).mul_(2).sub_(1)
-            for size, generator in zip(operator.sizes, generators, strict=True)
-        ]
-        vectors = operator.split(operator.like(torch.cat(signs)))
-        draws.append(operator.layer_quadratics(vectors))
-    values = torch.tensor(draws, dtype=torch.float64)
-    return values.mean(0), values.std(0) / probes**0.5
+    means: list[Tensor] = []
+    spreads: list[Tensor] = []
+    for count in range(1, probes + 1):
+        signs = _signs(operator, generators)
+        draws = [v * p for v, p in zip(signs, operator.layer_products(signs), strict=True)]
+        if not means:
+            means, spreads = draws, [torch.zeros_like(d) for d in draws]
+            continue
+        # Welford's updates: sums of squares would lose small variances to rounding.
+        for mean, spread, draw in zip(means, spreads, draws, strict=True):
+            step = draw - mean
+            mean.add_(step, alpha=1 / count)
+            spread.addcmul_(step, draw - mean)
+    errors = [(spread / (probes * (probes - 1))).sqrt() for spread in spreads]
+    return LayerDiagonals(means, errors, probes)
+
+
+def hutch_plus_plus(
+    product: Callable[[Tensor], Tensor],
+    size: int,
+    products: int,
+    generator: torch.Generator,
+    *,
+    like: Tensor | None = None,
+) -> tuple[float, float]:
+    """tr(A) of a symmetric operator by Hutch++ (Meyer, Musco, Musco and Woodruff 2021), and its standard error.
+
+    A third of the products finds an orthonormal Q near the range of the largest eigenvalues, a third gives tr(QᵀAQ)
+    exactly, the rest probe what is left, P A P with P = I − QQᵀ. Unbiased whatever Q is, and the standard error is
+    that of the last part; Student's t with as many degrees of freedom as it has probes, less one, makes intervals.
+
+    MEASURED
+
+    Args:
+        product: v ↦ A v for a vector of shape (n,).
+        size: n.
+        products: Products to spend, at least 6.
+        generator: Draws the sketch and the probes.
+        like: A tensor of the dtype and device that the vectors shall have; float64 on the CPU by default.
+
+    Returns:
+        The trace, in the unit of A, and its standard error; 0 where Q spans the whole space.
+
+    Example:
+        >>> A = torch.outer(torch.arange(9.0).double(), torch.arange(9.0).double())  # of rank one: found exactly
+        >>> value, error = hutch_plus_plus(lambda v: A @ v, 9, 6, torch.Generator().manual_seed(0))
+        >>> round(value, 6), round(error, 6)
+        (204.0, 0.0)
+    """
+    like = torch.empty(0, dtype=torch.float64) if like is None else like
+    rank = min(products // 3, size)
+
+    def draw() -> Tensor:
+        return torch.randint(0, 2, (size,), generator=generator).mul_(2).sub_(1).to(like)
+
+    q = torch.linalg.qr(torch.stack([product(draw()) for _ in range(rank)], dim=1)).Q
+    inside = sum(float(torch.dot(c.double(), product(c).double())) for c in q.unbind(1))
+    if rank == size:
+        return inside, 0.0
+    rest = []
+    for _ in range(products - 2 * rank):
+        v = draw()
+        v = v - q @ (q.T @ v)
+        rest.append(float(torch.dot(v.double(), product(v).double())))
+    mean, error = _mean_and_error(torch.tensor(rest, dtype=torch.float64))
+    return inside + float(mean), float(error)
+
+
+def _signs(operator: Hessian, generators: Sequence[torch.Generator]) -> list[Tensor]:
+    """Random signs for every layer, each from its own generator."""
+    signs = [
+        torch.randint(0, 2, (size,), generator=generator).mul_(2).sub_(1)
+        for size, generator in zip(operator.sizes, generators, strict=True)
+    ]
+    return operator.split(operator.like(torch.cat(signs)))
+
+
+def _mean_and_error(draws: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over the first axis and its standard error."""
+    return draws.mean(0), draws.std(0) / len(draws) ** 0.5

@@ -17,6 +17,7 @@ from lightning_caq.isolation import preserved
 from lightning_caq.layers import Layer, layer_weight
 from lightning_caq.measures.blocks import record_blocks
 from lightning_caq.measures.curvature import remainder, second_order_sensitivity
+from lightning_caq.measures.folding import batchnorm_folded
 from lightning_caq.measures.gram import gram_spectrum
 from lightning_caq.measures.hessian import Hessian
 from lightning_caq.measures.hutchinson import layer_traces
@@ -203,10 +204,11 @@ def _gram(
 def _lanczos(
     model: nn.Module, layers: Sequence[Layer], target: Objective, deltas: Deltas, k: int, seed: int, rows: Rows
 ) -> dict[str, Any]:
-    operator = Hessian(model, layers, target)
-    start = operator.like(torch.randn(operator.size, generator=generator(seed, "lanczos")))
-    pairs = lanczos(operator.product, start, k)
-    traces, errors = layer_traces(operator, TRACE_PROBES, [generator(seed, f"trace/{x.name}") for x in layers])
+    with batchnorm_folded(model, layers, target.batches[0]):
+        operator = Hessian(model, layers, target)
+        start = operator.like(torch.randn(operator.size, generator=generator(seed, "lanczos")))
+        pairs = lanczos(operator.product, start, min(k, operator.size))
+        traces, errors = layer_traces(operator, TRACE_PROBES, [generator(seed, f"trace/{x.name}") for x in layers])
     magnitude = pairs.values.abs()
     for i, (layer, part) in enumerate(zip(layers, pairs.vectors.split(operator.sizes), strict=True)):
         row = rows[layer.name]

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+
 from lightning_caq.allocation.knapsack import solve
 from lightning_caq.errors import BudgetError
 

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from lightning_caq.allocation.knapsack import solve
 from lightning_caq.allocation.methods import available_methods, get_method
 from lightning_caq.measures.measure import MEASURES

@@ -4,9 +4,10 @@ import nets
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from lightning_caq.layers import find_layers
 from lightning_caq.measures.blocks import record_blocks
-from torch import nn
 
 ACTIVATIONS = {
     "relu": (nn.ReLU(), 1.0), "relu_inplace": (nn.ReLU(inplace=True), 1.0), "relu6": (nn.ReLU6(), 1.0),

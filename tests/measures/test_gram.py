@@ -3,10 +3,11 @@
 import nets
 import pytest
 import torch
+
 from lightning_caq.layers import find_layers
 from lightning_caq.measures.gram import gram_spectrum
-from lightning_caq.measures.output_rows import choose_rows
 from lightning_caq.measures.measure import _differentiable
+from lightning_caq.measures.output_rows import choose_rows
 
 K = 4
 

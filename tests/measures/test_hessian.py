@@ -3,6 +3,7 @@
 import nets
 import pytest
 import torch
+
 from lightning_caq.batches import run_model
 from lightning_caq.layers import find_layers
 from lightning_caq.measures.hessian import Hessian
@@ -66,3 +67,33 @@ def test_a_layer_that_is_not_used_has_no_curvature():
     product = Hessian(net, layers, make_objective("distill", net, [batch])).product(torch.ones(12, dtype=torch.float64))
     assert product[:6].norm() > 0
     assert torch.equal(product[6:], torch.zeros(6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("graph_memory", [0, 10_000, 2**30])
+def test_graphs_are_kept_only_within_memory(graph_memory):
+    """Batches whose graphs do not fit are built anew each time; the products are the same."""
+    net = torch.nn.Sequential(torch.nn.Linear(6, 20), torch.nn.Tanh(), torch.nn.Linear(20, 4)).eval()
+    batches = [torch.randn(16, 6) for _ in range(4)]
+    layers = find_layers(net, batches[0])
+    objective = make_objective("distill", net, batches)
+    v = torch.randn(sum(layer.weights for layer in layers))
+    operator = Hessian(net, layers, objective, graph_memory=graph_memory)
+    first, second = operator.product(v), operator.product(v)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.testing.assert_close(first, Hessian(net, layers, objective).product(v), rtol=0, atol=0)
+    assert operator.kept == {0: 0, 2**30: 4}.get(graph_memory, operator.kept)
+    assert 0 < operator.kept < 4 or graph_memory != 10_000
+
+
+def test_layer_products_are_the_blocks_of_the_dense_hessian():
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double().eval()
+    x = torch.randn(7, 3, dtype=torch.float64)
+    layers = find_layers(net, x)
+    objective = make_objective("distill", net, [x])
+    operator = Hessian(net, layers, objective)
+    columns = [operator.product(e) for e in torch.eye(operator.size, dtype=torch.float64)]
+    dense, (a, _) = torch.stack(columns), operator.sizes
+    v = torch.randn(operator.size, dtype=torch.float64)
+    first, second = operator.layer_products(operator.split(v))
+    torch.testing.assert_close(first.flatten(), dense[:a, :a] @ v[:a])
+    torch.testing.assert_close(second.flatten(), dense[a:, a:] @ v[a:])

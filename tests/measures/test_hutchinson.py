@@ -2,6 +2,7 @@
 
 import nets
 import torch
+
 from lightning_caq.layers import find_layers
 from lightning_caq.measures.hessian import Hessian
 from lightning_caq.measures.hutchinson import layer_traces
@@ -29,7 +30,7 @@ def test_is_unbiased_and_its_standard_error_covers():
     means, errors = torch.stack(means), torch.stack(errors)
     # The mean of all runs lies within four of its own standard errors of the truth ...
     assert bool(((means.mean(0) - truth).abs() < 4 * means.std(0) / runs**0.5).all())
-    # ... each run's own standard error is of the right size, and two of them cover about 93 % (t, 11 degrees of freedom).
+    # ... each run's own standard error is of the right size, and two of them cover about 93 % (t, 11 degrees).
     torch.testing.assert_close(errors.square().mean(0).sqrt(), means.std(0), rtol=0.25, atol=0)
     covered = ((means - truth).abs() <= 2 * errors).double().mean(0)
     assert bool((covered > 0.85).all())

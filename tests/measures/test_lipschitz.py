@@ -3,11 +3,12 @@
 import nets
 import pytest
 import torch
+from torch import nn
+
 from lightning_caq.layers import find_layers
 from lightning_caq.measures.blocks import record_blocks
 from lightning_caq.measures.lipschitz import lipschitz
 from lightning_caq.seeding import generator
-from torch import nn
 
 
 def _lipschitz(net, x, **kwargs):

@@ -5,13 +5,14 @@ import copy
 import nets
 import pytest
 import torch
+from torch import nn
+
 from lightning_caq.batches import run_model
 from lightning_caq.errors import CalibrationError, OptionError
 from lightning_caq.layers import find_layers
 from lightning_caq.measures import measure as module
 from lightning_caq.measures.measure import MEASURES, measure
 from lightning_caq.objective import make_objective
-from torch import nn
 
 
 def _measure(case, **kwargs):
@@ -71,7 +72,7 @@ def test_task_against_the_dense_hessian():
     matrix = dense.hessian(lambda net: nets.loss_of(case, net))
     _check_against(profile, case, dense, matrix)
     assert profile.shape == "hyperbolic paraboloid"
-    slope = torch.func.grad(lambda v: nets.loss_of(case, dense.call(v)))(dense.vector).split(dense.sizes)
+    slope = torch.func.grad(lambda v: nets.loss_of(case, dense.call(v)))(dense.vector).detach().split(dense.sizes)
     for row, part, block in zip(profile.layers, slope, dense.blocks(matrix), strict=True):
         assert abs(row.trace - float(block.trace())) < 5 * row.trace_stderr
         for bits in (2, 4):
@@ -206,7 +207,7 @@ def test_attention_has_all_measures():
 
 def test_bad_input():
     case = nets.make_case("mlp")
-    with pytest.raises(OptionError, match="'curl'.*not known measures.*'kappa'"):
+    with pytest.raises(OptionError, match=r"'curl'.*not known measures.*'kappa'"):
         _measure(case, needs=frozenset({"curl"}))
     with pytest.raises(OptionError, match="objective='task' needs loss_fn"):
         _measure(case, objective="task")

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+
 from lightning_caq.measures.profile import CurvatureProfile, LayerCurvature
 
 

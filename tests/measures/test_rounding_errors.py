@@ -3,6 +3,8 @@
 import nets
 import pytest
 import torch
+from torch import nn
+
 from lightning_caq.layers import find_layers
 from lightning_caq.measures.rounding_errors import (
     amplification,
@@ -12,7 +14,6 @@ from lightning_caq.measures.rounding_errors import (
     output_errors,
 )
 from lightning_caq.objective import make_objective
-from torch import nn
 
 
 @pytest.fixture(params=nets.CASES)

@@ -4,9 +4,10 @@ import nets
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from lightning_caq.layers import quantizable_layers
 from lightning_caq.quantizers.affine import Grid, fit_grid
-from torch import nn
 
 DRAWS = {
     "normal": lambda r, n: r.normal(size=n),

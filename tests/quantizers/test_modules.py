@@ -9,11 +9,12 @@ import nets
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from lightning_caq.layers import quantizable_layers
 from lightning_caq.quantizers.affine import fit_grid
 from lightning_caq.quantizers.modules import fake_quant_class, on_grid
 from lightning_caq.quantizers.swap import quantized_modules, restore_modules, swap
-from torch import nn
 
 MODULES = {
     **nets.CONVOLUTIONS,

@@ -5,11 +5,12 @@ import copy
 import nets
 import pytest
 import torch
+from torch import nn
+
 from lightning_caq.layers import find_layers
 from lightning_caq.objective import make_objective
 from lightning_caq.quantizers.affine import fit_grid
 from lightning_caq.quantizers.repair import Repair, measure_moments, move_statistics, prepare_repair, repairable
-from torch import nn
 
 
 def _round(net, bits=2):

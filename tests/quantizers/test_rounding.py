@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from lightning_caq.layers import Layer, find_layers
 from lightning_caq.matrix import from_matrix, to_matrix
 from lightning_caq.quantizers import rounding as module_under_test
@@ -17,7 +19,6 @@ from lightning_caq.quantizers.rounding import (
     round_layer,
     round_nearest,
 )
-from torch import nn
 
 DAMPING = 0.01
 
@@ -94,7 +95,8 @@ def test_curvature_is_the_second_moment_of_the_columns():
     net, module, layer, x = _layer("stride_padding")
     patches = _patches(module, x).double()
     z = patches.transpose(1, 2).flatten(0, 1)
-    torch.testing.assert_close(input_curvature(net, layer, [x[:7], x[7:]])[0].double(), z.T @ z / len(z), rtol=1e-5, atol=1e-6)
+    found = input_curvature(net, layer, [x[:7], x[7:]])[0].double()
+    torch.testing.assert_close(found, z.T @ z / len(z), rtol=1e-5, atol=1e-6)
 
     net, module, layer, x = _layer("groups")
     found = input_curvature(net, layer, [x])

@@ -1,10 +1,11 @@
 import nets
 import pytest
 import torch
+from torch import nn
+
 from lightning_caq.quantizers.affine import fit_grid
 from lightning_caq.quantizers.modules import FakeQuant
 from lightning_caq.quantizers.swap import quantized_modules, restore_modules, swap
-from torch import nn
 
 
 def _grid(module, bits=3):
