@@ -24,11 +24,11 @@ from torchmetrics import Metric
 
 from lightning_caq._compat import every
 from lightning_caq.batches import batch_size, describe
-from lightning_caq.contexts import Validation
 from lightning_caq.errors import CalibrationError, OptionError
 from lightning_caq.isolation import seeded
+from lightning_caq.objective import Loss
 
-LossFn = Callable[[nn.Module, Any], Tensor]
+Validation = Callable[[nn.Module], dict[str, float]]
 
 _MODULES = every("core", "LightningModule")
 
@@ -137,7 +137,7 @@ def _to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------- quiet loss
 
 
-def quiet_loss(pl_module: LightningModule, loss_fn: LossFn | None = None) -> LossFn:
+def quiet_loss(pl_module: LightningModule, loss_fn: Loss | None = None) -> Loss:
     """The module's loss on one batch, as a function without side effects.
 
     The loss is ``loss_fn(module, batch)`` if given, else the module's own ``curvature_loss(batch)`` if it has one, else
@@ -166,7 +166,7 @@ def quiet_loss(pl_module: LightningModule, loss_fn: LossFn | None = None) -> Los
 _REMEDY = "give loss_fn=, a function of (module, batch) that returns the loss, or define curvature_loss(self, batch)"
 
 
-def _own_loss(pl_module: LightningModule) -> LossFn:
+def _own_loss(pl_module: LightningModule) -> Loss:
     if callable(getattr(pl_module, "curvature_loss", None)):
         return lambda model, batch: model.curvature_loss(batch)  # type: ignore[operator]
     name = type(pl_module).__name__

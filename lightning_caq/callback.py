@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from lightning_caq import bridge, pipeline
 from lightning_caq._compat import Callback, every
-from lightning_caq.contexts import InFloat32, curvature_safe
+from lightning_caq.contexts import curvature_safe
 from lightning_caq.errors import OptionError, PlanError
 from lightning_caq.evaluation.report import QuantizationReport
 from lightning_caq.isolation import preserved
@@ -285,9 +285,7 @@ class CurvatureQuantizationCallback(Callback):
             loss = bridge.quiet_loss(pl_module, self.loss_fn) if options.objective == "task" else None
             validate = bridge.isolated_validation(trainer, pl_module) if self.evaluate else None
             progress = Progress(rank_zero_info)
-            with InFloat32(pl_module) as float32:
-                batches, validate = float32.batches(batches), float32.outside(validate)
-                result = pipeline.run(pl_module, batches, options, loss_fn=loss, evaluate=validate, progress=progress)
+            result = pipeline.run(pl_module, batches, options, loss_fn=loss, evaluate=validate, progress=progress)
             plan = _agreed(trainer, pl_module, result.plan, float_state)
             outcome = Outcome(plan, result.profile, result.report)
             _write(trainer, directory, outcome)
@@ -340,10 +338,8 @@ class CurvatureQuantizationCallback(Callback):
         options = self.options
         with curvature_safe(pl_module), preserved(pl_module):
             batches = bridge.training_batches(trainer, pl_module, options.curvature_samples, options.seed)
-            with InFloat32(pl_module) as float32:
-                batches = float32.batches(batches)
-                layers = find_layers(pl_module, batches[0], include=options.include, exclude=options.exclude)
-                profile = measure(pl_module, layers, batches, samples=options.curvature_samples, seed=options.seed)
+            layers = find_layers(pl_module, batches[0], include=options.include, exclude=options.exclude)
+            profile = measure(pl_module, layers, batches, samples=options.curvature_samples, seed=options.seed)
         figures = {
             f"caq/training/{measure}/{row.name}": value
             for row in profile.layers

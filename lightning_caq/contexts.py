@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
-Validation = Callable[[nn.Module], dict[str, float]]
+Evaluate = Callable[[nn.Module], Mapping[str, float]]
 
 
 @contextmanager
@@ -41,13 +42,21 @@ def curvature_safe(model: nn.Module) -> Iterator[None]:
 
 
 class InFloat32:
-    """A context in which a module of another precision, and batches for it, are in float32.
+    """A context in which a module of half precision, and batches for it, are in float32.
 
-    Under ``bf16-true`` or ``64-true`` parameters are not float32, and curvature is measured in nothing else. Parameters
+    Curvature cannot be measured in half precision, as under ``bf16-true``; double precision stays as it is. Parameters
     stay the same objects; on leaving, a tensor that was not changed gets back its very values.
 
     Args:
         model: The network.
+
+    Example:
+        >>> net = nn.Linear(2, 2).bfloat16()
+        >>> with InFloat32(net):
+        ...     net.weight.dtype
+        torch.float32
+        >>> net.weight.dtype
+        torch.bfloat16
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -57,7 +66,7 @@ class InFloat32:
     def __enter__(self) -> InFloat32:
         """Convert parameters and buffers."""
         for tensor in (*self._model.parameters(), *self._model.buffers()):
-            if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            if _is_half(tensor):
                 self._own.append((tensor, tensor.data))
                 tensor.data = tensor.data.float()
         return self
@@ -69,19 +78,23 @@ class InFloat32:
         self._own.clear()
 
     def batches(self, batches: list[Any]) -> list[Any]:
-        """The batches in float32."""
-        return [tree_map_only(Tensor, lambda t: t.float() if t.is_floating_point() else t, b) for b in batches]
+        """The batches in float32, where they were in half precision."""
+        return [tree_map_only(Tensor, lambda t: t.float() if _is_half(t) else t, batch) for batch in batches]
 
-    def outside(self, validate: Validation | None) -> Validation | None:
-        """``validate``, run in the module's own precision while this context is entered."""
-        if validate is None:
+    def outside(self, evaluate: Evaluate | None) -> Evaluate | None:
+        """``evaluate``, run in the module's own precision while this context is entered."""
+        if evaluate is None:
             return None
 
-        def run(model: nn.Module) -> dict[str, float]:
+        def run(model: nn.Module) -> Mapping[str, float]:
             self.__exit__()
             try:
-                return validate(model)
+                return evaluate(model)
             finally:
                 self.__enter__()
 
         return run
+
+
+def _is_half(tensor: Tensor) -> bool:
+    return not is_lazy(tensor) and tensor.is_floating_point() and tensor.element_size() < 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from lightning_caq.allocation.knapsack import solve
 from lightning_caq.allocation.methods import get_method
 from lightning_caq.batches import calibration_batches
 from lightning_caq.budget import FLOAT_BITS, LayerSizes, check_budget
+from lightning_caq.contexts import Evaluate, InFloat32, curvature_safe
 from lightning_caq.errors import LayerError
 from lightning_caq.evaluation.report import LayerRow, QuantizationReport, Size
 from lightning_caq.evaluation.versions import versions
@@ -30,8 +31,6 @@ from lightning_caq.quantizers.affine import fit_grid
 from lightning_caq.quantizers.repair import Repair, prepare_repair
 from lightning_caq.quantizers.rounding import round_layer
 from lightning_caq.quantizers.swap import quantized_modules
-
-Evaluate = Callable[[nn.Module], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -155,16 +154,15 @@ def run(
             f"{type(model).__name__} is quantized already; restore its float weights before quantizing it again."
         )
     device = next((p.device for p in model.parameters()), None)
-    # Measuring differentiates, and a network with tensors made in inference mode could never be trained again. A data
-    # loader draws from the global random state as it is read, so that belongs to what is preserved.
-    with torch.inference_mode(False), preserved(model):
-        samples = calibration_batches(batches, options.calibration_samples, device)
+    # A data loader draws from the global random state as it is read, so that belongs to what is preserved.
+    with curvature_safe(model), preserved(model), InFloat32(model) as float32:
+        samples = float32.batches(calibration_batches(batches, options.calibration_samples, device))
         layers = find_layers(model, samples[0], include=options.include, exclude=options.exclude)
         chosen = {layer.name for layer in layers}
         left = sum(x.weights for x in quantizable_layers(model) if x.name not in chosen)
         sizes = layer_sizes(layers, left)
         check_budget(options.budget, sizes, options.bits)
-        return _Road(model, layers, sizes, samples, options, loss_fn, evaluate, progress).walk()
+        return _Road(model, layers, sizes, samples, options, loss_fn, float32.outside(evaluate), progress).walk()
 
 
 @dataclass(frozen=True)

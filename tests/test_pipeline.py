@@ -360,6 +360,7 @@ def test_the_quantized_network_can_be_trained_and_settled(net):
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.5 * losses[0]
+    net.eval()
     expected = net(TEST[0]).detach()
     plan = result.plan.settled(net)
     torch.testing.assert_close(net(TEST[0]), expected)

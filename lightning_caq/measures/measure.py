@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_caq.batches import take_samples
+from lightning_caq.contexts import InFloat32, curvature_safe
 from lightning_caq.errors import OptionError
 from lightning_caq.isolation import preserved
 from lightning_caq.layers import Layer, layer_weight
@@ -104,8 +104,8 @@ def measure(
     rows: Rows = {x.name: {"weights": x.weights, "channels": x.channels, "macs": x.macs} for x in layers}
     chosen = take_samples(batches, samples)
     whole: dict[str, Any] = {}
-    # Only the plain attention kernel has the second and the forward derivatives that some measures take.
-    with preserved(model), _differentiable(model, layers), sdpa_kernel(SDPBackend.MATH):
+    with curvature_safe(model), preserved(model), InFloat32(model) as float32, _differentiable(model, layers):
+        chosen = float32.batches(chosen)
         target = make_objective(objective, model, chosen, loss_fn)
         if needs & {"kappa", "lipschitz"}:
             with progress.step("curvature and Lipschitz constants"):
