@@ -20,7 +20,8 @@ def curvature_safe(model: nn.Module) -> Iterator[None]:
     """Make second derivatives possible and exact, in any hook.
 
     Inference mode and autocast are off and gradients on; attention runs in its one kernel that can be differentiated
-    twice; compiled modules run eagerly, and recurrent layers without cuDNN, for the same reason.
+    twice, outside its fused layers; compiled modules run eagerly, and recurrent layers without cuDNN, for the same
+    reason.
 
     Args:
         model: The network that will be differentiated.
@@ -36,6 +37,8 @@ def curvature_safe(model: nn.Module) -> Iterator[None]:
             stack.enter_context(torch.autocast(device, enabled=False))
         if hasattr(torch.compiler, "set_stance"):  # torch 2.6 and later
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
         if recurrent:
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         yield

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from lightning_caq.batches import check_model_takes
 from lightning_caq.budget import LayerSizes
 from lightning_caq.errors import LayerError, OptionError
+from lightning_caq.visits import watching
 
 KINDS: dict[type[nn.Module], str] = {
     nn.Linear: "linear",
@@ -91,6 +92,11 @@ def layer_sizes(layers: Sequence[Layer], unquantized: int = 0) -> LayerSizes:
 def layer_module(model: nn.Module, layer: Layer) -> nn.Module:
     """The module that holds the layer's weight."""
     return model.get_submodule(layer.name)
+
+
+def layer_modules(model: nn.Module, layer: Layer) -> list[nn.Module]:
+    """Every module that applies the layer's weight, each once."""
+    return list({id(module): module for module in map(model.get_submodule, layer.modules)}.values())
 
 
 def layer_weight(model: nn.Module, layer: Layer) -> nn.Parameter:
@@ -249,37 +255,23 @@ def _in_execution_order(model: nn.Module, layers: list[Layer], batch: Any) -> li
 def _tracing(model: nn.Module, layers: list[Layer], traces: dict[str, _Trace]) -> Iterator[None]:
     """While open, forward passes fill ``traces`` in the order in which the layers run."""
     outputs: dict[int, tuple[Tensor, str]] = {}  # the tensors are kept, so that no identity is used twice
-    handles = []
+    watched = {id(module): layer for layer in layers for module in layer_modules(model, layer)}
+    batchnorms = {id(m): name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
 
-    def after_layer(module: nn.Module, layer: Layer, args: tuple[Any, ...], output: Tensor) -> None:
+    def hook(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
+        if id(module) in batchnorms:
+            if id(inputs) in outputs:
+                traces[outputs[id(inputs)][1]].batchnorm = batchnorms[id(module)]
+            return
+        layer = watched[id(module)]
         trace = traces.setdefault(layer.name, _Trace())
         trace.calls += 1
         outputs[id(output)] = (output, layer.name)
-        if isinstance(module, nn.Embedding):  # a look-up multiplies nothing
-            return
-        # A weight is applied once an output position; that of a transposed convolution once an input position.
-        side = args[0] if layer.transposed else output
-        spatial = side.shape[2:] if layer.kind.startswith("conv") else side.shape[1:-1]
-        trace.positions += len(side) * spatial.numel()
+        if not isinstance(module, nn.Embedding):  # a look-up multiplies nothing
+            # A weight is applied once an output position; that of a transposed convolution once an input position.
+            side = inputs if layer.transposed else output
+            spatial = side.shape[2:] if layer.kind.startswith("conv") else side.shape[1:-1]
+            trace.positions += len(side) * spatial.numel()
 
-    def before_batchnorm(name: str, args: tuple[Any, ...]) -> None:
-        if args and id(args[0]) in outputs:
-            traces[outputs[id(args[0])][1]].batchnorm = name
-
-    try:
-        for layer in layers:
-            for module in {id(m): m for m in map(model.get_submodule, layer.modules)}.values():
-                handles.append(
-                    module.register_forward_hook(
-                        lambda module, args, output, layer=layer: after_layer(module, layer, args, output)
-                    )
-                )
-        for name, module in model.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                handles.append(
-                    module.register_forward_pre_hook(lambda module, args, name=name: before_batchnorm(name, args))
-                )
+    with watching([m for m in model.modules() if id(m) in watched or id(m) in batchnorms], hook):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

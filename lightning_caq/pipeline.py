@@ -157,12 +157,18 @@ def run(
     # A data loader draws from the global random state as it is read, so that belongs to what is preserved.
     with curvature_safe(model), preserved(model), InFloat32(model) as float32:
         samples = float32.batches(calibration_batches(batches, options.calibration_samples, device))
-        layers = find_layers(model, samples[0], include=options.include, exclude=options.exclude)
+        found = find_layers(model, samples[0], include=options.include, exclude=options.exclude)
+        # Of a layer that no batch calls nothing is known: its weight may be used in another way, as attention does.
+        layers, skipped = [x for x in found if x.calls], [x for x in found if not x.calls]
+        if not layers:
+            raise LayerError("No calibration batch calls any of the layers to quantize; check the batches or include.")
         chosen = {layer.name for layer in layers}
         left = sum(x.weights for x in quantizable_layers(model) if x.name not in chosen)
         sizes = layer_sizes(layers, left)
         check_budget(options.budget, sizes, options.bits)
-        return _Road(model, layers, sizes, samples, options, loss_fn, float32.outside(evaluate), progress).walk()
+        return _Road(
+            model, layers, skipped, sizes, samples, options, loss_fn, float32.outside(evaluate), progress
+        ).walk()
 
 
 @dataclass(frozen=True)
@@ -171,6 +177,7 @@ class _Road:
 
     model: nn.Module
     layers: list[Layer]
+    skipped: list[Layer]
     sizes: LayerSizes
     batches: list[Any]
     options: QuantizationOptions
@@ -187,7 +194,7 @@ class _Road:
         repair = None
         if options.batchnorm == "recentre":
             repair = prepare_repair(model, self.layers, self.batches, options.objective, self.loss_fn)
-        notes = [f"No calibration batch reaches layer '{layer.name}'." for layer in self.layers if not layer.calls]
+        notes = [f"Layer '{x.name}' stays in float32: no calibration batch calls it." for x in self.skipped]
         plans: dict[str, QuantizationPlan] = {}
         for name in options.methods:
             variant = "quantized" if name == options.method else name

@@ -2,13 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_caq.batches import run_model
+
+Hook = Callable[[nn.Module, Tensor, Tensor], Tensor | None]
+
+
+@contextmanager
+def watching(modules: Iterable[nn.Module], hook: Hook) -> Iterator[None]:
+    """Call a hook after each call of some modules, while the context is open.
+
+    Args:
+        modules: The modules; one that is named twice is watched once.
+        hook: Called with the module, its first argument, by place or by keyword, and its output. What it returns,
+            unless ``None``, takes the place of the output.
+
+    Example:
+        >>> net = nn.Linear(2, 1, bias=False)
+        >>> with watching([net], lambda module, x, y: torch.zeros_like(y)):
+        ...     float(net(input=torch.ones(2)).detach())
+        0.0
+    """
+
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+        return hook(module, args[0] if args else next(iter(kwargs.values())), output)
+
+    handles = [m.register_forward_hook(after, with_kwargs=True) for m in {id(m): m for m in modules}.values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Seen(Exception):
@@ -40,22 +70,17 @@ def visit_modules(
     """
     left = 0
 
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def hook(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
         nonlocal left
-        visit(module, args[0], output)
+        visit(module, inputs, output)
         left -= 1
         if left == 0:
             raise _Seen
 
-    handles = [module.register_forward_hook(hook) for module in {id(m): m for m in modules}.values()]
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                left = calls if calls is not None else -1
-                try:
-                    run_model(model, batch)
-                except _Seen:
-                    continue
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watching(modules, hook), torch.no_grad():
+        for batch in batches:
+            left = calls if calls is not None else -1
+            try:
+                run_model(model, batch)
+            except _Seen:
+                continue

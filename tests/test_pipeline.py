@@ -338,12 +338,42 @@ def test_where_gradients_are_off(net, mode, objective):
     assert _loss(net, _batches()[0]).requires_grad  # it can still be trained
 
 
-def test_a_layer_that_no_batch_reaches_is_noted():
+def test_a_layer_that_no_batch_calls_stays_float():
     net = nn.ModuleDict({"used": nn.Linear(6, 6), "idle": nn.Linear(6, 6)})
     net.forward = lambda x: net["used"](x)
+    idle = net["idle"].weight.detach().clone()
     result = quantize(net, [torch.randn(30, 6)], avg_bits=3)
-    assert "No calibration batch reaches layer 'idle'." in result.report.notes
-    assert set(result.plan.bits) == {"used", "idle"}
+    assert "Layer 'idle' stays in float32: no calibration batch calls it." in result.report.notes
+    assert set(result.plan.bits) == {"used"}
+    assert torch.equal(net["idle"].weight, idle)
+    assert result.plan.sizes.unquantized == 36  # it counts in the ratio
+    restore_modules(net)
+    with pytest.raises(LayerError, match="No calibration batch calls"):
+        quantize(net, [torch.randn(30, 6)], avg_bits=3, include=["idle"])
+
+
+@pytest.mark.parametrize("method", ["cet", "caq"])
+def test_attention(method):
+    """The fused layer never calls its projections; what it does call is quantized, and nothing raises."""
+    net = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Flatten(), nn.Linear(40, 3)).eval()
+    before = net[0].self_attn.out_proj.weight.detach().clone()
+    result = quantize(net, [torch.randn(30, 5, 8)], method=method, avg_bits=3, compare=())
+    assert set(result.plan.bits) == {"0.linear1", "0.linear2", "2"}
+    assert torch.equal(net[0].self_attn.out_proj.weight, before)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_inputs_by_keyword():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(input=x)
+
+    result = quantize(Net(), [torch.randn(30, 6)], avg_bits=3, compare=("caq",))
+    assert result.plan.bits == {"fc": 3}
 
 
 def test_the_quantized_network_can_be_trained_and_settled(net):

@@ -37,7 +37,7 @@ def solve(costs: ArrayLike, weights: Sequence[int], bits: Sequence[int], limit: 
         limit: Bits that all weights may take together.
 
     Returns:
-        The optimum. Among choices of equal cost the solver's, always the same one.
+        The optimum. Between choices whose costs differ by less than a millionth, the one with more bits.
 
     Raises:
         BudgetError: If not even the smallest bit-width everywhere fits.
@@ -56,8 +56,9 @@ def solve(costs: ArrayLike, weights: Sequence[int], bits: Sequence[int], limit: 
     # In units of their common divisor sizes are small whole numbers: the solver's tolerance cannot break the limit.
     divisor = float(np.gcd.reduce(sizes.astype(np.int64), axis=None))
     scale = float(np.abs(table).max()) or 1.0
+    few_bits = np.multiply.outer(np.asarray(weights) / np.sum(weights), 0.25 ** np.asarray(bits, dtype=np.float64))
     result = milp(
-        table.ravel() / scale,
+        (table / scale + 1e-6 * few_bits).ravel(),
         integrality=np.ones(table.size, dtype=np.int64),
         bounds=Bounds(0, 1),
         constraints=[
@@ -73,7 +74,7 @@ def solve(costs: ArrayLike, weights: Sequence[int], bits: Sequence[int], limit: 
     return Allocation(
         bits=tuple(int(bits[column]) for column in picked),
         cost=float(table[rows, picked].sum()),
-        bound=float(result.mip_dual_bound) * scale,
+        bound=min(float(result.mip_dual_bound) * scale, float(table[rows, picked].sum())),
     )
 
 

@@ -7,7 +7,6 @@ argument is the tensor that the block has produced so far is taken into the bloc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_caq.batches import run_model
-from lightning_caq.layers import Layer
+from lightning_caq.layers import Layer, layer_modules
+from lightning_caq.visits import watching
 
 
 def _batchnorm_lipschitz(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
@@ -126,16 +126,13 @@ def record_blocks(model: nn.Module, layers: Sequence[Layer], batch: Any) -> dict
         [('0', ['relu']), ('2', [])]
     """
     recorder = _Recorder()
-    with ExitStack() as stack, torch.no_grad():
-        for layer in layers:
-            for module in {id(m): m for m in map(model.get_submodule, layer.modules)}.values():
+    watched = {id(module): layer for layer in layers for module in layer_modules(model, layer)}
 
-                def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor, layer: Layer = layer) -> None:
-                    recorder.start(Block(layer, module, args[0].detach()), output)
+    def hook(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
+        recorder.start(Block(watched[id(module)], module, inputs.detach()), output)
 
-                stack.callback(module.register_forward_hook(hook).remove)
-        with recorder:
-            run_model(model, batch)
+    with watching([m for m in model.modules() if id(m) in watched], hook), torch.no_grad(), recorder:
+        run_model(model, batch)
     return recorder.blocks
 
 

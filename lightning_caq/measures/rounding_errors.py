@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from lightning_caq.batches import run_model
-from lightning_caq.layers import Layer, apply_weight, layer_weight
+from lightning_caq.layers import Layer, apply_weight, layer_modules, layer_weight
 from lightning_caq.objective import Objective
 from lightning_caq.quantizers.affine import fit_grid
-from lightning_caq.visits import visit_modules
+from lightning_caq.visits import visit_modules, watching
 
 
 def nearest_errors(model: nn.Module, layer: Layer, bits: Sequence[int]) -> dict[int, Tensor]:
@@ -110,27 +110,20 @@ def amplification(model: nn.Module, layer: Layer, objective_batches: Sequence[An
     """
     before = after = 0.0
 
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def hook(module: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
         nonlocal before
         with torch.no_grad():
-            tangent = apply_weight(module, delta, forward_ad.unpack_dual(args[0]).primal)
+            tangent = apply_weight(module, delta, forward_ad.unpack_dual(inputs).primal)
         before += float(tangent.double().square().sum())
         primal, carried = forward_ad.unpack_dual(output)
         dual: Tensor = forward_ad.make_dual(primal, tangent if carried is None else carried + tangent)
         return dual
 
-    # A module may be reached under two names: it is hooked once.
-    modules = {id(module): module for module in map(model.get_submodule, layer.modules)}
-    handles = [module.register_forward_hook(hook) for module in modules.values()]
-    try:
-        with torch.no_grad():
-            for batch in objective_batches:
-                with forward_ad.dual_level():
-                    tangent = forward_ad.unpack_dual(run_model(model, batch)).tangent
-                    after += 0.0 if tangent is None else float(tangent.double().square().sum())
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watching(layer_modules(model, layer), hook), torch.no_grad():
+        for batch in objective_batches:
+            with forward_ad.dual_level():
+                tangent = forward_ad.unpack_dual(run_model(model, batch)).tangent
+                after += 0.0 if tangent is None else float(tangent.double().square().sum())
     return (after / before) ** 0.5 if before > 0 else 0.0
 
 
@@ -149,4 +142,4 @@ def loss_change(model: nn.Module, layer: Layer, objective: Objective, delta: Ten
 
 def _visit_layer(model: nn.Module, layer: Layer, batches: Sequence[Any], visit: Any) -> None:
     if layer.calls:
-        visit_modules(model, [model.get_submodule(n) for n in layer.modules], batches, visit, calls=layer.calls)
+        visit_modules(model, layer_modules(model, layer), batches, visit, calls=layer.calls)

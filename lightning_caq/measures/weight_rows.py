@@ -14,6 +14,7 @@ from lightning_caq.batches import run_model
 from lightning_caq.layers import Layer, layer_weight
 from lightning_caq.matrix import columns
 from lightning_caq.measures.output_rows import OutputRow, output_seed, row_chunks, take_rows
+from lightning_caq.visits import watching
 
 
 @dataclass(frozen=True)
@@ -137,18 +138,14 @@ def _recording(model: nn.Module, weights: Mapping[int, Layer]) -> Iterator[list[
     """Note layer, module, input and output of every call of the layers, outputs as nodes of the graph."""
     calls: list[Call] = []
 
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def hook(module: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
         if not output.requires_grad:
             output = output.detach().requires_grad_()
-        calls.append((weights[id(module)], module, args[0].detach(), output))
+        calls.append((weights[id(module)], module, inputs.detach(), output))
         return output.clone()  # what follows may work in place
 
-    handles = [m.register_forward_hook(hook) for m in model.modules() if id(m) in weights]
-    try:
+    with watching([m for m in model.modules() if id(m) in weights], hook):
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _add(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_caq.layers import Layer, layer_weight
+from lightning_caq.layers import Layer, layer_modules, layer_weight
 from lightning_caq.matrix import column_chunks, from_matrix, to_matrix
 from lightning_caq.quantizers.affine import Grid
 from lightning_caq.visits import visit_modules
@@ -45,8 +45,7 @@ def input_curvature(model: nn.Module, layer: Layer, batches: Iterable[Any]) -> T
             total = moment if total is None else total.add_(moment)
             count += flat.shape[-1]
 
-    modules = [model.get_submodule(name) for name in layer.modules]
-    visit_modules(model, modules, batches, visit, calls=layer.calls)
+    visit_modules(model, layer_modules(model, layer), batches, visit, calls=layer.calls)
     return None if total is None else total / count
 
 

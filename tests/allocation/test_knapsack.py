@@ -90,3 +90,7 @@ def test_bad_input():
     for value in (np.nan, np.inf):
         with pytest.raises(ValueError, match="costs must be finite; row 1 is not"):
             solve([[1.0, 1.0], [1.0, value]], [10, 10], [2, 4], 60)
+
+
+def test_equal_costs_use_the_budget():
+    assert solve([[0.0, 0.0, 0.0]] * 2, [10, 10], [2, 3, 4], 70).bits in {(3, 4), (4, 3)}
