@@ -16,7 +16,7 @@ from lightning_caq import CurvatureProfile, QuantizationReport, quantize
 from lightning_caq.errors import BudgetError, CalibrationError, CAQError, LayerError, OptionError
 from lightning_caq.layers import find_layers
 from lightning_caq.quantizers.modules import on_grid
-from lightning_caq.quantizers.swap import quantized_modules
+from lightning_caq.quantizers.swap import quantized_modules, restore_modules
 
 CALIBRATION = nets.images(96, 1)
 TEST = nets.images(400, 2)
