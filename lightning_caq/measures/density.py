@@ -17,8 +17,10 @@ class SpectralDensity:
     """The spectrum as a weighted sum of points, one set a probe.
 
     Standard errors come from the spread over the probes; for an interval, multiply by Student's t with probes − 1
-    degrees of freedom. They do not hold the error of the quadrature: moments up to the power 2 steps − 1 have none, a
-    curve has little where the smoothing is wider than the gaps between nodes.
+    degrees of freedom. Where one eigenvalue dominates, as it does in high powers, draws are skewed and a 95 % interval
+    from ten probes or fewer holds in 85 to 90 % of the runs. Standard errors do not hold the error of the quadrature:
+    moments up to the power 2 steps − 1 have none, a curve has little where the smoothing is wider than the gaps
+    between nodes.
 
     Attributes:
         nodes: Ritz values, shape (probes, steps), float64; a run that ended early repeats its last with weight 0.

@@ -1,4 +1,4 @@
-"""Hutchinson: traces and diagonals from products with random signs."""
+"""Hutchinson and Hutch++: traces and diagonals from products with random signs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 
 from lightning_caq.measures.hessian import Hessian
@@ -21,13 +22,15 @@ class LayerTraces:
         values: Traces, shape (layers,), float64.
         errors: Standard errors, shape (layers,), float64. An interval is the value ± Student's t with probes − 1
             degrees of freedom times the error: 3.2 for 95 % after 4 probes, 2 after many.
-        probes: Probes that were spent.
+        probes: Probes that the errors rest on.
+        products: Products with every layer that were spent, those for the subspace included.
         converged: Whether each layer's error is within the tolerance, shape (layers,), bool.
     """
 
     values: Tensor
     errors: Tensor
     probes: int
+    products: int
     converged: Tensor
 
 
@@ -52,23 +55,31 @@ def estimate_layer_traces(
     *,
     tolerance: float = 0.05,
     share: float = 0.01,
+    rank: int = 8,
     max_probes: int = 64,
 ) -> LayerTraces:
-    """tr(H_ii) of every layer, with as many probes as it takes (Hutchinson 1990).
+    """tr(H_ii) of every layer, with as many probes as it takes (Hutchinson 1990; Meyer et al. 2021).
 
     E[vᵀ A v] = tr(A) for a vector v of independent random signs, with variance 2 Σ_{j≠k} A_jk². Each layer is probed
     with its own block H_ii: a product with the whole H would serve all layers at once, but its blocks off the diagonal
-    add noise.
+    add noise. The few steep directions of a network make most of the variance, so ``rank`` products find a subspace
+    near them, ``rank`` more give the trace inside it exactly, and only the rest is probed, as in Hutch++.
+    On the task Hessian of a small trained convolutional network (three layers, 776 weights, 200 samples) a tolerance of
+    0.05 took 185 products with ``rank=0`` and 20, 21 and 36 with 4, 8 and 16.
 
-    Stops once every layer's standard error is below ``tolerance`` · max(|tr(H_ii)|, ``share`` · Σ_j |tr(H_jj)|), where
-    the standard error counts STUDENT
+    Stops once every layer's standard error, widened as Student's t widens an interval after so few probes, is below
+    ``tolerance`` · max(|tr(H_ii)|, ``share`` · Σ_j |tr(H_jj)|). A rule that looks at the draws favours lucky ones, and
+    few draws of few eigenvalues are skewed: on that network 95 % intervals held the truth in 92 to 96 % of 200 runs and
+    the mean was off by less than 1 %; on networks of a hundred weights, and on single blocks of rank 1 to 40, in 85 to
+    96 % of 300 to 600 runs, and by less than 2.5 %.
 
     Args:
         operator: The Hessian.
         generators: A random generator a layer.
         tolerance: Largest standard error, relative to the layer's trace.
         share: Share of all traces below which a layer needs no relative accuracy of its own.
-        max_probes: Most probes, at least 4.
+        rank: Dimensions of the subspace; it takes rank · n numbers of memory. 0 is Hutchinson's own estimator.
+        max_probes: Most probes of the rest, at least 4.
 
     Returns:
         The traces, what they cost and which of them reached the tolerance.
@@ -78,30 +89,45 @@ def estimate_layer_traces(
         >>> from lightning_caq.objective import make_objective
         >>> net, x = torch.nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 0.0], [0.0, 2.0]])
         >>> operator = Hessian(net, find_layers(net, x), make_objective("distill", net, [x]))
-        >>> found = estimate_layer_traces(operator, [torch.Generator().manual_seed(0)])
+        >>> found = estimate_layer_traces(operator, [torch.Generator().manual_seed(0)], rank=0)
         >>> found.values, found.probes, found.converged  # the block is diagonal: signs give its trace exactly
         (tensor([2.5000], dtype=torch.float64), 4, tensor([True]))
     """
+
+    def multiply(vectors: list[Tensor]) -> list[Tensor]:
+        return [image.flatten() for image in operator.layer_products(operator.split(torch.cat(vectors)))]
+
+    def draw() -> list[Tensor]:
+        return [v.flatten() for v in _signs(operator, generators)]
+
+    bases, inside = _subspaces(multiply, draw, rank)
     draws: list[list[float]] = []
     while True:
-        draws.append(operator.layer_quadratics(_signs(operator, generators)))
-        if len(draws) < min(_LEAST_PROBES, max_probes):
+        draws.append(_outside(multiply, draw(), bases))
+        if len(draws) < _LEAST_PROBES:
             continue
-        values, errors = _mean_and_error(torch.tensor(draws, dtype=torch.float64))
+        means, errors = _mean_and_error(torch.tensor(draws, dtype=torch.float64))
+        values = inside + means
         size = torch.maximum(values.abs(), share * values.abs().sum())
-        converged = errors <= tolerance * size
+        widened = errors * float(stdtrit(len(draws) - 1, 0.975)) / 1.96
+        converged = widened <= tolerance * size
         if len(draws) >= max_probes or bool(converged.all()):
-            return LayerTraces(values, errors, len(draws), converged)
+            return LayerTraces(values, errors, len(draws), len(draws) + 2 * rank, converged)
 
 
 def layer_traces(operator: Hessian, probes: int, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
-    """``estimate_layer_traces`` with a fixed number of probes, at least 2.
+    """tr(H_ii) of every layer by Hutchinson's own estimator with a fixed number of probes.
+
+    Args:
+        operator: The Hessian.
+        probes: Number of probes, at least 2, else there is no standard error.
+        generators: A random generator a layer.
 
     Returns:
         Traces and standard errors, shape (layers,), float64, nat/weight².
     """
-    found = estimate_layer_traces(operator, generators, tolerance=-1.0, max_probes=probes)
-    return found.values, found.errors
+    draws = [operator.layer_quadratics(_signs(operator, generators)) for _ in range(probes)]
+    return _mean_and_error(torch.tensor(draws, dtype=torch.float64))
 
 
 def layer_diagonals(operator: Hessian, probes: int, generators: Sequence[torch.Generator]) -> LayerDiagonals:
@@ -157,7 +183,14 @@ def hutch_plus_plus(
     exactly, the rest probe what is left, P A P with P = I − QQᵀ. Unbiased whatever Q is, and the standard error is
     that of the last part; Student's t with as many degrees of freedom as it has probes, less one, makes intervals.
 
-    MEASURED
+    It wins where eigenvalues decay fast. Root mean square error of Hutchinson's estimator over that of Hutch++ after
+    the same products, eigenvalues j^−c, n = 600, random eigenvectors, 60 runs:
+
+    | products | c = 0.5 | 1 | 1.5 | 2 | 3 |
+    | --- | --- | --- | --- | --- | --- |
+    | 12 | 0.7 | 1.4 | 2.9 | 6.7 | 37 |
+    | 30 | 0.9 | 2.2 | 6.9 | 23 | 280 |
+    | 90 | 0.8 | 3.6 | 21 | 130 | 4400 |
 
     Args:
         product: v ↦ A v for a vector of shape (n,).
@@ -176,22 +209,47 @@ def hutch_plus_plus(
         (204.0, 0.0)
     """
     like = torch.empty(0, dtype=torch.float64) if like is None else like
+
+    def draw() -> list[Tensor]:
+        return [torch.randint(0, 2, (size,), generator=generator).mul_(2).sub_(1).to(like)]
+
+    def multiply(vectors: list[Tensor]) -> list[Tensor]:
+        return [product(vectors[0])]
+
     rank = min(products // 3, size)
-
-    def draw() -> Tensor:
-        return torch.randint(0, 2, (size,), generator=generator).mul_(2).sub_(1).to(like)
-
-    q = torch.linalg.qr(torch.stack([product(draw()) for _ in range(rank)], dim=1)).Q
-    inside = sum(float(torch.dot(c.double(), product(c).double())) for c in q.unbind(1))
+    bases, inside = _subspaces(multiply, draw, rank)
     if rank == size:
-        return inside, 0.0
-    rest = []
-    for _ in range(products - 2 * rank):
-        v = draw()
-        v = v - q @ (q.T @ v)
-        rest.append(float(torch.dot(v.double(), product(v).double())))
+        return float(inside), 0.0
+    rest = [_outside(multiply, draw(), bases) for _ in range(products - 2 * rank)]
     mean, error = _mean_and_error(torch.tensor(rest, dtype=torch.float64))
-    return inside + float(mean), float(error)
+    return float(inside + mean), float(error)
+
+
+Multiply = Callable[[list[Tensor]], list[Tensor]]
+
+
+def _subspaces(multiply: Multiply, draw: Callable[[], list[Tensor]], rank: int) -> tuple[list[Tensor], Tensor]:
+    """Of every operator an orthonormal Q near the range of its largest eigenvalues, and tr(QᵀAQ); 2 rank products."""
+    if not rank:
+        return [], torch.zeros((), dtype=torch.float64)
+    images = [multiply(draw()) for _ in range(rank)]
+    bases = [torch.linalg.qr(torch.stack(columns, dim=1)).Q for columns in zip(*images, strict=True)]
+    inside = torch.zeros(len(bases), dtype=torch.float64)
+    for j in range(rank):
+        # An operator smaller than the subspace has fewer columns.
+        columns = [q[:, j] if j < q.shape[1] else torch.zeros_like(q[:, 0]) for q in bases]
+        inside += torch.tensor(_dots(columns, multiply(columns)), dtype=torch.float64)
+    return bases, inside
+
+
+def _outside(multiply: Multiply, vectors: list[Tensor], bases: list[Tensor]) -> list[float]:
+    """(P v)ᵀ A (P v) of every operator, P = I − QQᵀ: in the mean over v the trace outside the subspace."""
+    rest = [v - q @ (q.T @ v) for v, q in zip(vectors, bases, strict=True)] if bases else vectors
+    return _dots(rest, multiply(rest))
+
+
+def _dots(left: list[Tensor], right: list[Tensor]) -> list[float]:
+    return [float(torch.dot(a.double(), b.double())) for a, b in zip(left, right, strict=True)]
 
 
 def _signs(operator: Hessian, generators: Sequence[torch.Generator]) -> list[Tensor]:
