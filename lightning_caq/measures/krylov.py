@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
+
+_ROWS = 64  # rows of the basis that are worked on at a time
 
 
 class Krylov:
@@ -16,7 +20,8 @@ class Krylov:
 
     Args:
         start: Starting vector v, shape (n,), not zero.
-        steps: Most products; the basis takes steps · n numbers.
+        steps: Most products.
+        memory: Bytes that the basis may take, in float32 4 n a step; a larger one is kept in a temporary file.
 
     Attributes:
         vector: What to multiply next, of norm 1.
@@ -33,11 +38,11 @@ class Krylov:
         [1.0, 2.0]
     """
 
-    def __init__(self, start: Tensor, steps: int) -> None:
-        self._basis = start.new_empty(min(steps, start.numel()), start.numel())
+    def __init__(self, start: Tensor, steps: int, *, memory: int = 2**31) -> None:
+        self._basis = _room(min(steps, start.numel()), start, memory)
         self._diagonal: list[float] = []
         self._beside: list[float] = []
-        self.vector = start / start.norm(dtype=torch.float64).to(start.dtype)
+        self.vector = _unit(start)
         self.beta = 0.0
         self.ended = False
 
@@ -45,6 +50,11 @@ class Krylov:
     def products(self) -> int:
         """Products taken so far, the size of the matrix."""
         return len(self._diagonal)
+
+    @property
+    def full(self) -> bool:
+        """Whether no step is left."""
+        return self.products == len(self._basis)
 
     @property
     def basis(self) -> Tensor:
@@ -58,22 +68,55 @@ class Krylov:
         self._basis[self.products] = self.vector
         self._diagonal.append(float(torch.dot(self.vector.double(), image.double())))
         before = float(image.norm(dtype=torch.float64))
-        for _ in range(2):
-            image = image - self.basis.T @ (self.basis @ image)
+        image = self._beside_basis(image)
         self.beta = float(image.norm(dtype=torch.float64))
         # What rounding leaves of a vector that lies in the space is no new direction.
-        closed = self.beta <= 10 * torch.finfo(image.dtype).eps * max(before, *map(abs, self._diagonal), 1e-300)
-        self.ended = closed or self.products == len(self._basis)
+        closed = self.beta <= torch.finfo(image.dtype).eps ** 0.75 * max(before, *map(abs, self._diagonal), 1e-300)
+        self.ended = closed or self.full
         if closed:
             self.beta = 0.0
         if not self.ended:
-            self.vector = image / self.beta
+            self.vector = _unit(image)
+
+    def restart(self, vector: Tensor) -> None:
+        """Go on beside a space that has closed, from what a vector has outside it."""
+        self.vector = _unit(self._beside_basis(vector))
+        self.ended = False
+
+    def combine(self, coefficients: Tensor) -> Tensor:
+        """Qᵀ · coefficients, shape (n, columns) for coefficients of shape (products, columns)."""
+        total = torch.zeros(self.vector.numel(), coefficients.shape[1]).to(self.vector)
+        for rows, part in zip(self.basis.split(_ROWS), coefficients.to(total).split(_ROWS), strict=True):
+            total += rows.to(total).T @ part
+        return total
+
+    def _beside_basis(self, vector: Tensor) -> Tensor:
+        """What a vector has outside the space; the second round takes what rounding left in the first."""
+        for _ in range(2):
+            for rows in self.basis.split(_ROWS):
+                rows = rows.to(vector)
+                vector = vector - rows.T @ (rows @ vector)
+        return vector
 
     def matrix(self) -> Tensor:
         """T = Q H Qᵀ, shape (products, products), float64."""
         diagonal = torch.tensor(self._diagonal, dtype=torch.float64)
         beside = torch.tensor(self._beside, dtype=torch.float64)
         return torch.diag(diagonal) + torch.diag(beside, 1) + torch.diag(beside, -1)
+
+
+def _unit(vector: Tensor) -> Tensor:
+    length: Tensor = vector.norm(dtype=torch.float64)
+    return vector / length.to(vector.dtype)
+
+
+def _room(steps: int, like: Tensor, memory: int) -> Tensor:
+    """Room for a basis: in memory, or in a temporary file, which is gone once nothing refers to it."""
+    if steps * like.numel() * like.element_size() <= memory:
+        return like.new_empty(steps, like.numel())
+    kind = np.dtype(str(like.dtype).removeprefix("torch."))
+    with tempfile.TemporaryFile(prefix="caq-basis-") as file:
+        return torch.from_numpy(np.memmap(file, dtype=kind, mode="w+", shape=(steps, like.numel())))
 
 
 def tridiagonalise(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> Krylov:
