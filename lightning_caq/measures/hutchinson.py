@@ -115,21 +115,6 @@ def estimate_layer_traces(
             return LayerTraces(values, errors, len(draws), len(draws) + 2 * rank, converged)
 
 
-def layer_traces(operator: Hessian, probes: int, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
-    """tr(H_ii) of every layer by Hutchinson's own estimator with a fixed number of probes.
-
-    Args:
-        operator: The Hessian.
-        probes: Number of probes, at least 2, else there is no standard error.
-        generators: A random generator a layer.
-
-    Returns:
-        Traces and standard errors, shape (layers,), float64, nat/weight².
-    """
-    draws = [operator.layer_quadratics(_signs(operator, generators)) for _ in range(probes)]
-    return _mean_and_error(torch.tensor(draws, dtype=torch.float64))
-
-
 def layer_diagonals(operator: Hessian, probes: int, generators: Sequence[torch.Generator]) -> LayerDiagonals:
     """diag(H_ii) of every layer: E[v ⊙ H_ii v] for vectors v of random signs (Bekas, Kokiopoulou and Saad 2007).
 

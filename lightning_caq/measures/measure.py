@@ -16,13 +16,13 @@ from lightning_caq.errors import OptionError
 from lightning_caq.isolation import preserved
 from lightning_caq.layers import Layer, layer_weight
 from lightning_caq.measures.blocks import record_blocks
-from lightning_caq.measures.curvature import remainder, second_order_sensitivity
+from lightning_caq.measures.curvature import rademacher_sensitivity, remainder, second_order_sensitivity
 from lightning_caq.measures.folding import batchnorm_folded
 from lightning_caq.measures.gram import gram_spectrum
 from lightning_caq.measures.hessian import Hessian
-from lightning_caq.measures.hutchinson import layer_traces
+from lightning_caq.measures.hutchinson import estimate_layer_traces
 from lightning_caq.measures.lanczos import lanczos
-from lightning_caq.measures.lipschitz import lipschitz
+from lightning_caq.measures.lipschitz import lipschitz, local_lipschitz
 from lightning_caq.measures.profile import CurvatureProfile, LayerCurvature
 from lightning_caq.measures.rounding_errors import (
     amplification,
@@ -31,25 +31,16 @@ from lightning_caq.measures.rounding_errors import (
     nearest_errors,
     output_errors,
 )
+from lightning_caq.measures.sensitivity import fisher_diagonals, gauss_newton_diagonals, gradient_norms, top_eigenvalues
 from lightning_caq.objective import Loss, Objective, make_objective
 from lightning_caq.progress import Progress
 from lightning_caq.seeding import generator
 
-MEASURES = frozenset(
-    {
-        "kappa",
-        "lipschitz",
-        "inputs",
-        "trace",
-        "subspace",
-        "rounding_error",
-        "output_error",
-        "amplification",
-        "loss_change",
-    }
-)
+OF_BLOCKS = frozenset({"kappa", "kappa_mean", "lipschitz", "local_lipschitz"})
+OF_ROUNDING = frozenset({"rounding_error", "output_error", "amplification", "diagonal"})
+OF_HESSIAN = frozenset({"trace", "subspace", "loss_change"})
+MEASURES = OF_BLOCKS | OF_ROUNDING | OF_HESSIAN | {"inputs", "gradient_norm", "top_eigenvalue"}
 BLOCK_SAMPLES = 8
-TRACE_PROBES = 8
 # A prediction of the loss change that is off by more than half, and by more than noise, is outside the model's range.
 VALIDITY_TOLERANCE = 0.5
 VALIDITY_FLOOR = 1e-3
@@ -107,24 +98,27 @@ def measure(
     with curvature_safe(model), preserved(model), InFloat32(model) as float32, _differentiable(model, layers):
         chosen = float32.batches(chosen)
         target = make_objective(objective, model, chosen, loss_fn)
-        if needs & {"kappa", "lipschitz"}:
+        if needs & OF_BLOCKS:
             with progress.step("curvature and Lipschitz constants"):
                 _blocks(model, layers, chosen, needs, seed, rows)
         if needs & {"inputs"}:
             for layer in layers:
                 statistics = input_statistics(model, layer, chosen)
                 rows[layer.name].update(input_norm=statistics.norm, diameter=statistics.diameter)
-        if needs - {"kappa", "lipschitz", "inputs"}:
+        if needs & {"gradient_norm", "top_eigenvalue"}:
+            with progress.step("gradients and top eigenvalues"):
+                _slopes(model, layers, target, needs, seed, rows)
+        if needs & (OF_ROUNDING | OF_HESSIAN):
             with progress.step("rounding errors"):
                 deltas = {layer.name: nearest_errors(model, layer, bits) for layer in layers}
-                _rounding(model, layers, chosen, deltas, needs, rows)
-            if needs & {"trace", "subspace", "loss_change"}:
+                _rounding(model, layers, target, deltas, needs, rows)
+            if needs & OF_HESSIAN:
                 with progress.step("eigenspace of the Hessian"):
                     spectrum = _gram if objective == "distill" else _lanczos
                     whole = spectrum(model, layers, target, deltas, eigenpairs, seed, rows)
             if "loss_change" in needs:
                 with progress.step("validity of the quadratic model"):
-                    _validity(model, layers, target, deltas, whole.get("residual_curvature", 0.0), rows)
+                    _validity(model, layers, target, deltas, whole["residual_curvature"], rows)
     return CurvatureProfile(
         layers=tuple(LayerCurvature(name=name, **row) for name, row in rows.items()),
         objective=objective,
@@ -160,7 +154,10 @@ def _blocks(
             continue
         if "lipschitz" in needs or layer.kind == "embedding":
             row["lipschitz"], row["lipschitz_tolerance"] = lipschitz(block, generator(seed, f"lipschitz/{layer.name}"))
-        if "kappa" not in needs:
+        if "local_lipschitz" in needs:
+            draws = generator(seed, f"local_lipschitz/{layer.name}")
+            row["local_lipschitz"], row["local_lipschitz_tolerance"] = local_lipschitz(block, draws)
+        if not needs & {"kappa", "kappa_mean"}:
             continue
         if layer.kind == "embedding":
             # Linear in its one-hot words: κ = 2 σ_max² in closed form, and nothing is left beyond first order.
@@ -169,16 +166,38 @@ def _blocks(
             draws = generator(seed, f"kappa/{layer.name}")
             row["kappa"], row["kappa_tolerance"] = second_order_sensitivity(block, draws)
             row["remainder"] = remainder(block, draws)
+            if "kappa_mean" in needs:
+                row["kappa_mean"], row["kappa_mean_stderr"] = rademacher_sensitivity(block, draws)
+
+
+def _slopes(
+    model: nn.Module, layers: Sequence[Layer], target: Objective, needs: frozenset[str], seed: int, rows: Rows
+) -> None:
+    if "gradient_norm" in needs:
+        for name, norm in gradient_norms(model, layers, target).items():
+            rows[name]["gradient_norm"] = norm
+    if "top_eigenvalue" in needs:
+        for name, (value, residual) in top_eigenvalues(model, layers, target, seed=seed).items():
+            rows[name].update(top_eigenvalue=value, top_eigenvalue_residual=residual)
 
 
 def _rounding(
     model: nn.Module,
     layers: Sequence[Layer],
-    batches: Sequence[Any],
+    target: Objective,
     deltas: Deltas,
     needs: frozenset[str],
     rows: Rows,
 ) -> None:
+    batches = target.batches
+    if "diagonal" in needs:
+        distill = target.name == "distill"
+        diagonals = (
+            gauss_newton_diagonals(model, layers, batches)[0] if distill else fisher_diagonals(model, layers, target)
+        )
+        for name, diagonal in diagonals.items():
+            energies = {b: float((diagonal * d.square()).double().sum()) for b, d in deltas[name].items()}
+            rows[name]["diagonal_energy"] = energies
     for layer in layers:
         row, errors = rows[layer.name], deltas[layer.name]
         row["rounding_error"] = {b: float(d.double().square().sum()) for b, d in errors.items()}
@@ -198,7 +217,7 @@ def _gram(
         row.update(trace=spectrum.traces[name], trace_stderr=0.0, subspace_curvature=spectrum.energies[name])
         row["subspace_energy"] = {b: float(p[:k].square().sum()) for b, p in spectrum.projected[name].items()}
     trace, n = sum(spectrum.traces.values()), sum(layer.weights for layer in layers)
-    return _spectrum_fields(spectrum.values[:k], trace, n)
+    return {**_spectrum_fields(spectrum.values[:k], trace, n), "kept": spectrum.kept}
 
 
 def _lanczos(
@@ -208,17 +227,17 @@ def _lanczos(
         operator = Hessian(model, layers, target)
         start = operator.like(torch.randn(operator.size, generator=generator(seed, "lanczos")))
         pairs = lanczos(operator.product, start, min(k, operator.size))
-        traces, errors = layer_traces(operator, TRACE_PROBES, [generator(seed, f"trace/{x.name}") for x in layers])
+        traces = estimate_layer_traces(operator, [generator(seed, f"trace/{x.name}") for x in layers])
     magnitude = pairs.values.abs()
     for i, (layer, part) in enumerate(zip(layers, pairs.vectors.split(operator.sizes), strict=True)):
         row = rows[layer.name]
-        row.update(trace=float(traces[i]), trace_stderr=float(errors[i]))
+        row.update(trace=float(traces.values[i]), trace_stderr=float(traces.errors[i]))
         row["subspace_curvature"] = float((magnitude * part.double().square().sum(0).cpu()).sum())
         row["subspace_energy"] = {
             b: float((magnitude * (part.T @ d.flatten()).double().square().cpu()).sum())
             for b, d in deltas[layer.name].items()
         }
-    return _spectrum_fields(pairs.values, float(traces.sum()), operator.size)
+    return _spectrum_fields(pairs.values, float(traces.values.sum()), operator.size)
 
 
 def _spectrum_fields(values: Tensor, trace: float, n: int) -> dict[str, Any]:

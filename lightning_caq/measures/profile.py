@@ -21,11 +21,20 @@ class LayerCurvature:
         kappa_tolerance: Relative change of κ_i in the last step of its iteration.
         lipschitz: L_i, σ_max of the layer's linear operator times the Lipschitz constants of what follows; out/in.
         lipschitz_tolerance: Relative bound on what L_i may still be short of.
+        kappa_mean: The proposal's estimator of κ_i, the mean of ‖H v‖ / ‖v‖ over Rademacher vectors; biased low.
+        kappa_mean_stderr: Its standard error.
+        local_lipschitz: Largest Jacobian norm of the layer and what follows it on the samples; a lower bound; out/in.
+        local_lipschitz_tolerance: Relative change in the last step of its iteration.
         input_norm: Root mean square over samples of ‖z_i‖.
         diameter: Twice the largest distance of an input from the mean input.
         remainder: ρ_i, second difference of f_i at the radius of the rounding error; out/in².
         trace: tr(H_ii) of the objective, nat/weight².
         trace_stderr: Its standard error; 0 where the trace is exact.
+        gradient_norm: ‖g_i‖ of the objective, nat/weight.
+        top_eigenvalue: Eigenvalue of H_ii of largest magnitude, nat/weight².
+        top_eigenvalue_residual: Some eigenvalue lies this close to it.
+        diagonal_energy: Bits to Σ_j D_jj Δ_j², D the diagonal of the Gauss–Newton (``distill``) or the empirical Fisher
+            matrix (``task``).
         rounding_error: Bits to ‖Δ_i(b)‖², with nearest rounding.
         output_error: Bits to e_i(b), the root mean square over samples of ‖Δ_i(b) z_i‖.
         amplification: A_i, the gain from the layer's output error to the network's output error.
@@ -45,11 +54,19 @@ class LayerCurvature:
     kappa_tolerance: float | None = None
     lipschitz: float | None = None
     lipschitz_tolerance: float | None = None
+    kappa_mean: float | None = None
+    kappa_mean_stderr: float | None = None
+    local_lipschitz: float | None = None
+    local_lipschitz_tolerance: float | None = None
     input_norm: float | None = None
     diameter: float | None = None
     remainder: float | None = None
     trace: float | None = None
     trace_stderr: float | None = None
+    gradient_norm: float | None = None
+    top_eigenvalue: float | None = None
+    top_eigenvalue_residual: float | None = None
+    diagonal_energy: dict[int, float] = field(default_factory=dict)
     rounding_error: dict[int, float] = field(default_factory=dict)
     output_error: dict[int, float] = field(default_factory=dict)
     amplification: float | None = None
@@ -73,6 +90,7 @@ class CurvatureProfile:
         trace: tr(H) over all layers, or ``None``.
         residual_curvature: μ, the mean curvature outside S, floored at 0.
         seconds: Time it took.
+        kept: Share of the outputs' curvature in the rows that the spectrum was computed from; 1 for ``task``.
     """
 
     layers: tuple[LayerCurvature, ...]
@@ -83,6 +101,7 @@ class CurvatureProfile:
     trace: float | None = None
     residual_curvature: float | None = None
     seconds: float = 0.0
+    kept: float = 1.0
 
     def __getitem__(self, name: str) -> LayerCurvature:
         """The row of the layer called ``name``."""
@@ -136,6 +155,6 @@ class CurvatureProfile:
 def _row(item: dict[str, Any]) -> LayerCurvature:
     known = {f.name for f in fields(LayerCurvature)}
     values = {k: v for k, v in item.items() if k in known}
-    for name in ("rounding_error", "output_error", "subspace_energy", "first_order", "loss_change"):
+    for name in ("diagonal_energy", "rounding_error", "output_error", "subspace_energy", "first_order", "loss_change"):
         values[name] = {int(bits): value for bits, value in values[name].items()}
     return LayerCurvature(**{**values, "outside": tuple(values["outside"])})

@@ -168,7 +168,7 @@ def test_samples_are_the_first_of_the_batches():
 def test_each_measure_can_be_asked_for_alone(need):
     case = nets.make_case("mlp")
     row = _measure(case, needs=frozenset({need})).layers[0]
-    given = {"inputs": "input_norm", "subspace": "subspace_energy"}.get(need, need)
+    given = {"inputs": "input_norm", "subspace": "subspace_energy", "diagonal": "diagonal_energy"}.get(need, need)
     assert getattr(row, given)
 
 
@@ -220,3 +220,30 @@ def test_bad_input():
         )
     with pytest.raises(CalibrationError, match=r"must be a scalar.*\[5, 3\]"):
         _measure(case, objective="task", loss_fn=lambda m, b: m(b), needs=nets.DISTILL_NEEDS)
+
+
+@pytest.mark.parametrize("objective", ["distill", "task"])
+def test_sensitivities_of_the_baselines_against_the_dense_matrix(objective):
+    case = nets.make_case("mlp")
+    needs = frozenset(
+        {"diagonal", "top_eigenvalue", "gradient_norm", "local_lipschitz", "lipschitz", "kappa_mean", "kappa"}
+    )
+    profile = _measure(case, objective=objective, loss_fn=_task, needs=needs)
+    dense = nets.Dense(case.net, [row.name for row in profile.layers])
+    loss = nets.distill_loss(case) if objective == "distill" else lambda net: nets.loss_of(case, net)
+    matrix = torch.func.hessian(lambda w: loss(dense.call(w)))(dense.vector).detach()
+    slope = torch.func.grad(lambda w: loss(dense.call(w)))(dense.vector).detach()
+    start = 0
+    for row, size in zip(profile.layers, dense.sizes, strict=True):
+        part = slice(start, start + size)
+        values = torch.linalg.eigvalsh(matrix[part, part])
+        top = float(values[values.abs().argmax()])
+        assert row.top_eigenvalue == pytest.approx(top, abs=2 * row.top_eigenvalue_residual + 1e-3 * abs(top))
+        assert row.gradient_norm == pytest.approx(float(slope[part].norm()), rel=1e-4, abs=1e-6)
+        if objective == "distill":
+            delta = _rounded(case, row, 2)
+            energy = float(matrix.diagonal()[part] @ delta.square())
+            assert row.diagonal_energy[2] == pytest.approx(energy, rel=1e-2)
+        assert 0 < row.local_lipschitz <= row.lipschitz * (1 + 1e-3)
+        assert 0 < row.kappa_mean <= row.kappa * (1 + 1e-3)
+        start += size
