@@ -27,7 +27,7 @@ from lightning_caq.options import QuantizationOptions
 from lightning_caq.plan import QuantizationPlan
 from lightning_caq.progress import Progress
 from lightning_caq.quantizers.swap import quantized_modules, restore_modules
-from lightning_caq.reporting.files import scalars, write_outputs
+from lightning_caq.reporting.files import read_profile, scalars, write_outputs
 from lightning_caq.reporting.tensorboard import log_to_tensorboard
 
 LATENT = "caq_latent_weights"
@@ -285,7 +285,15 @@ class CurvatureQuantizationCallback(Callback):
             loss = bridge.quiet_loss(pl_module, self.loss_fn) if options.objective == "task" else None
             validate = bridge.isolated_validation(trainer, pl_module) if self.evaluate else None
             progress = Progress(rank_zero_info)
-            result = pipeline.run(pl_module, batches, options, loss_fn=loss, evaluate=validate, progress=progress)
+            result = pipeline.run(
+                pl_module,
+                batches,
+                options,
+                loss_fn=loss,
+                evaluate=validate,
+                profile=read_profile(directory) or self.profile,
+                progress=progress,
+            )
             plan = _agreed(trainer, pl_module, result.plan, float_state)
             outcome = Outcome(plan, result.profile, result.report)
             _write(trainer, directory, outcome)

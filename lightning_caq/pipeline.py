@@ -66,6 +66,7 @@ def quantize(
     eigenpairs: int = 64,
     loss_fn: Loss | None = None,
     evaluate: Evaluate | None = None,
+    profile: CurvatureProfile | None = None,
     compare: Sequence[str] = ("uniform",),
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
@@ -91,6 +92,8 @@ def quantize(
         loss_fn: Loss of a model and a batch, for ``objective="task"``.
         evaluate: Metrics of a network, such as its accuracy; called for the float network, the quantized one and each
             compared one. The calibration objective is always reported.
+        profile: A profile of an earlier run; what it holds for the same weights and samples is not measured again, so
+            that a second budget costs no second measurement.
         compare: Methods to evaluate beside the chosen one.
         include: Shell patterns of the layers to quantize.
         exclude: Shell patterns of the layers to leave in float32.
@@ -132,7 +135,7 @@ def quantize(
         seed=seed,
     )
     target = model if inplace else copy.deepcopy(model)
-    return run(target, batches, options, loss_fn=loss_fn, evaluate=evaluate, progress=Progress(say))
+    return run(target, batches, options, loss_fn=loss_fn, evaluate=evaluate, profile=profile, progress=Progress(say))
 
 
 def run(
@@ -142,6 +145,7 @@ def run(
     *,
     loss_fn: Loss | None = None,
     evaluate: Evaluate | None = None,
+    profile: CurvatureProfile | None = None,
     progress: Progress | None = None,
 ) -> QuantizationResult:
     """Quantize a network in place, with options that were checked. See ``quantize``.
@@ -167,7 +171,7 @@ def run(
         sizes = layer_sizes(layers, left)
         check_budget(options.budget, sizes, options.bits)
         return _Road(
-            model, layers, skipped, sizes, samples, options, loss_fn, float32.outside(evaluate), progress
+            model, layers, skipped, sizes, samples, options, loss_fn, float32.outside(evaluate), profile, progress
         ).walk()
 
 
@@ -183,6 +187,7 @@ class _Road:
     options: QuantizationOptions
     loss_fn: Loss | None
     evaluate: Evaluate | None
+    known: CurvatureProfile | None
     progress: Progress
 
     def walk(self) -> QuantizationResult:
@@ -231,6 +236,7 @@ class _Road:
             samples=self.options.curvature_samples,
             eigenpairs=self.options.eigenpairs,
             seed=self.options.seed,
+            known=self.known,
             progress=self.progress,
         )
 

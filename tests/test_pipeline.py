@@ -582,3 +582,19 @@ def test_evaluations_must_give_numbers(net):
 def test_layers_by_their_order_of_execution(net):
     names = [layer.name for layer in find_layers(net.eval(), CALIBRATION[0])]
     assert list(quantize(net, _batches(), avg_bits=3, compare=(), **FAST).plan.bits) == names
+
+
+def test_a_second_budget_costs_no_second_measurement():
+    net, batches = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4)), [torch.randn(40, 6)]
+    first = quantize(net, batches, avg_bits=3, inplace=False)
+    said = []
+    second = quantize(net, batches, avg_bits=4, profile=first.profile, inplace=False, say=said.append)
+    assert second.profile is first.profile
+    assert any("measured before" in line for line in said)
+    fresh = quantize(net, batches, avg_bits=4, inplace=False)
+    assert second.plan.bits == fresh.plan.bits
+    with torch.no_grad():
+        net[0].weight.mul_(1.01)
+    assert quantize(net, batches, avg_bits=4, profile=first.profile, inplace=False).profile is not first.profile
+    other = quantize(net, [batches[0] + 1], avg_bits=4, profile=fresh.profile, inplace=False)
+    assert other.profile is not fresh.profile

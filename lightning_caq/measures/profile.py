@@ -91,6 +91,8 @@ class CurvatureProfile:
         residual_curvature: μ, the mean curvature outside S, floored at 0.
         seconds: Time it took.
         kept: Share of the outputs' curvature in the rows that the spectrum was computed from; 1 for ``task``.
+        needs: The measures that were asked for.
+        fingerprint: Of the weights, the samples and the settings that it holds for.
     """
 
     layers: tuple[LayerCurvature, ...]
@@ -102,6 +104,8 @@ class CurvatureProfile:
     residual_curvature: float | None = None
     seconds: float = 0.0
     kept: float = 1.0
+    needs: tuple[str, ...] = ()
+    fingerprint: str = ""
 
     def __getitem__(self, name: str) -> LayerCurvature:
         """The row of the layer called ``name``."""
@@ -149,7 +153,7 @@ class CurvatureProfile:
         """The profile that ``to_json`` wrote."""
         data = json.loads(text)
         rows = tuple(_row(item) for item in data.pop("layers"))
-        return cls(layers=rows, **{**data, "eigenvalues": tuple(data["eigenvalues"])})
+        return cls(layers=rows, **{**data, "eigenvalues": tuple(data["eigenvalues"]), "needs": tuple(data["needs"])})
 
 
 def _row(item: dict[str, Any]) -> LayerCurvature:

@@ -43,6 +43,14 @@ def scalars(report: QuantizationReport, profile: CurvatureProfile) -> dict[str, 
     return {f"caq/{key}": float(value) for key, value in values.items() if value is not None}
 
 
+def read_profile(directory: Path) -> CurvatureProfile | None:
+    """The profile that an earlier run left in a folder; ``None`` if there is none that can be read."""
+    try:
+        return CurvatureProfile.from_json((directory / "profile.json").read_text())
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def write_outputs(
     directory: Path, plan: QuantizationPlan, profile: CurvatureProfile, report: QuantizationReport
 ) -> list[Path]:
