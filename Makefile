@@ -15,8 +15,9 @@ lint: $(VENV)/.dev  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev  ## accuracy of a quantized ResNet-20; needs the data folder that benchmarks/ptq.py describes
+bench: $(VENV)/.dev $(VENV)/.bench  ## accuracy of a quantized ResNet-20, cost of curvature; needs the data folder that benchmarks/ptq.py describes
 	$(BIN)/python benchmarks/ptq.py --model resnet20 --avg-bits 3 2.5 2.25
+	$(BIN)/python benchmarks/curvature.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +29,10 @@ $(VENV)/.examples: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@
+
+$(VENV)/.bench: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet -e ".[bench]"
 	touch $@
 
 clean:  ## remove the environment and what the demo wrote

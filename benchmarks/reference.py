@@ -61,14 +61,15 @@ class Reference:
         with torch.no_grad():
             p = self._model(self._x).softmax(1)
         shares = p * (1 - 2 * p + p.square().sum(1, keepdim=True))
-        rows = []
+        kept = shares > negligible * shares.sum()
+        matrix = p.new_empty(int(kept.sum()), sum(w.numel() for w in self._weights))
+        row = 0
         for n, image in enumerate(self._x):
             z = self._model(image[None])[0]
-            for c in (shares[n] > negligible * shares.sum()).nonzero().flatten().tolist():
-                distance = z[c] - (p[n] * z).sum()
-                row = _flat(torch.autograd.grad(distance, self._weights, retain_graph=True))
-                rows.append(row * (p[n, c] / len(self._x)).sqrt())
-        matrix = torch.stack(rows)
+            for c in kept[n].nonzero().flatten().tolist():
+                distance = (z[c] - (p[n] * z).sum()) * (p[n, c] / len(self._x)).sqrt()
+                matrix[row] = _flat(torch.autograd.grad(distance, self._weights, retain_graph=True))
+                row += 1
         return torch.linalg.eigvalsh(matrix @ matrix.T).flip(0)
 
 

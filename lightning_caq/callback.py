@@ -347,7 +347,7 @@ class CurvatureQuantizationCallback(Callback):
         with curvature_safe(pl_module), preserved(pl_module):
             batches = bridge.training_batches(trainer, pl_module, options.curvature_samples, options.seed)
             layers = find_layers(pl_module, batches[0], include=options.include, exclude=options.exclude)
-            profile = measure(pl_module, layers, batches, samples=options.curvature_samples, seed=options.seed)
+            profile = measure(pl_module, batches, layers=layers, samples=options.curvature_samples, seed=options.seed)
         figures = {
             f"caq/training/{measure}/{row.name}": value
             for row in profile.layers

@@ -26,7 +26,7 @@ from lightning_caq.measures.profile import CurvatureProfile
 from lightning_caq.objective import Loss, Objective, make_objective
 from lightning_caq.options import QuantizationOptions
 from lightning_caq.plan import LayerPlan, QuantizationPlan, weights_fingerprint
-from lightning_caq.progress import Progress, Say, silent
+from lightning_caq.progress import Progress, Say, duration, silent
 from lightning_caq.quantizers.affine import fit_grid
 from lightning_caq.quantizers.repair import Repair, prepare_repair
 from lightning_caq.quantizers.rounding import round_layer
@@ -219,7 +219,7 @@ class _Road:
         seconds = (time.perf_counter() - start) * (20 + len(self.layers) * (1 + len(self.options.methods)))
         self.progress.say(
             f"{len(self.layers)} layers, {sum(self.sizes.weights):,} weights, {objective.samples} samples, "
-            f"{self.options.method} with {self.options.budget}: about {_duration(seconds)}"
+            f"{self.options.method} with {self.options.budget}: about {duration(seconds)}"
         )
         return objective
 
@@ -227,8 +227,8 @@ class _Road:
         needs = frozenset({"kappa", "lipschitz", "inputs"})
         return measure(
             self.model,
-            self.layers,
             self.batches,
+            layers=self.layers,
             objective=self.options.objective,
             loss_fn=self.loss_fn,
             needs=needs.union(*(get_method(name).needs for name in self.options.methods)),
@@ -304,13 +304,3 @@ def _write(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, value in values.items():
             live[name].copy_(value)
-
-
-def _duration(seconds: float) -> str:
-    """Seconds or minutes, in words.
-
-    Example:
-        >>> _duration(4.2), _duration(130)
-        ('5 s', '3 min')
-    """
-    return f"{int(seconds) + 1} s" if seconds < 100 else f"{int(seconds / 60) + 1} min"

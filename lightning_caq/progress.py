@@ -45,3 +45,13 @@ class Progress:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def duration(seconds: float) -> str:
+    """Seconds or minutes, in words.
+
+    Example:
+        >>> duration(4.2), duration(130)
+        ('5 s', '3 min')
+    """
+    return f"{int(seconds) + 1} s" if seconds < 100 else f"{int(seconds / 60) + 1} min"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from lightning_caq.measures.blocks import Block
 
 _INPUT_BITS = 4
+_FINALISTS, _HEATS = 8, 3
 
 
 def second_order_sensitivity(
@@ -17,7 +20,8 @@ def second_order_sensitivity(
 
     Power iteration, for all samples at once, on v ↦ H v = d/dt ∇s(z + t v) at t = 0 (Pearlmutter 1994), from Rademacher
     vectors. Each sample's norm ‖H v‖ is a lower bound that grows towards the operator norm. The mean of ‖H v‖ over
-    random v, which the proposal suggests, is far below it (``rademacher_sensitivity``).
+    random v, which the proposal suggests, is far below it (``rademacher_sensitivity``). Of more than eight samples, the
+    eight with the largest norms after three products are iterated to the end.
 
     Args:
         block: The layer and what follows it, with its inputs.
@@ -28,21 +32,29 @@ def second_order_sensitivity(
     Returns:
         κ_i, and the relative change of the last step.
     """
+    v = _signs(block.inputs, generator)
+    if len(v) > _FINALISTS:
+        v, norms, _ = _power_iteration(block, v, _HEATS, tolerance)
+        best = norms.topk(_FINALISTS).indices
+        block, v = replace(block, inputs=block.inputs[best]), v[best]
+    _, norms, change = _power_iteration(block, v, iterations, tolerance)
+    return float(norms.max()), change
+
+
+def _power_iteration(block: Block, v: Tensor, iterations: int, tolerance: float) -> tuple[Tensor, Tensor, float]:
+    """V after some products with every sample's Hessian, ‖H v‖ / ‖v‖ of each, and the last change of the largest."""
     z, slope = _slope(block)
-    v = _signs(z, generator)
-    largest, change = 0.0, 1.0
-    for _ in range(iterations):
+    norms, change = v.new_zeros(len(v)), 0.0
+    # A slope that does not depend on z has no graph left: the second derivative is zero.
+    for _ in range(iterations if slope.requires_grad else 0):
         v = v / _norms(v).clamp_min(1e-30)
-        # A slope that does not depend on z has no graph left: the second derivative is zero.
-        if not slope.requires_grad:
-            return 0.0, 0.0
         (v,) = torch.autograd.grad(slope, z, v, retain_graph=True)
-        norm = float(_norms(v).max())
-        change = abs(norm - largest) / norm if norm > 0 else 0.0
-        largest = norm
+        before, norms = float(norms.max()), _norms(v).flatten()
+        largest = float(norms.max())
+        change = abs(largest - before) / largest if largest > 0 else 0.0
         if change <= tolerance:
             break
-    return largest, change
+    return v, norms, change
 
 
 def rademacher_sensitivity(block: Block, generator: torch.Generator, vectors: int = 20) -> tuple[float, float]:

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_caq.layers import Layer, layer_weight
+from lightning_caq.measures.convolutions import SeparateConvolutions
 from lightning_caq.objective import Objective
 
 Gradients = tuple[Tensor, ...]
@@ -110,7 +112,7 @@ class Hessian:
             yield self._objective.weight(index), self._kept[index] if kept else self._build(index), kept
 
     def _build(self, index: int) -> Gradients:
-        with torch.enable_grad():
+        with torch.enable_grad(), SeparateConvolutions():
             loss = self._objective.batch_loss(self._model, index)
             return torch.autograd.grad(
                 loss, self._weights, create_graph=True, allow_unused=True, materialize_grads=True
@@ -127,5 +129,7 @@ class Hessian:
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             self._build(index)
-        own = {w.untyped_storage().data_ptr() for w in self._model.parameters()}
+        # Weights and samples are there anyway; batches may be views of one large tensor.
+        there = (*self._model.parameters(), *tree_leaves(self._objective.batches))
+        own = {t.untyped_storage().data_ptr() for t in there if isinstance(t, Tensor)}
         return sum(size for pointer, size in seen.items() if pointer not in own)

@@ -44,14 +44,14 @@ def lanczos(
     """The ``k`` eigenpairs of largest magnitude, by Lanczos with full reorthogonalisation (CET §3.3).
 
     Every new basis vector is made orthogonal to all the others, twice, so no eigenvalue appears more often than it
-    should. Stops once the residual of each wanted pair is below ``tolerance`` times |λ_1|. Where the start vector's
-    space is used up, as with repeated eigenvalues, the iteration starts afresh beside it.
+    should. Stops once the residual of each wanted pair is below ``tolerance`` times its own |λ_j|. Where the start
+    vector's space is used up, as with repeated eigenvalues, the iteration starts afresh beside it.
 
     Args:
         product: v ↦ H v for a vector of shape (n,).
         start: Starting vector, shape (n,), not zero.
         k: Number of pairs, at most n.
-        tolerance: Largest residual, relative to |λ_1|.
+        tolerance: Largest residual, relative to |λ_j|.
         max_steps: Largest number of products; min(n, 4 k + 40) by default.
         memory: Bytes that the basis may take, 4 n a step in float32; a larger one is kept in a temporary file.
 
@@ -77,7 +77,9 @@ def lanczos(
         small, inner = torch.linalg.eigh(space.matrix())
         order = small.abs().argsort(descending=True)[:k]
         residuals = space.beta * inner[-1, order].abs()
-        reach = tolerance * float(small.abs().max())
+        # Relative to each pair's own eigenvalue: those far below λ_1 are wanted as exactly, down to rounding noise.
+        noise = 10 * torch.finfo(start.dtype).eps * small.abs().max()
+        reach = (tolerance * small[order].abs()).clamp_min(float(noise))
         if space.full:
             break
         if space.ended:

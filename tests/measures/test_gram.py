@@ -6,7 +6,7 @@ import torch
 
 from lightning_caq.layers import find_layers
 from lightning_caq.measures.gram import gram_spectrum
-from lightning_caq.measures.measure import _differentiable
+from lightning_caq.measures.measure import differentiable
 from lightning_caq.measures.output_rows import choose_rows
 
 K = 4
@@ -25,7 +25,7 @@ class Setup:
         self.deltas = {x.name: {3: torch.randn(x.shape, dtype=torch.float64)} for x in self.layers}
 
     def spectrum(self, **kwargs):
-        with _differentiable(self.net, self.layers):
+        with differentiable(self.net, self.layers):
             return gram_spectrum(
                 self.net, self.layers, self.batches, self.deltas, **{"k": K, "tolerance": 0.0, **kwargs}
             )

@@ -10,14 +10,14 @@ from torch import nn
 from lightning_caq.batches import run_model
 from lightning_caq.errors import CalibrationError, OptionError
 from lightning_caq.layers import find_layers
-from lightning_caq.measures import measure as module
+from lightning_caq.measures import steps
 from lightning_caq.measures.measure import MEASURES, measure
 from lightning_caq.objective import make_objective
 
 
 def _measure(case, **kwargs):
     layers = find_layers(case.net, case.batches[0])
-    return measure(case.net, layers, case.batches, **{"bits": (2, 4, 8), "eigenpairs": 5, **kwargs})
+    return measure(case.net, case.batches, layers=layers, **{"bits": (2, 4, 8), "eigenpairs": 5, **kwargs})
 
 
 def _rounded(case, row, bits):
@@ -99,7 +99,7 @@ def test_validity_walks_up_to_the_bits_at_which_the_model_holds(objective):
             assert change == pytest.approx(actual, rel=1e-5, abs=1e-8)
             energy = row.subspace_energy[bits] + profile.residual_curvature * row.rounding_error[bits]
             gap = abs(actual - row.first_order[bits] - 0.5 * energy)
-            good = gap <= max(module.VALIDITY_TOLERANCE * abs(actual), module.VALIDITY_FLOOR)
+            good = gap <= max(steps.VALIDITY_TOLERANCE * abs(actual), steps.VALIDITY_FLOOR)
             assert good == (bits not in row.outside)
             checked.add(good)
         # The walk ends at the first bit-width at which the model holds.
@@ -135,7 +135,7 @@ def test_leaves_the_network_as_it_was(objective):
     layers = find_layers(net.eval(), x)
     net.train()
     loss = lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1])  # noqa: E731
-    measure(net, layers, [(x, y)], objective=objective, loss_fn=loss, needs=MEASURES, bits=(2, 8), eigenpairs=4)
+    measure(net, [(x, y)], layers=layers, objective=objective, loss_fn=loss, needs=MEASURES, bits=(2, 8), eigenpairs=4)
     assert all(torch.equal(state[k], v) for k, v in net.state_dict().items())
     assert torch.equal(rng, torch.get_rng_state())
     assert all(m.training for m in net.modules())
@@ -176,7 +176,7 @@ def test_a_layer_that_no_batch_reaches_has_zeros():
     net = nn.ModuleDict({"used": nn.Linear(3, 2), "idle": nn.Linear(3, 2)})
     net.forward = lambda x: net["used"](x)
     x = torch.randn(4, 3)
-    row = measure(net, find_layers(net, x), [x], needs=MEASURES, bits=(2, 4))["idle"]
+    row = measure(net, [x], needs=MEASURES, bits=(2, 4))["idle"]
     assert (row.kappa, row.lipschitz, row.trace, row.amplification, row.input_norm) == (0, 0, 0, 0, 0)
     assert set(row.output_error.values()) == {0.0}
     assert row.rounding_error[2] > 0
