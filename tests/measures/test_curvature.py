@@ -138,3 +138,15 @@ def test_rademacher_mean_of_dead_units():
         net[0].bias.fill_(-100)
     (block,) = _blocks(net, torch.randn(4, 3)).values()
     assert rademacher_sensitivity(block, generator(0, "r")) == (0.0, 0.0)
+
+
+def test_of_many_samples_the_largest_is_found():
+    """Samples are screened by a few products; the largest norm of all must be among those iterated to the end."""
+    net = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh()).double()
+    x = 2 * torch.randn(60, 6, dtype=torch.float64)
+    layer = find_layers(net, x)[0]
+    block = record_blocks(net, [layer], x)[layer.name]
+    hessian = torch.func.vmap(torch.func.hessian(lambda z: net(z).square().sum()))(x)
+    truth = float(torch.linalg.matrix_norm(hessian, ord=2).max().detach())
+    kappa, _ = second_order_sensitivity(block, generator(0, "kappa"), iterations=500, tolerance=1e-9)
+    assert kappa == pytest.approx(truth, rel=1e-3)

@@ -13,6 +13,7 @@ from lightning_caq.layers import find_layers
 from lightning_caq.measures import steps
 from lightning_caq.measures.measure import MEASURES, measure
 from lightning_caq.objective import make_objective
+from lightning_caq.progress import Progress
 
 
 def _measure(case, **kwargs):
@@ -247,3 +248,17 @@ def test_sensitivities_of_the_baselines_against_the_dense_matrix(objective):
         assert 0 < row.local_lipschitz <= row.lipschitz * (1 + 1e-3)
         assert 0 < row.kappa_mean <= row.kappa * (1 + 1e-3)
         start += size
+
+
+def test_a_time_budget_means_fewer_samples(capsys):
+    case = nets.make_case("mlp")
+    batches = [torch.cat([batch] * 40) for batch in case.batches[:1]]
+    lines = []
+    kwargs = {"needs": nets.DISTILL_NEEDS, "bits": (2, 4), "eigenpairs": 5, "progress": Progress(lines.append)}
+    whole = measure(case.net, batches, **kwargs)
+    part = measure(case.net, batches, time_budget=1e-9, **kwargs)
+    assert (whole.samples, part.samples) == (len(batches[0]), 1)
+    assert any("about" in line for line in lines)
+    assert any("1 samples only" in line for line in lines)
+    with pytest.raises(OptionError, match="time_budget=0"):
+        measure(case.net, batches, time_budget=0)
