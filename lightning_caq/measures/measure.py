@@ -147,7 +147,7 @@ def _take(
                 whole = spectrum(model, layers, target, deltas, eigenpairs, seed, rows)
         if "loss_change" in needs:
             with progress.step("validity of the quadratic model"):
-                steps.validity(model, layers, target, deltas, whole["residual_curvature"], rows)
+                steps.validity(model, layers, target, deltas, rows)
     return rows, whole
 
 

@@ -40,6 +40,8 @@ class LayerCurvature:
         amplification: A_i, the gain from the layer's output error to the network's output error.
         subspace_curvature: Σ_j |λ_j| ‖v_j restricted to the layer‖², the curvature in the short-axis subspace S.
         subspace_energy: Bits to Σ_j |λ_j| (v_jᵀ Δ_i(b))², the energy of the real rounding error in S.
+        second_order: Bits to Δ_i(b)ᵀ H_ii Δ_i(b), signed: from every eigenpair for ``distill``; for ``task`` from those
+            in S, and μ ‖Δ‖² for the rest.
         first_order: Bits to gᵀΔ_i(b), the first-order change of the loss; zeros for ``distill``.
         loss_change: Bits to the loss change measured with only this layer rounded to nearest, ℓ(w + Δ_i) − ℓ(w).
         outside: Bit-widths at which the quadratic model fails (CET Eq. 7): its prediction is off by more than the
@@ -72,9 +74,16 @@ class LayerCurvature:
     amplification: float | None = None
     subspace_curvature: float | None = None
     subspace_energy: dict[int, float] = field(default_factory=dict)
+    second_order: dict[int, float] = field(default_factory=dict)
     first_order: dict[int, float] = field(default_factory=dict)
     loss_change: dict[int, float] = field(default_factory=dict)
     outside: tuple[int, ...] = ()
+
+    @property
+    def validity_radius(self) -> float | None:
+        """‖Δ_i‖ at the smallest bit-width at which the quadratic model was seen to hold; ``None`` if at none."""
+        held = [b for b in sorted(self.loss_change) if b not in self.outside]
+        return self.rounding_error[held[0]] ** 0.5 if held else None
 
 
 @dataclass(frozen=True)
@@ -123,15 +132,14 @@ class CurvatureProfile:
     def predicted_change(self, name: str, bits: int) -> float | None:
         """Loss change with one layer rounded, nat: the quadratic model's, or the measured one outside its range.
 
-        gᵀΔ + ½ (energy in S + μ ‖Δ‖²); ``None`` where it was not measured.
+        gᵀΔ + ½ ΔᵀHΔ (CET Eq. 7); ``None`` where it was not measured.
         """
         row = self[name]
         if bits in row.outside:
             return row.loss_change[bits]
-        if bits not in row.subspace_energy:
+        if bits not in row.second_order:
             return None
-        residual = (self.residual_curvature or 0.0) * row.rounding_error[bits]
-        return row.first_order.get(bits, 0.0) + 0.5 * (row.subspace_energy[bits] + residual)
+        return row.first_order.get(bits, 0.0) + 0.5 * row.second_order[bits]
 
     def predicted_loss(self, bits: Mapping[str, int]) -> float | None:
         """Loss change of a whole network, the sum over layers; ``None`` where it was not measured."""
@@ -159,6 +167,6 @@ class CurvatureProfile:
 def _row(item: dict[str, Any]) -> LayerCurvature:
     known = {f.name for f in fields(LayerCurvature)}
     values = {k: v for k, v in item.items() if k in known}
-    for name in ("diagonal_energy", "rounding_error", "output_error", "subspace_energy", "first_order", "loss_change"):
+    for name in (f.name for f in fields(LayerCurvature) if f.default_factory is dict):
         values[name] = {int(bits): value for bits, value in values[name].items()}
     return LayerCurvature(**{**values, "outside": tuple(values["outside"])})

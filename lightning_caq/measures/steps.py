@@ -121,6 +121,7 @@ def gram(
     for name, row in rows.items():
         row.update(trace=spectrum.traces[name], trace_stderr=0.0, subspace_curvature=spectrum.energies[name])
         row["subspace_energy"] = {b: float(p[:k].square().sum()) for b, p in spectrum.projected[name].items()}
+        row["second_order"] = {b: float(p.square().sum()) for b, p in spectrum.projected[name].items()}
     trace, n = sum(spectrum.traces.values()), sum(layer.weights for layer in layers)
     return {**_spectrum_fields(spectrum.values[:k], trace, n), "kept": spectrum.kept}
 
@@ -135,15 +136,16 @@ def task_hessian(
         pairs = lanczos(operator.product, start, min(k, operator.size))
         traces = estimate_layer_traces(operator, [generator(seed, f"trace/{x.name}") for x in layers])
     magnitude = pairs.values.abs()
+    whole = _spectrum_fields(pairs.values, float(traces.values.sum()), operator.size)
     for i, (layer, part) in enumerate(zip(layers, pairs.vectors.split(operator.sizes), strict=True)):
         row = rows[layer.name]
         row.update(trace=float(traces.values[i]), trace_stderr=float(traces.errors[i]))
         row["subspace_curvature"] = float((magnitude * part.double().square().sum(0).cpu()).sum())
-        row["subspace_energy"] = {
-            b: float((magnitude * (part.T @ d.flatten()).double().square().cpu()).sum())
-            for b, d in deltas[layer.name].items()
-        }
-    return _spectrum_fields(pairs.values, float(traces.values.sum()), operator.size)
+        along = {b: (part.T @ d.flatten()).double().square().cpu() for b, d in deltas[layer.name].items()}
+        row["subspace_energy"] = {b: float(magnitude @ p) for b, p in along.items()}
+        rest = {b: whole["residual_curvature"] * row["rounding_error"][b] for b in along}
+        row["second_order"] = {b: float(pairs.values @ p) + rest[b] for b, p in along.items()}
+    return whole
 
 
 def _spectrum_fields(values: Tensor, trace: float, n: int) -> dict[str, Any]:
@@ -151,9 +153,7 @@ def _spectrum_fields(values: Tensor, trace: float, n: int) -> dict[str, Any]:
     return {"eigenvalues": tuple(values.tolist()), "trace": trace, "residual_curvature": outside}
 
 
-def validity(
-    model: nn.Module, layers: Sequence[Layer], target: Objective, deltas: Deltas, mu: float, rows: Rows
-) -> None:
+def validity(model: nn.Module, layers: Sequence[Layer], target: Objective, deltas: Deltas, rows: Rows) -> None:
     """Walk up the bit-widths of each layer until the quadratic model holds (CET Eq. 7); below, measured changes count.
 
     The error shrinks with every bit, so the model that holds at one bit-width holds at the larger ones.
@@ -168,7 +168,7 @@ def validity(
         for b in sorted(errors):
             actual = loss_change(model, layer, target, errors[b], reference)
             row["loss_change"][b] = actual
-            predicted = row["first_order"][b] + 0.5 * (row["subspace_energy"][b] + mu * row["rounding_error"][b])
+            predicted = row["first_order"][b] + 0.5 * row["second_order"][b]
             if abs(actual - predicted) <= max(VALIDITY_TOLERANCE * abs(actual), VALIDITY_FLOOR):
                 break
             outside.append(b)

@@ -49,6 +49,13 @@ def _check_against(profile, case, dense, matrix):
             energy = float(values.abs() @ (part.T @ delta).square())
             assert row.subspace_energy[bits] == pytest.approx(energy, rel=2e-2, abs=1e-7)
         start += size
+        for bits in (2, 4):
+            delta = torch.zeros(len(matrix), dtype=matrix.dtype)
+            delta[start - size : start] = _rounded(case, row, bits)
+            exact = float(delta @ matrix @ delta)
+            along = float(values @ (vectors.T @ delta).square()) + profile.residual_curvature * float(delta @ delta)
+            known = exact if profile.objective == "distill" else along
+            assert row.second_order[bits] == pytest.approx(known, rel=2e-2, abs=1e-6)
     outside = max(profile.trace - sum(profile.eigenvalues), 0) / (n - 5)
     assert profile.residual_curvature == pytest.approx(outside, rel=1e-9)
 
@@ -98,8 +105,7 @@ def test_validity_walks_up_to_the_bits_at_which_the_model_holds(objective):
             moved[start : start + size] += _rounded(case, row, bits)
             actual = float(loss(dense.call(moved)).detach()) - reference
             assert change == pytest.approx(actual, rel=1e-5, abs=1e-8)
-            energy = row.subspace_energy[bits] + profile.residual_curvature * row.rounding_error[bits]
-            gap = abs(actual - row.first_order[bits] - 0.5 * energy)
+            gap = abs(actual - row.first_order[bits] - 0.5 * row.second_order[bits])
             good = gap <= max(steps.VALIDITY_TOLERANCE * abs(actual), steps.VALIDITY_FLOOR)
             assert good == (bits not in row.outside)
             checked.add(good)
