@@ -280,6 +280,7 @@ class CurvatureQuantizationCallback(Callback):
         directory = _directory(trainer)
         options = self.options
         with curvature_safe(pl_module), preserved(pl_module):
+            _share_buffers(trainer, pl_module)
             float_state = _copied_state(pl_module) if trainer.world_size > 1 else {}
             batches = bridge.training_batches(trainer, pl_module, options.calibration_samples, options.seed)
             loss = bridge.quiet_loss(pl_module, self.loss_fn) if options.objective == "task" else None
@@ -303,6 +304,7 @@ class CurvatureQuantizationCallback(Callback):
         """Snap a network that was trained on to its grid, and validate it again."""
         directory = _directory(trainer)
         with curvature_safe(pl_module), preserved(pl_module):
+            _share_buffers(trainer, pl_module)
             plan = before.plan.settled(pl_module)
             validate = bridge.isolated_validation(trainer, pl_module) if self.evaluate else None
             metrics = {k: v for k, v in before.report.metrics.items() if not k.startswith("quantized/")}
@@ -378,6 +380,17 @@ def _write(trainer: Trainer, directory: Path, outcome: Outcome) -> None:
 def _directory(trainer: Trainer) -> Path:
     """Where the outputs go. Every rank has to ask: ``log_dir`` is a collective."""
     return Path(trainer.log_dir or trainer.default_root_dir) / "caq"
+
+
+def _share_buffers(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Give every rank the buffers of rank 0, as DDP does ahead of each forward pass; batch-norm has moved since."""
+    if trainer.world_size == 1:
+        return
+    buffers = dict(pl_module.named_buffers())
+    shared = trainer.strategy.broadcast({name: buffer.cpu() for name, buffer in buffers.items()}, src=0)
+    with torch.no_grad():
+        for name, buffer in buffers.items():
+            buffer.copy_(shared[name])
 
 
 def _copied_state(model: nn.Module) -> dict[str, Tensor]:

@@ -49,7 +49,7 @@ def gram_spectrum(
     deltas: Mapping[str, Mapping[int, Tensor]],
     *,
     k: int,
-    tolerance: float = 1e-6,
+    tolerance: float = 3e-6,
     max_rows: int = 2048,
     memory: int = 2**30,
 ) -> GramSpectrum:

@@ -99,6 +99,7 @@ class CurvatureProfile:
         trace: tr(H) over all layers, or ``None``.
         residual_curvature: μ, the mean curvature outside S, floored at 0.
         seconds: Time it took.
+        eigenvalue_residuals: For ``task``, ‖H v_j − λ_j v_j‖ of each pair; within 1e-3 |λ_j| where Lanczos converged.
         kept: Share of the outputs' curvature in the rows that the spectrum was computed from; 1 for ``task``.
         needs: The measures that were asked for.
         fingerprint: Of the weights, the samples and the settings that it holds for.
@@ -113,6 +114,7 @@ class CurvatureProfile:
     residual_curvature: float | None = None
     seconds: float = 0.0
     kept: float = 1.0
+    eigenvalue_residuals: tuple[float, ...] = ()
     needs: tuple[str, ...] = ()
     fingerprint: str = ""
 
@@ -161,7 +163,15 @@ class CurvatureProfile:
         """The profile that ``to_json`` wrote."""
         data = json.loads(text)
         rows = tuple(_row(item) for item in data.pop("layers"))
-        return cls(layers=rows, **{**data, "eigenvalues": tuple(data["eigenvalues"]), "needs": tuple(data["needs"])})
+        return cls(
+            layers=rows,
+            **{
+                **data,
+                "eigenvalues": tuple(data["eigenvalues"]),
+                "needs": tuple(data["needs"]),
+                "eigenvalue_residuals": tuple(data["eigenvalue_residuals"]),
+            },
+        )
 
 
 def _row(item: dict[str, Any]) -> LayerCurvature:

@@ -145,7 +145,7 @@ def task_hessian(
         row["subspace_energy"] = {b: float(magnitude @ p) for b, p in along.items()}
         rest = {b: whole["residual_curvature"] * row["rounding_error"][b] for b in along}
         row["second_order"] = {b: float(pairs.values @ p) + rest[b] for b, p in along.items()}
-    return whole
+    return {**whole, "eigenvalue_residuals": tuple(pairs.residuals.tolist())}
 
 
 def _spectrum_fields(values: Tensor, trace: float, n: int) -> dict[str, Any]:
