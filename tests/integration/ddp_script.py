@@ -1,0 +1,139 @@
+"""What ``test_ddp.py`` runs. Lightning starts it once more, and each of the two ranks tells what it has.
+
+``python ddp_script.py FOLDER`` writes ``FOLDER/rank0.pt`` and ``FOLDER/rank1.pt``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from lit import AtHook, Classifier, blobs, train_loader, trainer, val_loader
+from torch.utils.data import DataLoader, Subset
+
+from lightning_caq import CurvatureQuantizationCallback, bridge
+from lightning_caq.quantizers.swap import quantized_modules
+
+RANKS = 2
+RANK = int(os.environ.get("LOCAL_RANK", 0))
+MOVED: list[Path] | None = None
+
+
+class Steady(Classifier):
+    """Training does not change it: no learning rate, and batch-norm statistics that are odd but stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[1].running_mean.uniform_(-0.5, 0.5)
+        self.net[1].running_var.uniform_(0.5, 2)
+        self.net[1].momentum = 0.0
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+class Watcher(AtHook):
+    """Keeps the outputs of every test batch, and whether the layers were fake-quant layers then."""
+
+    def __init__(self) -> None:
+        super().__init__("on_test_start", lambda t, m: {k: x.quantizing for k, x in quantized_modules(m).items()})
+        self.outputs: list[torch.Tensor] = []
+
+    def on_test_batch_start(self, trainer: Any, module: Any, batch: Any, *_: Any) -> None:
+        self.outputs.append(module(batch[0]))
+
+
+def shard(rank: int) -> DataLoader:
+    """The training data that only one rank has."""
+    return DataLoader(Subset(blobs(), range(rank, 96, RANKS)), batch_size=16)
+
+
+def quantizer(**options: Any) -> CurvatureQuantizationCallback:
+    defaults = {"avg_bits": 2.5, "bits": [2, 3], "calibration_samples": 32, "curvature_samples": 24}
+    return CurvatureQuantizationCallback(**{**defaults, **options})
+
+
+def findings(module: Any, callback: CurvatureQuantizationCallback) -> dict[str, Any]:
+    plan = callback.plan
+    return {
+        "bits": plan.bits,
+        "tensors": plan.state_dict()["tensors"],
+        "state": {name: value.clone() for name, value in module.state_dict().items()},
+        "profile": callback.profile.to_json(),
+        "report": callback.report.to_json(),
+    }
+
+
+@contextmanager
+def moves() -> Iterator[list[Path]]:
+    """The files that this process moves to their place meanwhile; Python tells of each."""
+    global MOVED
+    MOVED = []
+    try:
+        yield MOVED
+    finally:
+        MOVED = None
+
+
+def _watch(event: str, arguments: tuple[Any, ...]) -> None:
+    if MOVED is not None and event == "os.rename":
+        MOVED.append(Path(arguments[1]))
+
+
+def steady(folder: Path, **kwargs: Any) -> dict[str, Any]:
+    """Quantize a network of known weights, each rank with training data of its own, and test it."""
+    torch.manual_seed(0)
+    module, callback, watcher = Steady(), quantizer(), Watcher()
+    drawn = AtHook("on_train_end", lambda t, m: bridge.training_batches(t, m, 32, seed=0))
+    t = trainer(
+        folder, callbacks=[callback, watcher, drawn], logger=CSVLogger(folder), max_epochs=1,
+        use_distributed_sampler=False, **kwargs,
+    )  # fmt: skip
+    with moves() as moved:
+        t.fit(module, shard(RANK), val_loader())
+    files = [path.name for path in moved]
+    (loss,) = t.test(module, val_loader(), verbose=False)
+    return {
+        **findings(module, callback),
+        "drawn": drawn.results[0],
+        "files": files,
+        "quantizing": watcher.results,
+        "test_loss": loss["test_loss"],
+        "test_outputs": torch.cat(watcher.outputs),
+    }
+
+
+def apart(folder: Path, **kwargs: Any) -> dict[str, Any]:
+    """Train, with ranks that come to different plans; quantize, and train the quantized network on.
+
+    No validation follows the last training step, so that nothing but the callback brings the batch-norm statistics of
+    the ranks together.
+    """
+    torch.manual_seed(0)
+    own = {"avg_bits": 2, "rounding": "nearest"} if RANK else {}
+    module, callback = Classifier(), quantizer(evaluate=False, **own)
+    before = AtHook("on_train_end", lambda t, m: {k: x.clone() for k, x in m.state_dict().items()})
+    results = {}
+    for name in ("first", "second"):
+        module.train()
+        trainer(folder, callbacks=[before, callback], limit_val_batches=0, **kwargs).fit(module, train_loader())
+        results[name] = {**findings(module, callback), "before": before.results[-1]}
+    return results
+
+
+def main(folder: Path) -> None:
+    sys.addaudithook(_watch)
+    torch.set_num_threads(1)
+    kwargs = {"devices": RANKS, "strategy": "ddp"}
+    results = {"steady": steady(folder / "steady", **kwargs), "apart": apart(folder / "apart", **kwargs)}
+    torch.save(results, folder / f"rank{RANK}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
