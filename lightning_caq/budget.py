@@ -32,7 +32,8 @@ class LayerSizes:
     Attributes:
         weights: Number of weights of each layer, n_i.
         channels: Number of output channels of each layer; each has one scale and one zero point.
-        unquantized: Weights of quantizable kinds that stay in float32 because the user excluded them.
+        unquantized: Weights that stay in float32: all other parameters with two or more dimensions, those of excluded
+            layers among them. Biases and the scales of norms count as no weights.
     """
 
     weights: tuple[int, ...]

@@ -20,8 +20,8 @@ def curvature_safe(model: nn.Module) -> Iterator[None]:
     """Make second derivatives possible and exact, in any hook.
 
     Inference mode and autocast are off and gradients on; attention runs in its one kernel that can be differentiated
-    twice, outside its fused layers; compiled modules run eagerly, and recurrent layers without cuDNN, for the same
-    reason.
+    twice, outside its fused layers; compiled modules run eagerly, and recurrent layers without fused kernels, for
+    the same reason.
 
     Args:
         model: The network that will be differentiated.
@@ -41,6 +41,7 @@ def curvature_safe(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(False)
         if recurrent:
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
         yield
 
 

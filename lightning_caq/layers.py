@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_caq.batches import check_model_takes
+from lightning_caq.batches import batch_size, check_model_takes
 from lightning_caq.budget import LayerSizes
 from lightning_caq.errors import LayerError, OptionError
 from lightning_caq.visits import watching
@@ -237,7 +237,8 @@ def _in_execution_order(model: nn.Module, layers: list[Layer], batch: Any) -> li
     """Run one batch; sort the layers as they ran, and give each its cost and the batch-norm behind it."""
     traces: dict[str, _Trace] = {}
     with _tracing(model, layers, traces), torch.no_grad():
-        samples = max(len(check_model_takes(model, batch)), 1)
+        check_model_takes(model, batch)
+    samples = max(batch_size(batch), 1)
     by_name = {layer.name: layer for layer in layers}
     reached = [
         replace(

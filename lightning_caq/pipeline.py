@@ -20,7 +20,7 @@ from lightning_caq.errors import LayerError
 from lightning_caq.evaluation.report import LayerRow, QuantizationReport, Size
 from lightning_caq.evaluation.versions import versions
 from lightning_caq.isolation import preserved
-from lightning_caq.layers import Layer, find_layers, layer_sizes, layer_weight, quantizable_layers
+from lightning_caq.layers import Layer, find_layers, layer_sizes, layer_weight
 from lightning_caq.measures.measure import measure
 from lightning_caq.measures.profile import CurvatureProfile
 from lightning_caq.objective import Loss, Objective, make_objective
@@ -166,8 +166,8 @@ def run(
         layers, skipped = [x for x in found if x.calls], [x for x in found if not x.calls]
         if not layers:
             raise LayerError("No calibration batch calls any of the layers to quantize; check the batches or include.")
-        chosen = {layer.name for layer in layers}
-        left = sum(x.weights for x in quantizable_layers(model) if x.name not in chosen)
+        chosen = {id(layer_weight(model, layer)) for layer in layers}
+        left = sum(p.numel() for p in model.parameters() if p.ndim > 1 and id(p) not in chosen)
         sizes = layer_sizes(layers, left)
         check_budget(options.budget, sizes, options.bits)
         return _Road(
@@ -200,6 +200,8 @@ class _Road:
         if options.batchnorm == "recentre":
             repair = prepare_repair(model, self.layers, self.batches, options.objective, self.loss_fn)
         notes = [f"Layer '{x.name}' stays in float32: no calibration batch calls it." for x in self.skipped]
+        if profile.kept < 0.99:
+            notes.append(f"The eigenspace holds {profile.kept:.0%} of the outputs' curvature; energies lack the rest.")
         plans: dict[str, QuantizationPlan] = {}
         for name in options.methods:
             variant = "quantized" if name == options.method else name

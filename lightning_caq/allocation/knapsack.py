@@ -11,6 +11,9 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from lightning_caq.errors import BudgetError
 
+_TIE = 1e-6  # how much of the optimum's cost a choice with more bits may cost more, to break ties
+_TOLERANCE = 1e-6  # the solver's own
+
 
 @dataclass(frozen=True)
 class Allocation:
@@ -37,7 +40,7 @@ def solve(costs: ArrayLike, weights: Sequence[int], bits: Sequence[int], limit: 
         limit: Bits that all weights may take together.
 
     Returns:
-        The optimum. Between choices whose costs differ by less than a millionth, the one with more bits.
+        The optimum, to about a millionth of its cost; between choices closer than that, the one with more bits.
 
     Raises:
         BudgetError: If not even the smallest bit-width everywhere fits.
@@ -55,27 +58,37 @@ def solve(costs: ArrayLike, weights: Sequence[int], bits: Sequence[int], limit: 
         raise BudgetError(f"The smallest choice takes {sizes.min(1).sum():.0f} bits, the budget allows {limit:.0f}.")
     # In units of their common divisor sizes are small whole numbers: the solver's tolerance cannot break the limit.
     divisor = float(np.gcd.reduce(sizes.astype(np.int64), axis=None))
-    scale = float(np.abs(table).max()) or 1.0
     few_bits = np.multiply.outer(np.asarray(weights) / np.sum(weights), 0.25 ** np.asarray(bits, dtype=np.float64))
-    result = milp(
-        (table / scale + 1e-6 * few_bits).ravel(),
-        integrality=np.ones(table.size, dtype=np.int64),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(_one_choice_a_layer(table.shape), 1, 1),
-            LinearConstraint(sizes.ravel()[None] / divisor, -np.inf, np.floor(limit / divisor + 1e-9)),
-        ],
-        options={"mip_rel_gap": 0.0},
-    )
-    if result.x is None:
-        raise BudgetError(f"The solver found no allocation: {result.message}")
-    picked = result.x.reshape(table.shape).argmax(1)
-    rows = np.arange(len(picked))
-    return Allocation(
-        bits=tuple(int(bits[column]) for column in picked),
-        cost=float(table[rows, picked].sum()),
-        bound=min(float(result.mip_dual_bound) * scale, float(table[rows, picked].sum())),
-    )
+    low = table.min(1, keepdims=True)
+    excess, rows = table - low, np.arange(len(table))
+    scale = float(excess.max()) or 1.0
+    while True:
+        # The solver works to absolute tolerances, so costs are brought to the scale of the optimum's total: a choice
+        # that alone costs more than the best total known cannot be part of it.
+        allowed = excess <= scale * (1 + 1e-9)
+        result = milp(
+            (np.where(allowed, excess / scale, 0.0) + _TIE * few_bits).ravel(),
+            integrality=np.ones(table.size, dtype=np.int64),
+            bounds=Bounds(0, allowed.ravel().astype(np.float64)),
+            constraints=[
+                LinearConstraint(_one_choice_a_layer(table.shape), 1, 1),
+                LinearConstraint(sizes.ravel()[None] / divisor, -np.inf, np.floor(limit / divisor + 1e-9)),
+            ],
+            options={"mip_rel_gap": 0.0},
+        )
+        if result.x is None:
+            raise BudgetError(f"The solver found no allocation: {result.message}")
+        picked = result.x.reshape(table.shape).argmax(1)
+        total = float(excess[rows, picked].sum())
+        if total <= 0 or total > 0.5 * scale:
+            break
+        scale = total
+    cost = float(table[rows, picked].sum())
+    proven = float(low.sum())
+    if total > 0:  # otherwise every layer has its cheapest choice
+        slack = _TIE * float(few_bits.max(1).sum()) + _TOLERANCE
+        proven += (float(result.mip_dual_bound) - slack) * scale
+    return Allocation(tuple(int(bits[column]) for column in picked), cost, bound=min(proven, cost))
 
 
 def _one_choice_a_layer(shape: tuple[int, ...]) -> NDArray[np.float64]:

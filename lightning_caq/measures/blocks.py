@@ -156,6 +156,7 @@ class _Recorder(TorchFunctionMode):
         end = self._ends.get(id(args[0])) if args else None
         lipschitz = FOLLOWERS.get(func) if end is not None else None
         known = lipschitz(args, kwargs) if lipschitz is not None else None
+        version = args[0]._version if end is not None else 0
         output = func(*args, **kwargs)
         if end is not None and known is not None:
             block = self._ends.pop(id(args[0]))[1]
@@ -163,4 +164,6 @@ class _Recorder(TorchFunctionMode):
             block.steps.append((func, args[1:], {**kwargs, "inplace": False} if "inplace" in kwargs else kwargs))
             block.after_lipschitz *= known
             self._ends[id(output)] = (output, block)
+        elif end is not None and args[0]._version != version:
+            del self._ends[id(args[0])]  # changed in place, as by a residual sum: the block ends before that
         return output

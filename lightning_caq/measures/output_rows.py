@@ -13,8 +13,6 @@ from torch.utils._pytree import tree_map_only
 from lightning_caq.batches import batch_size, run_model
 from lightning_caq.objective import output_rows
 
-_ROWS_AT_ONCE = 64
-
 
 @dataclass(frozen=True)
 class OutputRow:
@@ -72,12 +70,12 @@ def choose_rows(
     return rows, float(held[count - 1])
 
 
-def row_chunks(rows: Sequence[OutputRow]) -> Iterator[tuple[int, Sequence[OutputRow]]]:
-    """Runs of rows that share a batch."""
+def row_chunks(rows: Sequence[OutputRow], at_once: int) -> Iterator[tuple[int, Sequence[OutputRow]]]:
+    """Runs of at most so many rows that share a batch."""
     start = 0
     while start < len(rows):
         stop = start
-        while stop < len(rows) and stop - start < _ROWS_AT_ONCE and rows[stop].batch == rows[start].batch:
+        while stop < len(rows) and stop - start < at_once and rows[stop].batch == rows[start].batch:
             stop += 1
         yield start, rows[start:stop]
         start = stop

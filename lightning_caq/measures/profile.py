@@ -20,16 +20,16 @@ class LayerCurvature:
         kappa: κ_i, second-order sensitivity: largest operator norm of ∇²‖f_i(z)‖² over samples; out²/in².
         kappa_tolerance: Relative change of κ_i in the last step of its iteration.
         lipschitz: L_i, σ_max of the layer's linear operator times the Lipschitz constants of what follows; out/in.
-        lipschitz_tolerance: Relative bound on what L_i may still be short of.
+        lipschitz_tolerance: Relative residual of σ_max²: an eigenvalue of WᵀW lies that close.
         kappa_mean: The proposal's estimator of κ_i, the mean of ‖H v‖ / ‖v‖ over Rademacher vectors; biased low.
         kappa_mean_stderr: Its standard error.
         local_lipschitz: Largest Jacobian norm of the layer and what follows it on the samples; a lower bound; out/in.
         local_lipschitz_tolerance: Relative change in the last step of its iteration.
         input_norm: Root mean square over samples of ‖z_i‖.
-        diameter: Twice the largest distance of an input from the mean input.
+        diameter: Twice the largest distance of an input from the mean input, on the first batch.
         remainder: ρ_i, second difference of f_i at the radius of the rounding error; out/in².
         trace: tr(H_ii) of the objective, nat/weight².
-        trace_stderr: Its standard error; 0 where the trace is exact.
+        trace_stderr: Its standard error; 0 where the trace is exact, ``None`` where rows were left out of it.
         gradient_norm: ‖g_i‖ of the objective, nat/weight.
         top_eigenvalue: Eigenvalue of H_ii of largest magnitude, nat/weight².
         top_eigenvalue_residual: Some eigenvalue lies this close to it.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from lightning_caq.batches import run_model
+from lightning_caq.batches import batch_size, run_model
 from lightning_caq.layers import Layer, apply_weight, layer_modules, layer_weight
 from lightning_caq.objective import Objective
 from lightning_caq.quantizers.affine import fit_grid
@@ -61,16 +61,14 @@ def output_errors(
         Bits to e_i(b); zeros for a layer that no batch reaches.
     """
     sums = dict.fromkeys(deltas, 0.0)
-    samples = 0
 
     def visit(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
-        nonlocal samples
-        samples += len(inputs)
         for b, delta in deltas.items():
             sums[b] += float(apply_weight(module, delta, inputs).double().square().sum())
 
     _visit_layer(model, layer, batches, visit)
-    return {b: (total * layer.calls / samples) ** 0.5 if samples else 0.0 for b, total in sums.items()}
+    samples = sum(map(batch_size, batches))
+    return {b: (total / samples) ** 0.5 for b, total in sums.items()}
 
 
 def input_statistics(model: nn.Module, layer: Layer, batches: Sequence[Any]) -> InputStatistics:

@@ -32,6 +32,7 @@ BLOCK_SAMPLES = 256
 # A prediction of the loss change that is off by more than half, and by more than noise, is outside the model's range.
 VALIDITY_TOLERANCE = 0.5
 VALIDITY_FLOOR = 1e-3
+NEARLY_ALL = 1e-3
 
 Deltas = Mapping[str, Mapping[int, Tensor]]
 Rows = dict[str, dict[str, Any]]
@@ -119,7 +120,8 @@ def gram(
     """Spectrum, traces and energies of the distill Hessian, by Gram matrices."""
     spectrum = gram_spectrum(model, layers, target.batches, deltas, k=k)
     for name, row in rows.items():
-        row.update(trace=spectrum.traces[name], trace_stderr=0.0, subspace_curvature=spectrum.energies[name])
+        row.update(trace=spectrum.traces[name], subspace_curvature=spectrum.energies[name])
+        row["trace_stderr"] = 0.0 if spectrum.kept > 1 - NEARLY_ALL else None
         row["subspace_energy"] = {b: float(p[:k].square().sum()) for b, p in spectrum.projected[name].items()}
         row["second_order"] = {b: float(p.square().sum()) for b, p in spectrum.projected[name].items()}
     trace, n = sum(spectrum.traces.values()), sum(layer.weights for layer in layers)
@@ -143,7 +145,7 @@ def task_hessian(
         row["subspace_curvature"] = float((magnitude * part.double().square().sum(0).cpu()).sum())
         along = {b: (part.T @ d.flatten()).double().square().cpu() for b, d in deltas[layer.name].items()}
         row["subspace_energy"] = {b: float(magnitude @ p) for b, p in along.items()}
-        rest = {b: whole["residual_curvature"] * row["rounding_error"][b] for b in along}
+        rest = {b: whole["residual_curvature"] * (row["rounding_error"][b] - float(p.sum())) for b, p in along.items()}
         row["second_order"] = {b: float(pairs.values @ p) + rest[b] for b, p in along.items()}
     return {**whole, "eigenvalue_residuals": tuple(pairs.residuals.tolist())}
 
@@ -156,7 +158,7 @@ def _spectrum_fields(values: Tensor, trace: float, n: int) -> dict[str, Any]:
 def validity(model: nn.Module, layers: Sequence[Layer], target: Objective, deltas: Deltas, rows: Rows) -> None:
     """Walk up the bit-widths of each layer until the quadratic model holds (CET Eq. 7); below, measured changes count.
 
-    The error shrinks with every bit, so the model that holds at one bit-width holds at the larger ones.
+    The error shrinks with every bit, so a model that holds at one bit-width is taken to hold at the larger ones.
     """
     reference = target.value(model)
     # The distill objective is at its minimum: its gradient is zero.

@@ -16,6 +16,8 @@ from lightning_caq.matrix import columns
 from lightning_caq.measures.output_rows import OutputRow, output_seed, row_chunks, take_rows
 from lightning_caq.visits import watching
 
+_ROWS_AT_ONCE = 64
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -80,7 +82,8 @@ def weight_rows(
         by_layer.setdefault(piece.layer.name, []).append(piece)
     watched = {id(model.get_submodule(name)): piece.layer for piece in pieces for name in piece.layer.modules}
     held = {piece: _empty(piece, len(rows), layer_weight(model, piece.layer).dtype) for piece in pieces}
-    for start, chunk in row_chunks(rows):
+    at_once = _ROWS_AT_ONCE if _samples_come_first(model, watched, batches, rows[:1]) else 1
+    for start, chunk in row_chunks(rows, at_once):
         batch = take_rows(batches[chunk[0].batch], [row.sample for row in chunk])
         with _recording(model, watched) as calls, torch.enable_grad():
             output = run_model(model, batch)
@@ -93,6 +96,23 @@ def weight_rows(
             for piece in by_layer[layer.name]:
                 _add(held[piece], place, piece, module, x, gradient)
     return held
+
+
+def _samples_come_first(
+    model: nn.Module, watched: Mapping[int, Layer], batches: Sequence[Any], rows: Sequence[OutputRow]
+) -> bool:
+    """Whether the first axis of every layer's input grows with the samples.
+
+    Tokens may lie there too, sample by sample; where they lie before the samples, rows can be told apart only one by
+    one.
+    """
+    lengths = []
+    for count in (1, 2):
+        batch = take_rows(batches[rows[0].batch], [rows[0].sample] * count)
+        with _recording(model, watched) as calls, torch.no_grad():
+            run_model(model, batch)
+        lengths.append([len(x) for _, _, x, _ in calls])
+    return len(lengths[0]) == len(lengths[1]) and all(b == 2 * a for a, b in zip(*lengths, strict=True))
 
 
 def _matrix_shape(layer: Layer) -> tuple[int, int, int]:
@@ -167,7 +187,9 @@ def _add(
             outs = gradient.flatten(2).reshape(len(gradient), layer.groups, -1, gradient[0, 0].numel())
         patches = columns(layer, module, inputs)  # (samples, groups, columns, positions)
         matrices = outs[:, :, piece.outputs] @ patches.transpose(2, 3)
-    held.rows[place] += matrices.flatten(1).to(held.rows)
+    # A sample may fill several places of the first axis, as its tokens do where they were made a batch of their own.
+    rows = held.rows[place]
+    rows += matrices.reshape(len(rows), -1, rows.shape[1]).sum(1).to(rows)
 
 
 def _word_gradients(layer: Layer, words: Tensor, gradient: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class Grid:
 
 
 def fit_grid(weight: Tensor, bits: int, channel_shape: tuple[int, ...]) -> Grid:
-    """The grid that rounds a weight with the least squared error, channel by channel.
+    """A grid that rounds a weight with close to the least squared error, channel by channel.
 
     The range is first shrunk step by step from the channel's minimum and maximum, and shifted; the best is refined:
     with the codes held, scale and zero point follow from a linear regression of the weights on the codes, and new codes

@@ -141,5 +141,7 @@ def _rebuild(base: type[nn.Module]) -> nn.Module:
 def on_grid(weight: Tensor, grid: Grid) -> bool:
     """Whether every weight lies on a value of the grid, up to the rounding of the weight's own dtype."""
     weight = weight.detach()
-    tolerance = max(1e-5, float(torch.finfo(weight.dtype).eps) * 2**grid.bits)
-    return bool(((grid.nearest(weight) - weight.float()).abs() <= tolerance * grid.scale).all())
+    nearest = grid.nearest(weight)
+    if torch.finfo(weight.dtype).bits < 32:  # its values are coarse, and a value of the grid is rounded to one of them
+        return bool(torch.equal(nearest.to(weight.dtype), weight))
+    return bool(((nearest - weight.float()).abs() <= 1e-5 * 2**grid.bits * grid.scale).all())

@@ -94,3 +94,22 @@ def test_bad_input():
 
 def test_equal_costs_use_the_budget():
     assert solve([[0.0, 0.0, 0.0]] * 2, [10, 10], [2, 3, 4], 70).bits in {(3, 4), (4, 3)}
+
+
+def test_one_huge_cost_does_not_blur_the_others():
+    """A choice that nobody can afford must not set the scale on which the others are compared."""
+    draws, bits = np.random.default_rng(5), [2, 3, 4, 5, 6, 8]
+    for _ in range(40):
+        weights = draws.integers(10, 1000, 5)
+        costs = np.multiply.outer(weights * draws.lognormal(0, 1, 5), 0.25 ** np.array(bits, dtype=float))
+        costs[draws.integers(5), 0] *= 1e6
+        limit = float(draws.uniform(5, 7.5)) * weights.sum()
+        choices = (
+            (sum(costs[i, c] for i, c in enumerate(each)), each)
+            for each in itertools.product(range(6), repeat=5)
+            if sum(weights[i] * bits[c] for i, c in enumerate(each)) <= limit
+        )
+        best = min(choices)[0]
+        found = solve(costs, weights.tolist(), bits, limit)
+        assert found.cost == pytest.approx(best, rel=1e-5)
+        assert found.bound <= best * (1 + 1e-9)

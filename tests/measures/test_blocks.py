@@ -75,3 +75,20 @@ def test_of_repeated_calls_the_first_counts():
     blocks = _record(nets.Twice(), x)
     torch.testing.assert_close(blocks["first"].inputs, x)
     assert [len(block.steps) for block in blocks.values()] == [1, 0]
+
+
+def test_a_sum_in_place_ends_the_block():
+    """What follows ``y += x`` acts on another function than the layer's."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.fc(x)
+            y += x
+            return torch.relu(y)
+
+    net, x = Net().eval(), torch.randn(5, 4)
+    assert record_blocks(net, find_layers(net, x), x)["fc"].steps == []

@@ -124,3 +124,34 @@ def test_confident_outputs():
     p = case.output(net, x).detach().softmax(1)
     matrix = sum(j.T @ (torch.diag(q) - torch.outer(q, q)) @ j for j, q in zip(jacobian, p, strict=True)) / 6
     assert float(spectrum.values.sum()) == pytest.approx(float(matrix.trace()), rel=1e-3)
+
+
+class _Layout(torch.nn.Module):
+    """The same function of tokens with its tokens laid out in different ways."""
+
+    def __init__(self, layout: str) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.a, self.b, self.layout = torch.nn.Linear(3, 4), torch.nn.Linear(4, 5), layout
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.layout == "sequence first":
+            return self.b(torch.tanh(self.a(x.transpose(0, 1)))).transpose(0, 1)
+        y = torch.tanh(self.a(x))
+        if self.layout == "plain":
+            return self.b(y)
+        flat = self.b(y.reshape(-1, 4))
+        return flat if self.layout == "flat to the end" else flat.reshape(*y.shape[:2], 5)
+
+
+@pytest.mark.parametrize("layout", ["flat inside", "flat to the end", "sequence first"])
+@pytest.mark.parametrize("tokens", [3, 64])
+def test_the_layout_of_tokens_does_not_matter(layout, tokens):
+    x = torch.randn(6, tokens, 3)
+    found = []
+    for kind in ("plain", layout):
+        net = _Layout(kind).eval()
+        layers = find_layers(net, x)
+        found.append(gram_spectrum(net, layers, [x], {"a": {}, "b": {}}, k=3, max_rows=10_000))
+    assert found[1].traces == pytest.approx(found[0].traces, rel=1e-4)
+    torch.testing.assert_close(found[1].values[:10], found[0].values[:10], rtol=1e-3, atol=1e-8)
