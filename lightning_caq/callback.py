@@ -11,10 +11,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
-from lightning_caq import bridge, pipeline
+from lightning_caq import bridge, pipeline, ranks
 from lightning_caq._compat import Callback, every
 from lightning_caq.contexts import curvature_safe
 from lightning_caq.errors import OptionError, PlanError
@@ -280,8 +280,8 @@ class CurvatureQuantizationCallback(Callback):
         directory = _directory(trainer)
         options = self.options
         with curvature_safe(pl_module), preserved(pl_module):
-            _share_buffers(trainer, pl_module)
-            float_state = _copied_state(pl_module) if trainer.world_size > 1 else {}
+            ranks.share_buffers(trainer, pl_module)
+            float_state = ranks.float_values(trainer, pl_module)
             batches = bridge.training_batches(trainer, pl_module, options.calibration_samples, options.seed)
             loss = bridge.quiet_loss(pl_module, self.loss_fn) if options.objective == "task" else None
             validate = bridge.isolated_validation(trainer, pl_module) if self.evaluate else None
@@ -295,7 +295,7 @@ class CurvatureQuantizationCallback(Callback):
                 profile=read_profile(directory) or self.profile,
                 progress=progress,
             )
-            plan = _agreed(trainer, pl_module, result.plan, float_state)
+            plan = ranks.agree(trainer, pl_module, result.plan, float_state)
             outcome = Outcome(plan, result.profile, result.report)
             _write(trainer, directory, outcome)
         self._keep(pl_module, outcome)
@@ -304,7 +304,7 @@ class CurvatureQuantizationCallback(Callback):
         """Snap a network that was trained on to its grid, and validate it again."""
         directory = _directory(trainer)
         with curvature_safe(pl_module), preserved(pl_module):
-            _share_buffers(trainer, pl_module)
+            ranks.share_buffers(trainer, pl_module)
             plan = before.plan.settled(pl_module)
             validate = bridge.isolated_validation(trainer, pl_module) if self.evaluate else None
             metrics = {k: v for k, v in before.report.metrics.items() if not k.startswith("quantized/")}
@@ -380,34 +380,3 @@ def _write(trainer: Trainer, directory: Path, outcome: Outcome) -> None:
 def _directory(trainer: Trainer) -> Path:
     """Where the outputs go. Every rank has to ask: ``log_dir`` is a collective."""
     return Path(trainer.log_dir or trainer.default_root_dir) / "caq"
-
-
-def _share_buffers(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Give every rank the buffers of rank 0, as DDP does ahead of each forward pass; batch-norm has moved since."""
-    if trainer.world_size == 1:
-        return
-    buffers = dict(pl_module.named_buffers())
-    shared = trainer.strategy.broadcast({name: buffer.cpu() for name, buffer in buffers.items()}, src=0)
-    with torch.no_grad():
-        for name, buffer in buffers.items():
-            buffer.copy_(shared[name])
-
-
-def _copied_state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-def _agreed(
-    trainer: Trainer, pl_module: LightningModule, plan: QuantizationPlan, float_state: dict[str, Tensor]
-) -> QuantizationPlan:
-    """The plan of rank 0, in force on every rank: measurements may differ in their last digits between devices."""
-    if trainer.world_size == 1:
-        return plan
-    state = trainer.strategy.broadcast(plan.state_dict(), src=0)
-    if trainer.is_global_zero:
-        return plan
-    restore_modules(pl_module)
-    pl_module.load_state_dict(float_state)
-    plan = QuantizationPlan.from_state_dict(state)
-    plan.apply(pl_module)
-    return plan
