@@ -23,7 +23,7 @@ from networks import DATA, load_cifar10, load_network
 from lightning_caq import CurvatureProfile, measure
 from lightning_caq.measures.profile import LayerCurvature
 from lightning_caq.progress import Progress
-from lightning_caq.reporting.figures import POINT, TOLERANCE
+from lightning_caq.reporting.palette import POINT, TOLERANCE
 from lightning_caq.reporting.sheet import FONT, GREY, LINE, MARGIN, TITLE_FONT, inches, short_names
 
 IMAGE = Path(__file__).resolve().parent / "images/measures.png"

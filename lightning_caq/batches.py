@@ -139,6 +139,19 @@ def take_samples(batches: Sequence[Any], samples: int, *, skip: int = 0) -> list
     return taken
 
 
+def split_samples(batches: Sequence[Any], held_out: float = 0.125) -> tuple[list[Any], list[Any]]:
+    """Samples to fit to, and the last ones to judge by; a single sample does both.
+
+    Example:
+        >>> fitted, others = split_samples([torch.zeros(8, 1), torch.zeros(8, 1)])
+        >>> [len(b) for b in fitted], [len(b) for b in others]
+        ([8, 6], [2])
+    """
+    samples = sum(batch_size(batch) for batch in batches)
+    keep = samples - max(1, round(held_out * samples)) if samples > 1 else 1
+    return take_samples(batches, keep), take_samples(batches, samples, skip=keep) or list(batches)
+
+
 def _cut(batch: Any, size: int, part: slice) -> Any:
     return tree_map_only(Tensor, lambda t: t[part] if t.ndim and len(t) == size else t, batch)
 

@@ -27,6 +27,7 @@ from lightning_caq.batches import batch_size, describe
 from lightning_caq.errors import CalibrationError, OptionError
 from lightning_caq.isolation import seeded
 from lightning_caq.objective import Loss
+from lightning_caq.ranks import sharing
 
 Validation = Callable[[nn.Module], dict[str, float]]
 
@@ -56,7 +57,9 @@ def training_batches(trainer: Trainer, pl_module: LightningModule, samples: int,
         loaders, mode = _training_loaders(trainer, pl_module)
         fresh = tree_map(lambda loader: _drawn(loader, samples, seed), loaders)
         with _own_iterators(CombinedLoader(fresh).flattened):
-            batches = trainer.strategy.broadcast(_first(_batches(fresh, mode), samples), src=0)
+            batches = _first(_batches(fresh, mode), samples)
+            sharing(trainer).meet("calibration batches")
+            batches = trainer.strategy.broadcast(batches, src=0)
         return [_to_device(trainer, pl_module, batch) for batch in batches]
 
 

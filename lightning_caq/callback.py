@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -65,9 +66,16 @@ class CurvatureQuantizationCallback(Callback):
         processes (``ddp_spawn``) the main process keeps no result; load the plan from ``<log_dir>/caq/``.
 
     Args:
-        method: How bits are allocated: ``cet``, ``caq``, ``uniform`` or another registered method.
+        method: How bits are allocated: ``cet``, ``caq``, ``uniform`` or another name from ``available_methods()``.
         avg_bits: Budget: average bits a weight. Give exactly one budget.
         ratio: Budget: float32 size over quantized size, scales and zero points counted.
+        bops: Budget: billions of bit operations a sample, alone or together with ``avg_bits`` or ``ratio``.
+        error: Budget: predicted output error as a part of the output; the smallest network within it is made.
+        max_drop: Budget: how much worse the validation metric ``monitor`` may get; the smallest network within it is
+            looked for by bisection, each step a validation run.
+        monitor: The metric that ``max_drop`` watches, by the name it is logged under.
+        monitor_mode: Whether a good network has a large metric or a small one.
+        max_evaluations: Networks that may be made and validated in the search for ``max_drop``.
         bits: Candidate bit-widths, from 1 to 8.
         rounding: How weights are rounded to the grid.
         batchnorm: ``recentre`` moves batch-norm statistics and biases by what quantization changed; ``keep`` does not.
@@ -79,7 +87,11 @@ class CurvatureQuantizationCallback(Callback):
             ``curvature_loss(batch)`` if it has one, else its ``training_step``.
         evaluate: Whether to validate the float, quantized and compared networks.
         compare: Methods to evaluate beside the chosen one at the same budget.
+        guard: Whether uniform bits are taken instead, with a warning, if they are better on samples held out.
         monitor_every_n_epochs: Measure and log curvature during training at most this often, in epochs; 0 never does.
+        time_budget: Seconds that measuring may take, as far as its estimate goes; fewer samples are then measured on.
+        on_error: What happens if quantization fails: ``raise`` the error, or ``warn`` and go on with the float network.
+            Either way the float network and its checkpoints stay as training left them.
         include: Shell patterns of the layers to quantize; all by default.
         exclude: Shell patterns of the layers to leave in float32.
         seed: Seed of every random number.
@@ -101,6 +113,12 @@ class CurvatureQuantizationCallback(Callback):
         *,
         avg_bits: float | None = None,
         ratio: float | None = None,
+        bops: float | None = None,
+        error: float | None = None,
+        max_drop: float | None = None,
+        monitor: str | None = None,
+        monitor_mode: Literal["max", "min"] = "max",
+        max_evaluations: int = 8,
         bits: list[int] | tuple[int, ...] = (2, 3, 4, 5, 6, 8),
         rounding: Literal["error_feedback", "nearest"] = "error_feedback",
         batchnorm: Literal["recentre", "keep"] = "recentre",
@@ -111,7 +129,10 @@ class CurvatureQuantizationCallback(Callback):
         loss_fn: Callable[[nn.Module, Any], Any] | None = None,
         evaluate: bool = True,
         compare: list[str] | tuple[str, ...] = ("uniform",),
+        guard: bool = True,
         monitor_every_n_epochs: int = 0,
+        time_budget: float | None = None,
+        on_error: Literal["raise", "warn"] = "raise",
         include: list[str] | None = None,
         exclude: list[str] | None = None,
         seed: int = 0,
@@ -121,6 +142,12 @@ class CurvatureQuantizationCallback(Callback):
             method=method,
             avg_bits=avg_bits,
             ratio=ratio,
+            bops=bops,
+            error=error,
+            max_drop=max_drop,
+            monitor=monitor,
+            monitor_mode=monitor_mode,
+            max_evaluations=max_evaluations,
             bits=bits,
             rounding=rounding,
             batchnorm=batchnorm,
@@ -129,10 +156,16 @@ class CurvatureQuantizationCallback(Callback):
             curvature_samples=curvature_samples,
             eigenpairs=eigenpairs,
             compare=compare,
+            guard=guard,
+            time_budget=time_budget,
             include=include,
             exclude=exclude,
             seed=seed,
         )
+        if on_error not in ("raise", "warn"):
+            raise OptionError(f"on_error={on_error!r} is not known; choose from 'raise', 'warn'.")
+        if max_drop is not None and not evaluate:
+            raise OptionError("max_drop needs validation runs; leave evaluate=True.")
         if loss_fn is not None and not callable(loss_fn):
             raise OptionError(f"loss_fn={loss_fn!r} is not a function of (module, batch) that returns a loss.")
         if type(monitor_every_n_epochs) is not int or monitor_every_n_epochs < 0:
@@ -141,6 +174,7 @@ class CurvatureQuantizationCallback(Callback):
             )
         self.loss_fn = loss_fn
         self.evaluate = evaluate
+        self.on_error = on_error
         self.monitor_every_n_epochs = monitor_every_n_epochs
         self._outcome: Outcome | None = None
         self._network: weakref.ref[nn.Module] | None = None  # the network that the plan is in force on
@@ -277,9 +311,8 @@ class CurvatureQuantizationCallback(Callback):
 
     def _quantize(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The whole road; whatever goes wrong on it, the float network is left."""
-        directory = _directory(trainer)
-        options = self.options
-        with curvature_safe(pl_module), preserved(pl_module):
+        directory, options, sharing = _directory(trainer), self.options, ranks.sharing(trainer)
+        with self._failure_told(), curvature_safe(pl_module), preserved(pl_module), sharing.agreed("quantization"):
             ranks.share_buffers(trainer, pl_module)
             float_state = ranks.float_values(trainer, pl_module)
             batches = bridge.training_batches(trainer, pl_module, options.calibration_samples, options.seed)
@@ -294,18 +327,20 @@ class CurvatureQuantizationCallback(Callback):
                 evaluate=validate,
                 profile=read_profile(directory) or self.profile,
                 progress=progress,
+                sharing=sharing,
             )
             plan = ranks.agree(trainer, pl_module, result.plan, float_state)
             outcome = Outcome(plan, result.profile, result.report)
             _write(trainer, directory, outcome)
-        self._keep(pl_module, outcome)
+            self._keep(pl_module, outcome)
 
     def _settle(self, trainer: Trainer, pl_module: LightningModule, before: Outcome) -> None:
         """Snap a network that was trained on to its grid, and validate it again."""
-        directory = _directory(trainer)
-        with curvature_safe(pl_module), preserved(pl_module):
+        directory, sharing = _directory(trainer), ranks.sharing(trainer)
+        with self._failure_told(), curvature_safe(pl_module), preserved(pl_module), sharing.agreed("settling"):
             ranks.share_buffers(trainer, pl_module)
             plan = before.plan.settled(pl_module)
+            sharing.meet("validation")
             validate = bridge.isolated_validation(trainer, pl_module) if self.evaluate else None
             metrics = {k: v for k, v in before.report.metrics.items() if not k.startswith("quantized/")}
             if validate is not None:
@@ -315,7 +350,22 @@ class CurvatureQuantizationCallback(Callback):
             report = replace(before.report, metrics=metrics, notes=notes)
             outcome = Outcome(plan, before.profile, report)
             _write(trainer, directory, outcome)
-        self._keep(pl_module, outcome)
+            self._keep(pl_module, outcome)
+
+    @contextmanager
+    def _failure_told(self) -> Iterator[None]:
+        """Say that nothing is lost when something fails, and go on if the user asked for that."""
+        try:
+            yield
+        except BaseException as error:
+            if self.on_error == "warn" and isinstance(error, Exception):
+                rank_zero_warn(
+                    f"caq: quantization failed ({type(error).__name__}: {error}); training goes on with the network as "
+                    "it was, and its checkpoints are untouched."
+                )
+                return
+            rank_zero_info("caq: quantization failed; the network and its checkpoints are as training left them.")
+            raise
 
     def _keep(self, pl_module: nn.Module, outcome: Outcome) -> None:
         self._outcome = outcome
@@ -345,11 +395,18 @@ class CurvatureQuantizationCallback(Callback):
         if not every_n or (self._monitored is not None and epoch - self._monitored < every_n):
             return
         self._monitored = epoch
-        options = self.options
-        with curvature_safe(pl_module), preserved(pl_module):
+        options, sharing = self.options, ranks.sharing(trainer)
+        with curvature_safe(pl_module), preserved(pl_module), sharing.agreed("monitoring"):
             batches = bridge.training_batches(trainer, pl_module, options.curvature_samples, options.seed)
             layers = find_layers(pl_module, batches[0], include=options.include, exclude=options.exclude)
-            profile = measure(pl_module, batches, layers=layers, samples=options.curvature_samples, seed=options.seed)
+            profile = measure(
+                pl_module,
+                batches,
+                layers=layers,
+                samples=options.curvature_samples,
+                seed=options.seed,
+                sharing=sharing,
+            )
         figures = {
             f"caq/training/{measure}/{row.name}": value
             for row in profile.layers

@@ -23,3 +23,7 @@ class LayerError(CAQError, ValueError):
 
 class PlanError(CAQError, ValueError):
     """A plan does not belong to this network or to these weights, or its file is damaged."""
+
+
+class ExportError(CAQError, RuntimeError):
+    """A network cannot be exported: a package is missing, an operator has no counterpart, or the outputs differ."""

@@ -86,7 +86,8 @@ class Layer:
 
 def layer_sizes(layers: Sequence[Layer], unquantized: int = 0) -> LayerSizes:
     """The numbers a budget needs of ``layers``."""
-    return LayerSizes(tuple(x.weights for x in layers), tuple(x.channels for x in layers), unquantized)
+    weights, channels = tuple(x.weights for x in layers), tuple(x.channels for x in layers)
+    return LayerSizes(weights, channels, unquantized, macs=tuple(x.macs for x in layers))
 
 
 def layer_module(model: nn.Module, layer: Layer) -> nn.Module:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_caq.layers import Layer
 
-_CHUNK_NUMBERS = 16_000_000  # numbers in one block of columns, 64 MB
+_CHUNK_NUMBERS = 1_000_000  # numbers in one block of columns, 4 MB: larger ones are slower
 
 
 def to_matrix(layer: Layer, weight: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def columns(layer: Layer, module: Any, inputs: Tensor) -> Tensor:
 
 
 def column_chunks(layer: Layer, module: Any, inputs: Tensor) -> Iterator[Tensor]:
-    """``columns`` a few samples at a time, so that a block stays below 64 MB where one sample does."""
+    """``columns`` a few samples at a time, so that a block stays below 4 MB where one sample does."""
     positions = inputs[0].numel() if layer.kind == "linear" else inputs[0].numel() * _numel(module.kernel_size)
     step = max(1, _CHUNK_NUMBERS // max(positions, 1))
     for chunk in inputs.split(step):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from lightning_caq.allocation.methods import available_methods
@@ -23,6 +24,12 @@ class QuantizationOptions:
         method: How bits are allocated: ``"cet"``, ``"caq"``, ``"uniform"`` or another registered method.
         avg_bits: Budget: average bits a weight. Give exactly one budget.
         ratio: Budget: float32 size over quantized size, scales and zero points counted.
+        bops: Budget: billions of bit operations a sample, alone or together with ``avg_bits`` or ``ratio``.
+        error: Budget: predicted output error as a part of the output; the smallest network within it is made.
+        max_drop: Budget: how much worse the metric ``monitor`` may get; the smallest network within it is looked for.
+        monitor: The metric that ``max_drop`` watches, by the name it is logged under.
+        monitor_mode: Whether a good network has a large metric (``"max"``) or a small one (``"min"``).
+        max_evaluations: Networks that may be made and evaluated in the search for ``max_drop``.
         bits: Candidate bit-widths, from 1 to 8.
         rounding: ``"error_feedback"`` or ``"nearest"``.
         batchnorm: ``"recentre"`` moves the batch-norm statistics, and the biases of layers without batch-norm, by what
@@ -32,6 +39,8 @@ class QuantizationOptions:
         curvature_samples: How many of these are used to measure curvature.
         eigenpairs: Eigenpairs of the Hessian to find where they come from Lanczos.
         compare: Methods to evaluate beside the chosen one at the same budget.
+        guard: Whether uniform bits are taken instead if they are better on samples held out.
+        time_budget: Seconds that measuring may take, as far as its estimate goes; ``None`` sets no limit.
         include: Shell patterns of the layers to quantize; all by default.
         exclude: Shell patterns of the layers to leave in float32.
         seed: Seed of every random number.
@@ -48,6 +57,12 @@ class QuantizationOptions:
     method: str = "cet"
     avg_bits: float | None = None
     ratio: float | None = None
+    bops: float | None = None
+    error: float | None = None
+    max_drop: float | None = None
+    monitor: str | None = None
+    monitor_mode: str = "max"
+    max_evaluations: int = 8
     bits: Sequence[int] = (2, 3, 4, 5, 6, 8)
     rounding: str = "error_feedback"
     batchnorm: str = "recentre"
@@ -56,6 +71,8 @@ class QuantizationOptions:
     curvature_samples: int = 256
     eigenpairs: int = 64
     compare: Sequence[str] = ("uniform",)
+    guard: bool = True
+    time_budget: float | None = None
     include: Sequence[str] | None = None
     exclude: Sequence[str] | None = None
     seed: int = 0
@@ -73,10 +90,14 @@ class QuantizationOptions:
                 f"bits={self.bits!r} is not allowed; give whole numbers from 1 to 8, such as (2, 3, 4, 8)."
             )
         object.__setattr__(self, "bits", tuple(sorted(set(bits))))
-        for name in ("calibration_samples", "curvature_samples", "eigenpairs"):
+        _one_of("monitor_mode", self.monitor_mode, ("max", "min"))
+        for name in ("calibration_samples", "curvature_samples", "eigenpairs", "max_evaluations"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise OptionError(f"{name}={value!r} is not allowed; give a whole number from 1 up.")
+        seconds = self.time_budget
+        if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, Real) or not seconds > 0):
+            raise OptionError(f"time_budget={seconds!r} is not allowed; give a number of seconds above 0.")
         for name in ("include", "exclude"):
             if getattr(self, name) is not None:
                 _names(name, getattr(self, name))
@@ -85,12 +106,20 @@ class QuantizationOptions:
     @property
     def budget(self) -> Budget:
         """The one budget that was given."""
-        return make_budget(self.avg_bits, self.ratio, self.bits)
+        return make_budget(
+            bits=self.bits,
+            avg_bits=self.avg_bits,
+            ratio=self.ratio,
+            bops=self.bops,
+            error=self.error,
+            max_drop=self.max_drop,
+            monitor=self.monitor,
+        )
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """The chosen method and those to compare it with, each once."""
-        return tuple(dict.fromkeys((self.method, *self.compare)))
+        """All methods that take part, each once: the chosen one, those to compare it with, and the guard."""
+        return tuple(dict.fromkeys((self.method, *self.compare, *(("uniform",) if self.guard else ()))))
 
 
 def _one_of(option: str, value: Any, allowed: Sequence[str]) -> None:

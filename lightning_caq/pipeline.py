@@ -8,29 +8,34 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_caq.allocation.knapsack import solve
 from lightning_caq.allocation.methods import get_method
-from lightning_caq.batches import calibration_batches
-from lightning_caq.budget import FLOAT_BITS, LayerSizes, check_budget
+from lightning_caq.attempt import Workshop, open_workshop
+from lightning_caq.batches import calibration_batches, take_samples
+from lightning_caq.budget import FLOAT_BITS, LayerSizes, MaxDrop, check_budget
+from lightning_caq.choice import Chooser
+from lightning_caq.contest import Contest
 from lightning_caq.contexts import Evaluate, InFloat32, curvature_safe
-from lightning_caq.errors import LayerError
+from lightning_caq.errors import BudgetError, LayerError
 from lightning_caq.evaluation.report import LayerRow, QuantizationReport, Size
+from lightning_caq.evaluation.tightness import Tightness, output_norm, tightness
 from lightning_caq.evaluation.versions import versions
 from lightning_caq.isolation import preserved
 from lightning_caq.layers import Layer, find_layers, layer_sizes, layer_weight
 from lightning_caq.measures.measure import measure
 from lightning_caq.measures.profile import CurvatureProfile
+from lightning_caq.measures.rounded_loss import rounded_loss
+from lightning_caq.measures.sharing import ALONE, Sharing
 from lightning_caq.objective import Loss, Objective, make_objective
 from lightning_caq.options import QuantizationOptions
-from lightning_caq.plan import LayerPlan, QuantizationPlan, weights_fingerprint
+from lightning_caq.plan import QuantizationPlan
 from lightning_caq.progress import Progress, Say, duration, silent
-from lightning_caq.quantizers.affine import fit_grid
-from lightning_caq.quantizers.repair import Repair, prepare_repair
-from lightning_caq.quantizers.rounding import round_layer
 from lightning_caq.quantizers.swap import quantized_modules
+
+# Measured whatever the method: what reports show, and what the tightness of the prediction is judged by.
+ALWAYS = frozenset({"kappa", "lipschitz", "inputs", "output_error", "amplification"})
+TIGHTNESS_SAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,12 @@ def quantize(
     method: str = "cet",
     avg_bits: float | None = None,
     ratio: float | None = None,
+    bops: float | None = None,
+    error: float | None = None,
+    max_drop: float | None = None,
+    monitor: str | None = None,
+    monitor_mode: str = "max",
+    max_evaluations: int = 8,
     bits: Sequence[int] = (2, 3, 4, 5, 6, 8),
     rounding: str = "error_feedback",
     batchnorm: str = "recentre",
@@ -68,6 +79,8 @@ def quantize(
     evaluate: Evaluate | None = None,
     profile: CurvatureProfile | None = None,
     compare: Sequence[str] = ("uniform",),
+    guard: bool = True,
+    time_budget: float | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     seed: int = 0,
@@ -82,6 +95,12 @@ def quantize(
         method: How bits are allocated, see ``QuantizationOptions``, as for the following ones.
         avg_bits: Budget: average bits a weight.
         ratio: Budget: float32 size over quantized size.
+        bops: Budget: billions of bit operations a sample, alone or with one of the former.
+        error: Budget: predicted output error as a part of the output.
+        max_drop: Budget: how much worse the metric ``monitor`` may get.
+        monitor: That metric, one that ``evaluate`` returns.
+        monitor_mode: ``"max"`` or ``"min"``: how a good network's metric is.
+        max_evaluations: Networks that may be tried for ``max_drop``.
         bits: Candidate bit-widths.
         rounding: ``"error_feedback"`` or ``"nearest"``.
         batchnorm: ``"recentre"`` or ``"keep"``.
@@ -95,6 +114,8 @@ def quantize(
         profile: A profile of an earlier run; what it holds for the same weights and samples is not measured again, so
             that a second budget costs no second measurement.
         compare: Methods to evaluate beside the chosen one.
+        guard: Whether uniform bits are taken if they are better on samples held out.
+        time_budget: Seconds that measuring may take.
         include: Shell patterns of the layers to quantize.
         exclude: Shell patterns of the layers to leave in float32.
         seed: Seed of every random number.
@@ -111,6 +132,7 @@ def quantize(
 
     Example:
         >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        >>> import torch
         >>> batches = [torch.randn(32, 8) for _ in range(4)]
         >>> result = quantize(net, batches, avg_bits=3)
         >>> result.plan.avg_bits <= 3
@@ -122,6 +144,12 @@ def quantize(
         method=method,
         avg_bits=avg_bits,
         ratio=ratio,
+        bops=bops,
+        error=error,
+        max_drop=max_drop,
+        monitor=monitor,
+        monitor_mode=monitor_mode,
+        max_evaluations=max_evaluations,
         bits=bits,
         rounding=rounding,
         batchnorm=batchnorm,
@@ -130,6 +158,8 @@ def quantize(
         curvature_samples=curvature_samples,
         eigenpairs=eigenpairs,
         compare=compare,
+        guard=guard,
+        time_budget=time_budget,
         include=include,
         exclude=exclude,
         seed=seed,
@@ -147,10 +177,12 @@ def run(
     evaluate: Evaluate | None = None,
     profile: CurvatureProfile | None = None,
     progress: Progress | None = None,
+    sharing: Sharing = ALONE,
 ) -> QuantizationResult:
     """Quantize a network in place, with options that were checked. See ``quantize``.
 
-    If anything fails the network is exactly as it was before.
+    If anything fails the network is exactly as it was before. Processes that hold the same network and the same batches
+    may divide the work of measuring by ``sharing``.
     """
     progress = progress or Progress()
     if quantized_modules(model):
@@ -171,7 +203,17 @@ def run(
         sizes = layer_sizes(layers, left)
         check_budget(options.budget, sizes, options.bits)
         return _Road(
-            model, layers, skipped, sizes, samples, options, loss_fn, float32.outside(evaluate), profile, progress
+            model,
+            layers,
+            skipped,
+            sizes,
+            samples,
+            options,
+            loss_fn,
+            float32.outside(evaluate),
+            profile,
+            sharing,
+            progress,
         ).walk()
 
 
@@ -188,30 +230,30 @@ class _Road:
     loss_fn: Loss | None
     evaluate: Evaluate | None
     known: CurvatureProfile | None
+    sharing: Sharing
     progress: Progress
 
     def walk(self) -> QuantizationResult:
-        options, model = self.options, self.model
         objective = self._announce()
-        floats = {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}
-        metrics = self._metrics("float", objective)
+        with self.progress.step("evaluation (float)"):
+            metrics = self._judge(objective)
+        self._check_monitor(metrics)
         profile = self._measure()
-        repair = None
-        if options.batchnorm == "recentre":
-            repair = prepare_repair(model, self.layers, self.batches, options.objective, self.loss_fn)
-        notes = [f"Layer '{x.name}' stays in float32: no calibration batch calls it." for x in self.skipped]
-        if profile.kept < 0.99:
-            notes.append(f"The eigenspace holds {profile.kept:.0%} of the outputs' curvature; energies lack the rest.")
-        plans: dict[str, QuantizationPlan] = {}
-        for name in options.methods:
-            variant = "quantized" if name == options.method else name
-            with self.progress.step(f"rounding ({name})"):
-                plans[variant], note = self._round(name, self._allocate(name, profile), repair)
-            notes += [f"{name}: {note}."] if note else []
-            metrics |= self._metrics(variant, objective)
-            _write(model, floats)
-        plans["quantized"].apply(model)
-        return QuantizationResult(model, plans["quantized"], profile, self._report(plans, profile, metrics, notes))
+        contest = Contest(
+            chooser=self._chooser(profile),
+            workshop=self._workshop(),
+            judge=lambda: self._judge(objective),
+            options=self.options,
+            progress=self.progress,
+            float_metrics=metrics,
+        )
+        plan = contest.hold().plan
+        with self.progress.step("tightness of the prediction"):
+            samples = take_samples(self.batches, TIGHTNESS_SAMPLES)
+            held = tightness(self.model, self.layers, samples, profile, plan.bits)
+        report = self._report(contest, metrics, profile, held)
+        plan.apply(self.model)
+        return QuantizationResult(self.model, plan, profile, report)
 
     def _announce(self) -> Objective:
         """Say what will be done and about how long it will take, judged by the time of one forward pass."""
@@ -225,56 +267,56 @@ class _Road:
         )
         return objective
 
+    def _judge(self, objective: Objective) -> dict[str, float]:
+        """Metrics of the network as it is, by name."""
+        metrics = {objective.name: objective.value(self.model)}
+        if self.evaluate is not None:
+            self.sharing.meet("evaluation")  # it may have collectives of its own
+            metrics |= {name: float(value) for name, value in self.evaluate(self.model).items()}
+        return self.sharing.first(metrics, "metrics")  # what is tried next has to be the same on every rank
+
+    def _check_monitor(self, metrics: Mapping[str, float]) -> None:
+        """Refuse to watch a metric that nobody computes, before anything is measured."""
+        budget = self.options.budget
+        if isinstance(budget, MaxDrop) and budget.monitor not in metrics:
+            logged = ", ".join(map(repr, metrics))
+            raise BudgetError(
+                f"monitor={budget.monitor!r} is not among the metrics of the float network, which are {logged}; "
+                "name one of these, or log it in validation."
+            )
+
     def _measure(self) -> CurvatureProfile:
-        needs = frozenset({"kappa", "lipschitz", "inputs"})
         return measure(
             self.model,
             self.batches,
             layers=self.layers,
             objective=self.options.objective,
             loss_fn=self.loss_fn,
-            needs=needs.union(*(get_method(name).needs for name in self.options.methods)),
+            needs=ALWAYS.union(*(get_method(name).needs for name in self.options.methods)),
             bits=self.options.bits,
             samples=self.options.curvature_samples,
             eigenpairs=self.options.eigenpairs,
             seed=self.options.seed,
             known=self.known,
+            time_budget=self.options.time_budget,
+            sharing=self.sharing,
             progress=self.progress,
         )
 
-    def _allocate(self, method: str, profile: CurvatureProfile) -> tuple[int, ...]:
-        costs = get_method(method).costs(profile, self.options.bits)
-        return solve(costs, self.sizes.weights, self.options.bits, self.options.budget.limit(self.sizes)).bits
+    def _chooser(self, profile: CurvatureProfile) -> Chooser:
+        samples = take_samples(self.batches, profile.samples)
+        objective = make_objective(self.options.objective, self.model, samples, self.loss_fn)
+        loss = rounded_loss(self.model, self.layers, objective, self.options.bits)
+        norm = output_norm(self.model, samples)
+        return Chooser(profile, self.sizes, self.options.bits, norm, loss, self.options.seed)
 
-    def _round(self, method: str, bits: Sequence[int], repair: Repair | None) -> tuple[QuantizationPlan, str]:
-        """Write the rounded weights into the network, layer by layer, and repair what that moved."""
-        made_for = weights_fingerprint(self.model, [layer.name for layer in self.layers])
-        plans = []
-        for layer, b in zip(self.layers, bits, strict=True):
-            weight = layer_weight(self.model, layer)
-            grid = fit_grid(weight, b, layer.channel_shape)
-            codes = round_layer(self.model, layer, grid, self.options.rounding, self.batches)
-            with torch.no_grad():
-                weight.copy_(grid.values(codes))
-            plans.append(LayerPlan(layer.name, layer.modules, grid, codes))
-        repairs, note = repair(self.model) if repair is not None else ({}, "")
-        budget, rounding = str(self.options.budget), self.options.rounding
-        return QuantizationPlan(method, budget, rounding, tuple(plans), self.sizes, made_for, repairs).cpu(), note
-
-    def _metrics(self, variant: str, objective: Objective) -> dict[str, float]:
-        with self.progress.step(f"evaluation ({variant})"):
-            metrics = {objective.name: objective.value(self.model)}
-            if self.evaluate is not None:
-                metrics |= {name: float(value) for name, value in self.evaluate(self.model).items()}
-        return {f"{variant}/{name}": value for name, value in metrics.items()}
+    def _workshop(self) -> Workshop:
+        return open_workshop(self.model, self.layers, self.sizes, self.options, self.batches, self.loss_fn)
 
     def _report(
-        self,
-        plans: Mapping[str, QuantizationPlan],
-        profile: CurvatureProfile,
-        metrics: Mapping[str, float],
-        notes: Sequence[str],
+        self, contest: Contest, metrics: Mapping[str, float], profile: CurvatureProfile, held: Tightness
     ) -> QuantizationReport:
+        plans = {variant: attempt.plan for variant, attempt in contest.attempts.items()}
         total = sum(self.sizes.weights) + self.sizes.unquantized
         sizes = {"float": Size(float(FLOAT_BITS), 1.0, total * FLOAT_BITS // 8)}
         sizes |= {variant: Size(plan.avg_bits, plan.ratio, plan.bytes) for variant, plan in plans.items()}
@@ -282,27 +324,24 @@ class _Road:
         for layer in self.layers:
             row, bits = profile[layer.name], {variant: plan.bits[layer.name] for variant, plan in plans.items()}
             rows.append(LayerRow(layer.name, layer.kind, layer.weights, layer.macs, row.kappa, row.lipschitz, bits))
+        notes = [f"Layer '{x.name}' stays in float32: no calibration batch calls it." for x in self.skipped]
+        if profile.sampled is not None:
+            drawn, of = profile.sampled
+            notes.append(
+                f"Curvature rests on {drawn:,} output rows drawn at random of {of:,}: traces and quadratic forms are "
+                "unbiased, eigenvalues are estimates."
+            )
+        every = {"float": metrics, **contest.metrics}
         return QuantizationReport(
-            method=self.options.method,
+            method=plans["quantized"].method,
             budget=str(self.options.budget),
             layers=tuple(rows),
             sizes=sizes,
-            metrics=dict(metrics),
+            metrics={f"{variant}/{name}": x for variant, found in every.items() for name, x in found.items()},
             predicted_loss={v: x for v, p in plans.items() if (x := profile.predicted_loss(p.bits)) is not None},
             options={k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.options).items()},
             versions=versions(),
             seconds=dict(self.progress.seconds),
-            notes=tuple(notes),
+            notes=(*notes, *contest.notes),
+            tightness=held,
         )
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Live parameters and buffers by state-dict key; extra state that is no tensor is left out."""
-    return {name: x for name, x in model.state_dict(keep_vars=True).items() if isinstance(x, Tensor)}
-
-
-def _write(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    live = _tensors(model)
-    with torch.no_grad():
-        for name, value in values.items():
-            live[name].copy_(value)

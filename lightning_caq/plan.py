@@ -15,8 +15,9 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from lightning_caq.budget import LayerSizes
-from lightning_caq.errors import PlanError
+from lightning_caq.errors import OptionError, PlanError
 from lightning_caq.fingerprint import fingerprint
+from lightning_caq.quantizers.activations import InputGrid
 from lightning_caq.quantizers.affine import Grid
 from lightning_caq.quantizers.modules import on_grid
 from lightning_caq.quantizers.swap import swap
@@ -34,12 +35,14 @@ class LayerPlan:
         modules: Every module name under which the weight is reached.
         grid: Bit-width, scales and zero points.
         codes: Codes of the weights, uint8 in the shape of the weight.
+        input_grid: Grid that the layer's input is rounded to, or ``None``.
     """
 
     name: str
     modules: tuple[str, ...]
     grid: Grid
     codes: Tensor
+    input_grid: InputGrid | None = None
 
     @property
     def values(self) -> Tensor:
@@ -75,6 +78,11 @@ class QuantizationPlan:
         return {layer.name: layer.grid.bits for layer in self.layers}
 
     @property
+    def activation_bits(self) -> dict[str, int]:
+        """Layer name to the bit-width of its input; layers that take their inputs as they are have no entry."""
+        return {layer.name: layer.input_grid.bits for layer in self.layers if layer.input_grid is not None}
+
+    @property
     def avg_bits(self) -> float:
         """Average bits of a quantized weight, Σ n_i b_i / Σ n_i; scales are not counted."""
         return self.sizes.avg_bits(list(self.bits.values()))
@@ -86,9 +94,12 @@ class QuantizationPlan:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the weights, scales and zero points, excluded layers in float32 counted."""
-        bits = self.sizes.payload(list(self.bits.values())) + self.sizes.overhead + 32 * self.sizes.unquantized
-        return -(-bits // 8)
+        """Bytes of the weights, scales and zero points, excluded layers in float32 counted.
+
+        They are those of the file that ``save_quantized`` writes: the weights of each layer begin with a new byte.
+        """
+        weights = sum(-(-n * b // 8) for n, b in zip(self.sizes.weights, self.bits.values(), strict=True))
+        return weights + self.sizes.overhead // 8 + 4 * self.sizes.unquantized
 
     def apply(self, model: nn.Module) -> None:
         """Make a network quantized: write the rounded weights and the repairs, and swap in fake-quant modules.
@@ -110,7 +121,7 @@ class QuantizationPlan:
                 _weight(model, layer).copy_(layer.values)
             for name, tensor in _entries(model, self.repairs):
                 tensor.copy_(self.repairs[name])
-        swap(model, self.grids())
+        swap(model, self.grids(), self.input_grids())
 
     def attach(self, model: nn.Module) -> bool:
         """Swap in fake-quant modules if the network already holds weights on the plan's grids.
@@ -126,7 +137,7 @@ class QuantizationPlan:
         self._check_architecture(model)
         if not all(on_grid(_weight(model, x), x.grid.to(_weight(model, x).device)) for x in self.layers):
             return False
-        swap(model, self.grids())
+        swap(model, self.grids(), self.input_grids())
         return True
 
     def settled(self, model: nn.Module) -> QuantizationPlan:
@@ -155,6 +166,10 @@ class QuantizationPlan:
     def grids(self) -> dict[str, Grid]:
         """Module name to grid, tied modules included."""
         return {name: layer.grid for layer in self.layers for name in layer.modules}
+
+    def input_grids(self) -> dict[str, InputGrid]:
+        """Module name to the grid of its input, tied modules included; those without one are missing."""
+        return {name: x.input_grid for x in self.layers if x.input_grid is not None for name in x.modules}
 
     def save(self, path: str | Path) -> Path:
         """Write the plan as JSON that people can read, with its tensors in a safetensors file beside it.
@@ -215,10 +230,7 @@ class QuantizationPlan:
             "fingerprint": self.fingerprint,
             "tensors_fingerprint": fingerprint(self._tensors()),
             "sizes": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.sizes).items()},
-            "layers": [
-                {"name": x.name, "modules": list(x.modules), "bits": x.grid.bits, "shape": list(x.codes.shape)}
-                for x in self.layers
-            ],
+            "layers": [_describe(layer) for layer in self.layers],
             "repairs": sorted(self.repairs),
         }
 
@@ -246,14 +258,21 @@ class QuantizationPlan:
                     tuple(x["modules"]),
                     Grid(x["bits"], tensors[f"scale/{x['name']}"], tensors[f"zero_point/{x['name']}"]),
                     tensors[f"codes/{x['name']}"],
+                    InputGrid(**x["input"]) if x.get("input") else None,
                 )
                 for x in data["layers"]
             )
             counts = data["sizes"]
-            sizes = LayerSizes(tuple(counts["weights"]), tuple(counts["channels"]), counts["unquantized"])
+            sizes = LayerSizes(
+                tuple(counts["weights"]),
+                tuple(counts["channels"]),
+                counts["unquantized"],
+                macs=tuple(counts.get("macs", ())),  # plans of earlier versions do not have these
+                activation_bits=tuple(counts.get("activation_bits", ())),
+            )
             repairs = {name: tensors[f"repair/{name}"] for name in data["repairs"]}
             return cls(data["method"], data["budget"], data["rounding"], layers, sizes, data["fingerprint"], repairs)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, OptionError) as error:
             raise PlanError(f"Plan {where} is damaged: {type(error).__name__} {error}.") from error
 
     def _check_architecture(self, model: nn.Module) -> None:
@@ -282,6 +301,17 @@ class QuantizationPlan:
 
     def _fingerprint_of(self, model: nn.Module) -> str:
         return weights_fingerprint(model, [x.name for x in self.layers])
+
+
+def _describe(layer: LayerPlan) -> dict[str, Any]:
+    """A layer without its tensors."""
+    return {
+        "name": layer.name,
+        "modules": list(layer.modules),
+        "bits": layer.grid.bits,
+        "shape": list(layer.codes.shape),
+        "input": None if layer.input_grid is None else asdict(layer.input_grid),
+    }
 
 
 def weights_fingerprint(model: nn.Module, names: list[str]) -> str:

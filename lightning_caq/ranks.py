@@ -1,4 +1,4 @@
-"""Ranks: the same network on every process of a distributed run."""
+"""Ranks: the work divided over the processes of a distributed run, and the same network on all of them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_caq.measures.sharing import ALONE, Sharing, divided
 from lightning_caq.plan import QuantizationPlan
 from lightning_caq.quantizers.swap import restore_modules
+
+
+def sharing(trainer: Trainer) -> Sharing:
+    """How the processes of a trainer divide the work; its strategy has brought them together already."""
+    return ALONE if trainer.world_size == 1 else divided(trainer.strategy.root_device)
 
 
 def share_buffers(trainer: Trainer, pl_module: LightningModule) -> None:
     """Give every rank the buffers of rank 0, as DDP does ahead of each forward pass; batch-norm has moved since."""
     if trainer.world_size == 1:
         return
+    sharing(trainer).meet("buffers")
     buffers = dict(pl_module.named_buffers())
     shared = trainer.strategy.broadcast({name: buffer.cpu() for name, buffer in buffers.items()}, src=0)
     with torch.no_grad():
@@ -44,6 +51,7 @@ def agree(
     """
     if trainer.world_size == 1:
         return plan
+    sharing(trainer).meet("plan")
     state = trainer.strategy.broadcast(plan.state_dict(), src=0)
     if trainer.is_global_zero:
         return plan

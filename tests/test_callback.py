@@ -89,6 +89,8 @@ def same(a, b):
         ({"avg_bits": 3, "compare": ["magic"]}, OptionError, "compare='magic'"),
         ({"avg_bits": 3, "loss_fn": "my.loss"}, OptionError, "loss_fn='my.loss' is not a function"),
         ({"avg_bits": 3, "monitor_every_n_epochs": -1}, OptionError, "monitor_every_n_epochs=-1"),
+        ({"avg_bits": 3, "on_error": "ignore"}, OptionError, "on_error='ignore' is not known"),
+        ({"avg_bits": 3, "time_budget": 0}, OptionError, "time_budget=0 is not allowed"),
     ],
 )
 def test_bad_arguments_are_refused_before_any_work(options, error, words):
@@ -377,6 +379,32 @@ def test_a_full_disk_leaves_the_float_network(tmp_path, monkeypatch):
     monkeypatch.setattr(callback_file, "write_outputs", full)
     module, callback = Classifier(), quantizer()
     with pytest.raises(OSError, match="No space"):
+        fit(tmp_path, callback, module)
+    assert is_float(module)
+    assert callback.plan is None
+
+
+def test_a_failure_may_be_a_warning_and_training_ends_as_ever(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(callback_file, "write_outputs", full)
+    ended, callback = AtHook("on_fit_end", lambda t, m: True), quantizer(on_error="warn")
+    with pytest.warns(UserWarning, match="quantization failed .OSError: No space left on device"):
+        module, pl_trainer = fit(tmp_path, callback, callbacks=[ended])
+    assert is_float(module)
+    assert callback.plan is None
+    assert pl_trainer.state.finished
+    assert ended.results
+
+
+def test_interrupting_the_analysis_leaves_the_float_network(tmp_path, monkeypatch):
+    def pressed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning_caq.attempt.round_layer", pressed)
+    module, callback = Classifier(), quantizer(on_error="warn")
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
         fit(tmp_path, callback, module)
     assert is_float(module)
     assert callback.plan is None

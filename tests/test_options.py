@@ -26,7 +26,8 @@ def test_methods_are_the_chosen_one_and_then_the_others_once():
         "uniform",
         "cet",
     )
-    assert QuantizationOptions(avg_bits=3, compare=()).methods == ("cet",)
+    assert QuantizationOptions(avg_bits=3, compare=()).methods == ("cet", "uniform")  # uniform bits are the guard
+    assert QuantizationOptions(avg_bits=3, compare=(), guard=False).methods == ("cet",)
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_roundings_and_repairs(net, rounding, batchnorm):
 
 def test_feedback_and_repair_bring_the_outputs_nearer_to_the_float_ones(net):
     found = {}
-    for rounding, batchnorm in (("nearest", "keep"), ("error_feedback", "keep"), ("error_feedback", "recentre")):
+    for rounding, batchnorm in (("nearest", "keep"), ("nearest", "recentre"), ("error_feedback", "recentre")):
         result = quantize(
             net, _batches(), avg_bits=2, method="uniform", rounding=rounding, batchnorm=batchnorm, compare=(),
             inplace=False,
@@ -139,7 +139,7 @@ def test_feedback_and_repair_bring_the_outputs_nearer_to_the_float_ones(net):
         with torch.no_grad():
             outputs = copy.deepcopy(net).eval()(TEST[0])
             found[rounding, batchnorm] = float(nets.kl(outputs, result.model.eval()(TEST[0])))
-    assert found["error_feedback", "recentre"] < found["error_feedback", "keep"] < found["nearest", "keep"]
+    assert found["error_feedback", "recentre"] < found["nearest", "recentre"] < found["nearest", "keep"]
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -311,7 +311,7 @@ def test_other_networks(name, method):
     net = case.net.float()
     batches = [b.float() if b.is_floating_point() else b for b in case.batches]
     before = [p.requires_grad for p in net.parameters()]
-    result = quantize(net, batches, avg_bits=4, method=method)
+    result = quantize(net, batches, avg_bits=4, method=method, guard=False)
     assert result.plan.avg_bits <= 4
     assert all(on_grid(m.weight, m.grid) for m in quantized_modules(net).values())
     assert [p.requires_grad for p in net.parameters()] == before
@@ -426,7 +426,11 @@ BAD_OPTIONS = {
     "too large": ({"avg_bits": 9}, BudgetError, "avg_bits=9 cannot be met"),
     "ratio too large": ({"avg_bits": None, "ratio": 40}, BudgetError, "ratio=40 cannot be met.*the most that"),
     "ratio too small": ({"avg_bits": None, "ratio": 1.5}, BudgetError, "ratio=1.5 is already met"),
-    "method": ({"method": "magic"}, OptionError, "method='magic' is not known; choose from 'caq', 'cet', 'uniform'"),
+    "method": (
+        {"method": "magic"},
+        OptionError,
+        "method='magic' is not known; choose from .*'caq', .*'cet', .*'uniform'",
+    ),
     "rounding": ({"rounding": "up"}, OptionError, "rounding='up' is not known; choose from 'nearest'"),
     "objective": ({"objective": "l2"}, OptionError, "objective='l2' is not known; choose from 'distill', 'task'"),
     "batchnorm": ({"batchnorm": "no"}, OptionError, "batchnorm='no' is not known"),
@@ -586,15 +590,18 @@ def test_layers_by_their_order_of_execution(net):
 
 def test_a_second_budget_costs_no_second_measurement():
     net, batches = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4)), [torch.randn(40, 6)]
-    first = quantize(net, batches, avg_bits=3, inplace=False)
+    first = quantize(net, batches, avg_bits=3, inplace=False, guard=False)
     said = []
-    second = quantize(net, batches, avg_bits=4, profile=first.profile, inplace=False, say=said.append)
+    second = quantize(net, batches, avg_bits=4, profile=first.profile, inplace=False, guard=False, say=said.append)
     assert second.profile is first.profile
     assert any("measured before" in line for line in said)
-    fresh = quantize(net, batches, avg_bits=4, inplace=False)
+    fresh = quantize(net, batches, avg_bits=4, inplace=False, guard=False)
     assert second.plan.bits == fresh.plan.bits
     with torch.no_grad():
         net[0].weight.mul_(1.01)
-    assert quantize(net, batches, avg_bits=4, profile=first.profile, inplace=False).profile is not first.profile
-    other = quantize(net, [batches[0] + 1], avg_bits=4, profile=fresh.profile, inplace=False)
+    assert (
+        quantize(net, batches, avg_bits=4, profile=first.profile, inplace=False, guard=False).profile
+        is not first.profile
+    )
+    other = quantize(net, [batches[0] + 1], avg_bits=4, profile=fresh.profile, inplace=False, guard=False)
     assert other.profile is not fresh.profile

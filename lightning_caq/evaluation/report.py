@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lightning_caq.evaluation.studies import Studies
+from lightning_caq.evaluation.tightness import Tightness
+
 
 @dataclass(frozen=True)
 class LayerRow:
@@ -61,6 +64,9 @@ class QuantizationReport:
         versions: Versions of Python and of the packages that computed the result.
         seconds: Step to the seconds it took.
         notes: What the reader should know: repairs that were rejected, layers that no batch reached.
+        tightness: What composition predicted of the output error for the plan's bits with nearest rounding, beside the
+            error that was observed; ``None`` if it was not measured.
+        studies: What was computed for the sake of understanding the result.
     """
 
     method: str
@@ -73,6 +79,8 @@ class QuantizationReport:
     versions: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    tightness: Tightness | None = None
+    studies: Studies = field(default_factory=Studies)
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -94,6 +102,10 @@ class QuantizationReport:
         data = json.loads(text)
         data["layers"] = tuple(LayerRow(**row) for row in data["layers"])
         data["sizes"] = {name: Size(**size) for name, size in data["sizes"].items()}
+        if data.get("tightness") is not None:
+            data["tightness"] = Tightness(**data["tightness"])
+        if "studies" in data:
+            data["studies"] = Studies.from_dict(data["studies"])
         return cls(**{**data, "notes": tuple(data["notes"])})
 
     def table(self) -> str:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from lightning_caq.layers import Layer, layer_weight
 from lightning_caq.matrix import to_matrix
-from lightning_caq.measures.output_rows import choose_rows
+from lightning_caq.measures.output_rows import choose_rows, sampling_error
+from lightning_caq.measures.sharing import ALONE, Sharing
 from lightning_caq.measures.weight_rows import passes, weight_rows
 
 
@@ -27,19 +28,25 @@ class GramSpectrum:
 
     Attributes:
         values: λ_1 ≥ λ_2 ≥ …, all non-zero eigenvalues, shape (m,), float64.
+        trace: tr(H).
         energies: Σ_j λ_j ‖v_j restricted to layer i‖² of the first ``k`` pairs by layer name.
-        traces: tr(H_ii) by layer name, exact for the rows kept.
+        traces: tr(H_ii) by layer name.
+        errors: Their standard errors where rows were drawn at random, else zeros; by layer name.
         projected: By layer name, bits to (u_jᵀ A_i Δ_i)_j = √λ_j v_jᵀ Δ_i, shape (m,).
-        kept: Share of the output Hessian's trace in the rows that were kept.
-        rows: Number of rows kept.
+        kept: Share of the output Hessian's trace in the rows that these were taken or drawn from.
+        rows: Number of rows.
+        candidates: Number of rows that they were taken or drawn from.
     """
 
     values: Tensor
+    trace: float
     energies: dict[str, float]
     traces: dict[str, float]
+    errors: dict[str, float]
     projected: dict[str, dict[int, Tensor]]
     kept: float
     rows: int
+    candidates: int
 
 
 def gram_spectrum(
@@ -52,8 +59,16 @@ def gram_spectrum(
     tolerance: float = 3e-6,
     max_rows: int = 2048,
     memory: int = 2**30,
+    seed: int = 0,
+    sharing: Sharing = ALONE,
 ) -> GramSpectrum:
     """The spectrum of the distill Hessian over the layers' weights.
+
+    Exact up to the dropped rows and to float32. Where there are more than ``max_rows``, rows are drawn
+    (``choose_rows``): traces and ΔᵀHΔ, the sum of the squares of all of ``projected``, are then right in the mean over
+    draws; single eigenvalues are not, as noise spreads them: the largest come out too high, the small ones are missing.
+
+    Several processes divide the layers among them, and add up the Gram matrices of all.
 
     Args:
         model: The float network, in eval mode.
@@ -62,12 +77,14 @@ def gram_spectrum(
         deltas: Layer name to bits to Δ_i(b), whose components along the eigenvectors are wanted.
         k: How many leading pairs span the short-axis subspace S.
         tolerance: Share of the output Hessian's trace that may be dropped with the lightest rows.
-        max_rows: Most rows to keep; the heaviest are.
+        max_rows: Most rows; of more, so many are drawn.
         memory: Bytes that rows may take at a time. As many layers are worked on in one pass as fit; a layer that does
             not fit alone is cut along its output channels.
+        seed: Seed of the draw of rows.
+        sharing: Who divides the layers.
 
     Returns:
-        The spectrum.
+        The spectrum; figures by layer name for this rank's layers.
 
     Example:
         >>> net = nn.Linear(2, 1, bias=False)
@@ -75,18 +92,23 @@ def gram_spectrum(
         >>> gram_spectrum(net, [layer], [torch.tensor([[1.0, 0.0], [0.0, 2.0]])], {"": {}}, k=2).values
         tensor([2.0000, 0.5000], dtype=torch.float64)
     """
-    rows, kept = choose_rows(model, batches, tolerance, max_rows)
-    grams = {layer.name: torch.zeros(len(rows), len(rows), dtype=torch.float64) for layer in layers}
+    mine = sharing.mine(layers)
+    choice = sharing.first(choose_rows(model, batches, tolerance, max_rows, seed=seed), "rows of outputs")
+    rows = choice.rows
+    grams = {layer.name: torch.zeros(len(rows), len(rows), dtype=torch.float64) for layer in mine}
     projections = {
-        layer.name: {b: torch.zeros(len(rows), dtype=torch.float64) for b in deltas[layer.name]} for layer in layers
+        layer.name: {b: torch.zeros(len(rows), dtype=torch.float64) for b in deltas[layer.name]} for layer in mine
     }
-    for pieces in passes(layers, len(rows), memory):
+    for pieces in passes(model, mine, batches, len(rows), memory):
         for piece, held in weight_rows(model, pieces, batches, rows).items():
             grams[piece.layer.name] += held.gram().double()
             for b, delta in deltas[piece.layer.name].items():
-                part = to_matrix(piece.layer, delta)[:, piece.outputs]
+                part = to_matrix(piece.layer, delta)[:, piece.cut]
                 projections[piece.layer.name][b] += held.project(part).double()
-    total = torch.stack(list(grams.values())).sum(0)
+    total = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+    for gram in grams.values():
+        total += gram
+    sharing.sum(total, "Gram matrix")
     values, vectors = torch.linalg.eigh(total)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     # What is left of zero eigenvalues is the rounding noise of the rows.
@@ -95,9 +117,12 @@ def gram_spectrum(
     lead = vectors[:, :k]
     return GramSpectrum(
         values=values.cpu(),
+        trace=float(total.trace()),
         energies={name: float((lead * (gram @ lead)).sum()) for name, gram in grams.items()},
         traces={name: float(gram.trace()) for name, gram in grams.items()},
+        errors={name: sampling_error(rows, gram.diagonal()) for name, gram in grams.items()},
         projected={name: {b: (vectors.T @ p).cpu() for b, p in each.items()} for name, each in projections.items()},
-        kept=kept,
+        kept=choice.kept,
         rows=len(rows),
+        candidates=choice.candidates,
     )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_caq.batches import batch_size, take_samples
 from lightning_caq.layers import Layer, layer_weight
 from lightning_caq.measures.convolutions import SeparateConvolutions
-from lightning_caq.objective import Objective
+from lightning_caq.measures.sharing import ALONE, Sharing
+from lightning_caq.objective import Objective, make_objective
 
 Gradients = tuple[Tensor, ...]
 
@@ -20,12 +23,15 @@ class Hessian:
 
     The gradient's graph of a batch is kept from one product to the next as long as all that are kept fit in
     ``graph_memory``; a product then costs two gradients instead of three. Batches beyond that are built anew each time.
+    Several processes divide the batches among them, and all get the sum over all batches; if there are fewer batches
+    than processes, batches are cut, and a loss then has to be a mean over samples.
 
     Args:
         model: The network, in eval mode.
         layers: The layers whose weights are the variables; in this order they make up a vector of n numbers.
         objective: The objective ℓ; batches are weighted by their sizes.
         graph_memory: Bytes that graphs may take together.
+        sharing: Who divides the batches.
 
     Attributes:
         sizes: Number of weights of each layer, n_i.
@@ -41,9 +47,16 @@ class Hessian:
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[Layer], objective: Objective, *, graph_memory: int = 2**30
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        objective: Objective,
+        *,
+        graph_memory: int = 2**30,
+        sharing: Sharing = ALONE,
     ) -> None:
-        self._model, self._objective, self._room = model, objective, graph_memory
+        self._model, self._objective, self._room = model, _in_parts(objective, model, sharing.size), graph_memory
+        self._sharing = sharing
         self._weights = [layer_weight(model, layer) for layer in layers]
         self._kept: dict[int, Gradients] = {}
         self.sizes = [w.numel() for w in self._weights]
@@ -75,18 +88,20 @@ class Hessian:
                 gradients, self._weights, parts, retain_graph=kept, allow_unused=True, materialize_grads=True
             )
             total.add_(torch.cat([image.flatten() for image in images]), alpha=share)
-        return total
+        return self._sharing.sum(total, "Hessian product")
 
     def layer_products(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """H_ii v_i of every layer, each on the part of the graph behind its own weight."""
-        totals = [torch.zeros_like(w) for w in self._weights]
+        total = self.like(torch.zeros(self.size))
+        parts = self.split(total)
         for share, gradients, _ in self._gradients():
-            for total, gradient, weight, v in zip(totals, gradients, self._weights, vectors, strict=True):
+            for part, gradient, weight, v in zip(parts, gradients, self._weights, vectors, strict=True):
                 (image,) = torch.autograd.grad(
                     gradient, weight, v, retain_graph=True, allow_unused=True, materialize_grads=True
                 )
-                total.add_(image, alpha=share)
-        return totals
+                part.add_(image, alpha=share)
+        self._sharing.sum(total, "layers' Hessian products")
+        return parts
 
     def layer_quadratics(self, vectors: Sequence[Tensor]) -> list[float]:
         """v_iᵀ H_ii v_i of every layer."""
@@ -95,15 +110,17 @@ class Hessian:
 
     def gradient(self) -> list[Tensor]:
         """∇ℓ, one tensor a layer."""
-        total = [torch.zeros_like(w) for w in self._weights]
+        total = self.like(torch.zeros(self.size))
+        parts = self.split(total)
         for share, gradients, _ in self._gradients():
-            for sum_, gradient in zip(total, gradients, strict=True):
-                sum_.add_(gradient.detach(), alpha=share)
-        return total
+            for part, gradient in zip(parts, gradients, strict=True):
+                part.add_(gradient.detach(), alpha=share)
+        self._sharing.sum(total, "gradient")
+        return parts
 
     def _gradients(self) -> Iterator[tuple[float, Gradients, bool]]:
-        """Of every batch its share, its gradients with their graph, and whether that graph is kept."""
-        for index in range(len(self._objective.batches)):
+        """Of every batch of this rank its share, its gradients with their graph, and whether that graph is kept."""
+        for index in self._sharing.mine(range(len(self._objective.batches))):
             if index not in self._kept and self._room > 0:
                 self._room -= self._graph_bytes(index)
                 if self._room >= 0:
@@ -133,3 +150,15 @@ class Hessian:
         there = (*self._model.parameters(), *tree_leaves(self._objective.batches))
         own = {t.untyped_storage().data_ptr() for t in there if isinstance(t, Tensor)}
         return sum(size for pointer, size in seen.items() if pointer not in own)
+
+
+def _in_parts(objective: Objective, model: nn.Module, ranks: int) -> Objective:
+    """The objective with every batch cut into as many parts as there are ranks, where batches are fewer than these."""
+    if len(objective.batches) >= ranks:
+        return objective
+    parts = []
+    for batch in objective.batches:
+        cuts = [batch_size(batch) * rank // ranks for rank in range(ranks + 1)]
+        for start, stop in pairwise(cuts):
+            parts += take_samples([batch], stop - start, skip=start)
+    return make_objective(objective.name, model, parts, objective.loss)

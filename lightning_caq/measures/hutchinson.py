@@ -4,14 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from lightning_caq.measures.hessian import Hessian
-
 _LEAST_PROBES = 4
+
+
+class LayerOperator(Protocol):
+    """What traces and diagonals are taken of, such as ``Hessian`` or ``GaussNewton``: blocks H_ii, one a layer."""
+
+    sizes: list[int]
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """A vector of n numbers as one tensor a layer."""
+        ...
+
+    def like(self, vector: Tensor) -> Tensor:
+        """A vector in the dtype and on the device of the weights."""
+        ...
+
+    def layer_products(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """H_ii v_i of every layer."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -50,7 +67,7 @@ class LayerDiagonals:
 
 
 def estimate_layer_traces(
-    operator: Hessian,
+    operator: LayerOperator,
     generators: Sequence[torch.Generator],
     *,
     tolerance: float = 0.05,
@@ -74,7 +91,7 @@ def estimate_layer_traces(
     96 % of 300 to 600 runs, and by less than 2.5 %.
 
     Args:
-        operator: The Hessian.
+        operator: The Hessian or the Gauss–Newton matrix.
         generators: A random generator a layer.
         tolerance: Largest standard error, relative to the layer's trace.
         share: Share of all traces below which a layer needs no relative accuracy of its own.
@@ -86,6 +103,7 @@ def estimate_layer_traces(
 
     Example:
         >>> from lightning_caq.layers import find_layers
+        >>> from lightning_caq.measures.hessian import Hessian
         >>> from lightning_caq.objective import make_objective
         >>> net, x = torch.nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 0.0], [0.0, 2.0]])
         >>> operator = Hessian(net, find_layers(net, x), make_objective("distill", net, [x]))
@@ -115,14 +133,14 @@ def estimate_layer_traces(
             return LayerTraces(values, errors, len(draws), len(draws) + 2 * rank, converged)
 
 
-def layer_diagonals(operator: Hessian, probes: int, generators: Sequence[torch.Generator]) -> LayerDiagonals:
+def layer_diagonals(operator: LayerOperator, probes: int, generators: Sequence[torch.Generator]) -> LayerDiagonals:
     """diag(H_ii) of every layer: E[v ⊙ H_ii v] for vectors v of random signs (Bekas, Kokiopoulou and Saad 2007).
 
     Element j has the variance Σ_{k≠j} H_jk² a probe: a small element beside large ones needs many. For ``distill``
     ``gauss_newton_diagonals`` has no such noise.
 
     Args:
-        operator: The Hessian.
+        operator: The Hessian or the Gauss–Newton matrix.
         probes: Number of probes, at least 2, else there is no standard error.
         generators: A random generator a layer.
 
@@ -131,6 +149,7 @@ def layer_diagonals(operator: Hessian, probes: int, generators: Sequence[torch.G
 
     Example:
         >>> from lightning_caq.layers import find_layers
+        >>> from lightning_caq.measures.hessian import Hessian
         >>> from lightning_caq.objective import make_objective
         >>> net, x = torch.nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 0.0], [0.0, 2.0]])
         >>> operator = Hessian(net, find_layers(net, x), make_objective("distill", net, [x]))
@@ -237,7 +256,7 @@ def _dots(left: list[Tensor], right: list[Tensor]) -> list[float]:
     return [float(torch.dot(a.double(), b.double())) for a, b in zip(left, right, strict=True)]
 
 
-def _signs(operator: Hessian, generators: Sequence[torch.Generator]) -> list[Tensor]:
+def _signs(operator: LayerOperator, generators: Sequence[torch.Generator]) -> list[Tensor]:
     """Random signs for every layer, each from its own generator."""
     signs = [
         torch.randint(0, 2, (size,), generator=generator).mul_(2).sub_(1)

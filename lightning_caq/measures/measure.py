@@ -18,16 +18,20 @@ from lightning_caq.fingerprint import fingerprint
 from lightning_caq.isolation import preserved
 from lightning_caq.layers import Layer, find_layers, layer_weight
 from lightning_caq.measures import steps
-from lightning_caq.measures.cost import gradient_seconds, gradients_needed
+from lightning_caq.measures.cost import estimate_seconds
 from lightning_caq.measures.profile import CurvatureProfile, LayerCurvature
 from lightning_caq.measures.rounding_errors import nearest_errors
+from lightning_caq.measures.sharing import ALONE, Sharing
 from lightning_caq.objective import Loss, Objective, make_objective
 from lightning_caq.progress import Progress, duration
 
 OF_BLOCKS = frozenset({"kappa", "kappa_mean", "lipschitz", "local_lipschitz"})
-OF_ROUNDING = frozenset({"rounding_error", "output_error", "amplification", "diagonal"})
+OF_ROUNDING = frozenset(
+    {"rounding_error", "output_error", "amplification", "diagonal", "kl", "distribution_distance", "scale_importance"}
+)
 OF_HESSIAN = frozenset({"trace", "subspace", "loss_change"})
-MEASURES = OF_BLOCKS | OF_ROUNDING | OF_HESSIAN | {"inputs", "gradient_norm", "top_eigenvalue"}
+OF_NETWORK = frozenset({"inputs", "gradient_norm", "top_eigenvalue", "lipschitz_amplification", "density"})
+MEASURES = OF_BLOCKS | OF_ROUNDING | OF_HESSIAN | OF_NETWORK
 
 
 def measure(
@@ -45,10 +49,13 @@ def measure(
     known: CurvatureProfile | None = None,
     time_budget: float | None = None,
     progress: Progress | None = None,
+    sharing: Sharing = ALONE,
 ) -> CurvatureProfile:
     """Measure a float network.
 
     The network is measured in eval mode and is left as it was: weights, statistics, gradients, flags, random states.
+    Several processes with the same network and the same batches may divide the work; all get the same profile, and
+    what fails on one of them is raised on all.
 
     Args:
         model: The float network.
@@ -65,6 +72,7 @@ def measure(
             and settings.
         time_budget: Seconds that measuring may take, as far as the estimate goes: fewer samples are then measured on.
         progress: Where to say what is being done.
+        sharing: Who divides the work.
 
     Returns:
         One row a layer.
@@ -77,7 +85,7 @@ def measure(
 
     Raises:
         OptionError: If a measure is not known, the objective lacks its loss, or the time budget is not positive.
-        CalibrationError: If outputs or losses are not finite.
+        CalibrationError: If outputs or losses are not finite, or another process failed.
     """
     unknown = needs - MEASURES
     if unknown:
@@ -86,34 +94,36 @@ def measure(
         raise OptionError(f"time_budget={time_budget!r} is not allowed; give a number of seconds above 0.")
     progress = progress or Progress()
     start = time.perf_counter()
-    with curvature_safe(model), preserved(model), InFloat32(model) as float32:
+    with sharing.agreed("measuring"), curvature_safe(model), preserved(model), InFloat32(model) as float32:
         chosen = float32.batches(take_samples(batches, samples))
         layers = find_layers(model, chosen[0]) if layers is None else layers
         with differentiable(model, layers):
             target = make_objective(objective, model, chosen, loss_fn)
-            seconds = gradient_seconds(model, layers, target) * gradients_needed(
-                needs, objective, len(layers), len(bits), eigenpairs
-            )
+            seconds = estimate_seconds(model, layers, target, needs, bits=len(bits), eigenpairs=eigenpairs)
+            seconds = sharing.first(seconds / sharing.size, "estimate of the time")
             progress.say(f"measuring on {target.samples} samples: about {duration(seconds)}")
             if time_budget is not None and seconds > time_budget:
                 chosen = take_samples(chosen, max(int(target.samples * time_budget / seconds), 1))
                 target = make_objective(objective, model, chosen, loss_fn)
                 progress.say(f"measuring on {target.samples} samples only, to stay within {duration(time_budget)}")
             mark = _fingerprint(model, layers, target, f"{tuple(bits)}/{eigenpairs}/{seed}")
-            if known is not None and known.fingerprint == mark and needs <= set(known.needs):
+            holds = known is not None and known.fingerprint == mark and needs <= set(known.needs)
+            found = sharing.first(known if holds else None, "profile of an earlier run")
+            if found is not None:
                 progress.say("measured before: the profile of the same weights and samples is used")
-                return known
-            rows, whole = _take(model, layers, target, needs, bits, eigenpairs, seed, progress)
-    return CurvatureProfile(
-        layers=tuple(LayerCurvature(name=name, **row) for name, row in rows.items()),
-        objective=objective,
-        samples=target.samples,
-        seed=seed,
-        seconds=time.perf_counter() - start,
-        needs=tuple(sorted(needs)),
-        fingerprint=mark,
-        **whole,
-    )
+                return found
+            rows, whole = _take(model, layers, target, needs, bits, eigenpairs, seed, progress, sharing)
+        profile = CurvatureProfile(
+            layers=tuple(LayerCurvature(name=name, **row) for name, row in rows.items()),
+            objective=objective,
+            samples=target.samples,
+            seed=seed,
+            seconds=time.perf_counter() - start,
+            needs=tuple(sorted(needs)),
+            fingerprint=mark,
+            **whole,
+        )
+        return sharing.first(profile, "profile")
 
 
 def _take(
@@ -125,30 +135,45 @@ def _take(
     eigenpairs: int,
     seed: int,
     progress: Progress,
+    sharing: Sharing,
 ) -> tuple[steps.Rows, dict[str, Any]]:
     """Take the measures step by step; returns the rows and what holds for the whole network."""
     rows: steps.Rows = {x.name: {"weights": x.weights, "channels": x.channels, "macs": x.macs} for x in layers}
     whole: dict[str, Any] = {}
+    mine = sharing.mine(layers)
+
+    @contextmanager
+    def step(name: str) -> Iterator[None]:
+        with progress.step(name), sharing.agreed(name):
+            yield
+
     if needs & OF_BLOCKS:
-        with progress.step("curvature and Lipschitz constants"):
-            steps.blocks(model, layers, target.batches, needs, seed, rows)
+        with step("curvature and Lipschitz constants"):
+            steps.blocks(model, mine, target.batches, needs, seed, rows)
     if needs & {"inputs"}:
-        steps.inputs(model, layers, target.batches, rows)
+        steps.inputs(model, mine, target.batches, rows)
+    if "lipschitz_amplification" in needs:
+        with step("Lipschitz constants along the graph"):
+            whole |= steps.graph(model, layers, target.batches, seed, rows)
     if needs & {"gradient_norm", "top_eigenvalue"}:
-        with progress.step("gradients and top eigenvalues"):
-            steps.slopes(model, layers, target, needs, seed, rows)
+        with step("gradients and top eigenvalues"):
+            steps.slopes(model, mine, target, needs, seed, rows)
+    if "density" in needs:
+        with step("spectral density"):
+            whole |= steps.density(model, layers, target, seed, sharing)
     if needs & (OF_ROUNDING | OF_HESSIAN):
-        with progress.step("rounding errors"):
-            deltas = {layer.name: nearest_errors(model, layer, bits) for layer in layers}
-            steps.rounding(model, layers, target, deltas, needs, rows)
+        with step("rounding errors"):
+            deltas = {layer.name: nearest_errors(model, layer, bits) for layer in mine}
+            steps.rounding(model, layers, target, deltas, needs, seed, rows)
         if needs & OF_HESSIAN:
-            with progress.step("eigenspace of the Hessian"):
+            with step("eigenspace of the Hessian"):
                 spectrum = steps.gram if target.name == "distill" else steps.task_hessian
-                whole = spectrum(model, layers, target, deltas, eigenpairs, seed, rows)
+                whole |= spectrum(model, layers, target, deltas, eigenpairs, seed, rows, sharing)
         if "loss_change" in needs:
-            with progress.step("validity of the quadratic model"):
-                steps.validity(model, layers, target, deltas, rows)
-    return rows, whole
+            with step("validity of the quadratic model"):
+                steps.validity(model, layers, target, deltas, rows, sharing)
+    own = sharing.gather({layer.name: rows[layer.name] for layer in mine}, "rows")
+    return {layer.name: own[layer.name] for layer in layers}, whole
 
 
 def _fingerprint(model: nn.Module, layers: Sequence[Layer], target: Objective, settings: str) -> str:

@@ -26,18 +26,29 @@ class LayerCurvature:
         local_lipschitz: Largest Jacobian norm of the layer and what follows it on the samples; a lower bound; out/in.
         local_lipschitz_tolerance: Relative change in the last step of its iteration.
         input_norm: Root mean square over samples of ‖z_i‖.
+        output_norm: Root mean square over samples of ‖f_i(z_i)‖, on the first batch.
         diameter: Twice the largest distance of an input from the mean input, on the first batch.
         remainder: ρ_i, second difference of f_i at the radius of the rounding error; out/in².
         trace: tr(H_ii) of the objective, nat/weight².
-        trace_stderr: Its standard error; 0 where the trace is exact, ``None`` where rows were left out of it.
+        trace_stderr: Its standard error, of random probes (``task``) or of drawn rows; 0 where the trace is exact.
         gradient_norm: ‖g_i‖ of the objective, nat/weight.
+        score_norm: For ``distill``, root mean square of ‖∇ log p(y)‖ over samples and labels y drawn from the network's
+            own outputs p, √tr(H_ii), nat/weight; ``None`` for ``task``.
         top_eigenvalue: Eigenvalue of H_ii of largest magnitude, nat/weight².
         top_eigenvalue_residual: Some eigenvalue lies this close to it.
         diagonal_energy: Bits to Σ_j D_jj Δ_j², D the diagonal of the Gauss–Newton (``distill``) or the empirical Fisher
             matrix (``task``).
         rounding_error: Bits to ‖Δ_i(b)‖², with nearest rounding.
+        weight_range: Root mean square over output channels of the range of the weights, max − min.
+        kl: Bits to KL(float ‖ only this layer rounded to nearest) of the outputs, nat.
+        distribution_distance: Bits to the Jensen–Shannon divergence between histograms of the float and the rounded
+            weights, nat.
+        scale_importance: Bits to the learned scale of a quantizer of that bit-width, in the unit of the weights.
         output_error: Bits to e_i(b), the root mean square over samples of ‖Δ_i(b) z_i‖.
         amplification: A_i, the gain from the layer's output error to the network's output error.
+        carried_error: Bits to A_i(b) e_i(b), the root mean square of ‖J_i Δ_i(b) z_i‖: the layer's error at the
+            network's output, along the error of that very bit-width.
+        lipschitz_amplification: A_i as a bound, products of Lipschitz constants along paths, summed over paths.
         subspace_curvature: Σ_j |λ_j| ‖v_j restricted to the layer‖², the curvature in the short-axis subspace S.
         subspace_energy: Bits to Σ_j |λ_j| (v_jᵀ Δ_i(b))², the energy of the real rounding error in S.
         second_order: Bits to Δ_i(b)ᵀ H_ii Δ_i(b), signed: from every eigenpair for ``distill``; for ``task`` from those
@@ -61,17 +72,25 @@ class LayerCurvature:
     local_lipschitz: float | None = None
     local_lipschitz_tolerance: float | None = None
     input_norm: float | None = None
+    output_norm: float | None = None
     diameter: float | None = None
     remainder: float | None = None
     trace: float | None = None
     trace_stderr: float | None = None
     gradient_norm: float | None = None
+    score_norm: float | None = None
     top_eigenvalue: float | None = None
     top_eigenvalue_residual: float | None = None
     diagonal_energy: dict[int, float] = field(default_factory=dict)
     rounding_error: dict[int, float] = field(default_factory=dict)
+    weight_range: float | None = None
+    kl: dict[int, float] = field(default_factory=dict)
+    distribution_distance: dict[int, float] = field(default_factory=dict)
+    scale_importance: dict[int, float] = field(default_factory=dict)
     output_error: dict[int, float] = field(default_factory=dict)
     amplification: float | None = None
+    carried_error: dict[int, float] = field(default_factory=dict)
+    lipschitz_amplification: float | None = None
     subspace_curvature: float | None = None
     subspace_energy: dict[int, float] = field(default_factory=dict)
     second_order: dict[int, float] = field(default_factory=dict)
@@ -101,8 +120,13 @@ class CurvatureProfile:
         seconds: Time it took.
         eigenvalue_residuals: For ``task``, ‖H v_j − λ_j v_j‖ of each pair; within 1e-3 |λ_j| where Lanczos converged.
         kept: Share of the outputs' curvature in the rows that the spectrum was computed from; 1 for ``task``.
+        sampled: Rows drawn and rows that there were, where there were too many to compute all; otherwise ``None``.
+        density: Spectral density of the objective's Hessian: a grid of values, nat/weight², and the density at them,
+            weight²/nat, which integrates to 1.
+        density_stderr: Its standard errors at the grid, over random probes.
         needs: The measures that were asked for.
         fingerprint: Of the weights, the samples and the settings that it holds for.
+        input_lipschitz: A_0, the bound on the gain from the network's input to its output; out/in.
     """
 
     layers: tuple[LayerCurvature, ...]
@@ -114,9 +138,13 @@ class CurvatureProfile:
     residual_curvature: float | None = None
     seconds: float = 0.0
     kept: float = 1.0
+    sampled: tuple[int, int] | None = None
+    density: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    density_stderr: tuple[float, ...] = ()
     eigenvalue_residuals: tuple[float, ...] = ()
     needs: tuple[str, ...] = ()
     fingerprint: str = ""
+    input_lipschitz: float | None = None
 
     def __getitem__(self, name: str) -> LayerCurvature:
         """The row of the layer called ``name``."""
@@ -130,6 +158,15 @@ class CurvatureProfile:
         # A computed zero eigenvalue carries rounding noise of either sign; noise is not a direction of descent.
         floor = 1e-6 * max(abs(x) for x in self.eigenvalues)
         return "hyperbolic paraboloid" if any(x < -floor for x in self.eigenvalues) else "ellipsoid"
+
+    @property
+    def converged(self) -> tuple[bool, ...]:
+        """Of each eigenpair whether its residual is within 1e-3 |λ_j| or rounding noise; the Gram route is exact."""
+        if not self.eigenvalue_residuals:
+            return (True,) * len(self.eigenvalues)
+        noise = 1e-6 * max(abs(x) for x in self.eigenvalues)
+        pairs = zip(self.eigenvalue_residuals, self.eigenvalues, strict=True)
+        return tuple(residual <= max(1e-3 * abs(value), noise) for residual, value in pairs)
 
     def predicted_change(self, name: str, bits: int) -> float | None:
         """Loss change with one layer rounded, nat: the quadratic model's, or the measured one outside its range.
@@ -163,15 +200,12 @@ class CurvatureProfile:
         """The profile that ``to_json`` wrote."""
         data = json.loads(text)
         rows = tuple(_row(item) for item in data.pop("layers"))
-        return cls(
-            layers=rows,
-            **{
-                **data,
-                "eigenvalues": tuple(data["eigenvalues"]),
-                "needs": tuple(data["needs"]),
-                "eigenvalue_residuals": tuple(data["eigenvalue_residuals"]),
-            },
-        )
+        return cls(layers=rows, **{name: _as_tuple(value) for name, value in data.items()})
+
+
+def _as_tuple(value: Any) -> Any:
+    """JSON's lists as tuples, nested ones too."""
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
 
 
 def _row(item: dict[str, Any]) -> LayerCurvature:

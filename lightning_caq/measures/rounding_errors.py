@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from lightning_caq.batches import batch_size, run_model
+from lightning_caq.batches import batch_size
 from lightning_caq.layers import Layer, apply_weight, layer_modules, layer_weight
 from lightning_caq.objective import Objective
 from lightning_caq.quantizers.affine import fit_grid
-from lightning_caq.visits import visit_modules, watching
+from lightning_caq.visits import visit_modules
 
 
 def nearest_errors(model: nn.Module, layer: Layer, bits: Sequence[int]) -> dict[int, Tensor]:
@@ -89,40 +88,6 @@ def input_statistics(model: nn.Module, layer: Layer, batches: Sequence[Any]) -> 
     # The spread is taken over the first batch: the mean must be known before the distances are.
     z = kept[0]
     return InputStatistics(float(torch.cat(norms).square().mean().sqrt()), float(2 * (z - z.mean(0)).norm(dim=1).max()))
-
-
-def amplification(model: nn.Module, layer: Layer, objective_batches: Sequence[Any], delta: Tensor) -> float:
-    """A_i: gain from the layer's output to the network's output along the layer's own rounding error.
-
-    rms ‖J_i u‖ / rms ‖u‖ over samples, u = Δ_i z_i, with the Jacobian–vector product by forward differentiation: the
-    layer's output carries u as its tangent and the network carries it on (theory: composition, ``jacobian``).
-
-    Args:
-        model: The float network, in eval mode.
-        layer: The layer.
-        objective_batches: The samples.
-        delta: The layer's rounding error Δ_i at some bit-width.
-
-    Returns:
-        A_i; 0 for a layer that no batch reaches or that rounds without error.
-    """
-    before = after = 0.0
-
-    def hook(module: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
-        nonlocal before
-        with torch.no_grad():
-            tangent = apply_weight(module, delta, forward_ad.unpack_dual(inputs).primal)
-        before += float(tangent.double().square().sum())
-        primal, carried = forward_ad.unpack_dual(output)
-        dual: Tensor = forward_ad.make_dual(primal, tangent if carried is None else carried + tangent)
-        return dual
-
-    with watching(layer_modules(model, layer), hook), torch.no_grad():
-        for batch in objective_batches:
-            with forward_ad.dual_level():
-                tangent = forward_ad.unpack_dual(run_model(model, batch)).tangent
-                after += 0.0 if tangent is None else float(tangent.double().square().sum())
-    return (after / before) ** 0.5 if before > 0 else 0.0
 
 
 def loss_change(model: nn.Module, layer: Layer, objective: Objective, delta: Tensor, reference: float) -> float:

@@ -19,7 +19,7 @@ from lightning_caq.measures.hessian import Hessian
 from lightning_caq.measures.krylov import Krylov
 from lightning_caq.measures.output_rows import OutputRow, choose_rows
 from lightning_caq.measures.rounding_errors import loss_change
-from lightning_caq.measures.weight_rows import DenseRows, OuterProducts, passes, weight_rows
+from lightning_caq.measures.weight_rows import passes, weight_rows
 from lightning_caq.objective import Objective, make_objective
 from lightning_caq.seeding import generator
 
@@ -101,46 +101,43 @@ def gauss_newton_diagonals(
     tolerance: float = 1e-4,
     max_rows: int = 2048,
     memory: int = 2**30,
+    seed: int = 0,
 ) -> tuple[dict[str, Tensor], float]:
     """Diagonal of the Gauss–Newton matrix of ``distill``, which is its Hessian H = AᵀA; nat/weight².
 
     Σ over the rows of A of their squares (``gram`` says what the rows are), so exact but for rows that were dropped,
-    which can only lower it. Costs one gradient a row, as the Gram spectrum does.
+    which can only lower it, and unbiased where rows were drawn (``choose_rows``). Costs one gradient a row, as the Gram
+    spectrum does.
 
     Args:
         model: The float network, in eval mode.
         layers: The layers.
         batches: The samples.
         tolerance: Share of the output Hessian's trace that may be dropped with the lightest rows.
-        max_rows: Most rows; the heaviest are kept.
+        max_rows: Most rows; of more, so many are drawn.
         memory: Bytes that rows may take at a time.
+        seed: Seed of the draw of rows.
 
     Returns:
-        Layer name to diagonal, in the shape of the weight; the share of the output Hessian's trace in the rows kept.
+        Layer name to diagonal, in the shape of the weight; the share of the output Hessian's trace in the rows that it
+        was taken from.
 
     Example:
         >>> net, x = nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 0.0], [0.0, 2.0]])
         >>> gauss_newton_diagonals(net, [Layer("", "linear", (1, 2), calls=1, modules=("",))], [x])
         ({'': tensor([[0.5000, 2.0000]])}, 1.0)
     """
-    rows, kept = choose_rows(model, batches, tolerance, max_rows)
+    choice = choose_rows(model, batches, tolerance, max_rows, seed=seed)
+    rows = choice.rows
     # Squares add up row by row: fewer rows at a time let more layers share a pass.
     step = min(max(memory // (4 * sum(layer.weights for layer in layers)), _LEAST_ROWS), len(rows))
     sums = {x.name: to_matrix(x, torch.zeros_like(layer_weight(model, x), requires_grad=False)) for x in layers}
-    for pieces in passes(layers, step, memory):
+    for pieces in passes(model, layers, batches, step, memory):
         for start in range(0, len(rows), step):
             for piece, held in weight_rows(model, pieces, batches, rows[start : start + step]).items():
-                part = sums[piece.layer.name][:, piece.outputs]
-                part += _sum_of_squares(held).reshape(part.shape).to(part)
-    return {layer.name: from_matrix(layer, sums[layer.name]) for layer in layers}, kept
-
-
-def _sum_of_squares(held: DenseRows | OuterProducts) -> Tensor:
-    if isinstance(held, OuterProducts):
-        # (g_o x_c)² summed over rows
-        return held.gradients.square().T @ held.inputs.square()
-    squares: Tensor = torch.linalg.vector_norm(held.rows, dim=0).square()
-    return squares
+                part = sums[piece.layer.name][:, piece.cut]
+                part += held.squares().reshape(part.shape).to(part)
+    return {layer.name: from_matrix(layer, sums[layer.name]) for layer in layers}, choice.kept
 
 
 def top_eigenvalues(
@@ -169,7 +166,8 @@ def top_eigenvalues(
         tolerance: Largest residual, relative to the eigenvalue.
         max_steps: Most products a layer.
         dropped: For ``distill``, share of the output Hessian's trace that may be dropped with the lightest rows.
-        max_rows: For ``distill``, most rows.
+        max_rows: For ``distill``, most rows; of more, so many are drawn, and eigenvalues come out too high rather than
+            too low.
         memory: For ``distill``, bytes that rows may take at a time.
 
     Returns:
@@ -186,7 +184,8 @@ def top_eigenvalues(
     names = [layer.name for layer in layers]
     draws = [generator(seed, f"top/{name}") for name in names]
     if objective.name == "distill":
-        grams = _grams(model, layers, choose_rows(model, objective.batches, dropped, max_rows)[0], objective, memory)
+        rows = choose_rows(model, objective.batches, dropped, max_rows, seed=seed).rows
+        grams = _grams(model, layers, rows, objective, memory)
 
         def products(vectors: list[Tensor]) -> list[Tensor]:
             return [gram @ v for gram, v in zip(grams, vectors, strict=True)]
@@ -209,7 +208,7 @@ def _grams(
 ) -> list[Tensor]:
     """A_i A_iᵀ of every layer."""
     grams: dict[str, Tensor] = {}
-    for pieces in passes(layers, len(rows), memory):
+    for pieces in passes(model, layers, objective.batches, len(rows), memory):
         for piece, held in weight_rows(model, pieces, objective.batches, rows).items():
             gram = held.gram().double()
             grams[piece.layer.name] = grams[piece.layer.name] + gram if piece.layer.name in grams else gram

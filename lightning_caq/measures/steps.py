@@ -1,4 +1,8 @@
-"""Steps: each takes one group of measures and fills its figures into the rows of the profile."""
+"""Steps: each takes one group of measures and fills its figures into the rows of the profile.
+
+Where several processes share the work, a rank fills the rows of its own layers only: those that a step is given, or, in
+a step about the whole network, those that have errors in ``deltas``.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +13,34 @@ import torch
 from torch import Tensor, nn
 
 from lightning_caq.batches import take_samples
-from lightning_caq.layers import Layer
+from lightning_caq.layers import Layer, layer_weight
 from lightning_caq.measures.blocks import record_blocks
+from lightning_caq.measures.carried import carried_errors
 from lightning_caq.measures.curvature import rademacher_sensitivity, remainder, second_order_sensitivity
+from lightning_caq.measures.density import spectral_density
+from lightning_caq.measures.distribution import distribution_distance
 from lightning_caq.measures.folding import batchnorm_folded
 from lightning_caq.measures.gram import gram_spectrum
+from lightning_caq.measures.graph import lipschitz_amplification
 from lightning_caq.measures.hessian import Hessian
 from lightning_caq.measures.hutchinson import estimate_layer_traces
 from lightning_caq.measures.lanczos import lanczos
 from lightning_caq.measures.lipschitz import lipschitz, local_lipschitz
+from lightning_caq.measures.magnitudes import output_norm, weight_range
 from lightning_caq.measures.rounding_errors import (
-    amplification,
     input_statistics,
     loss_change,
     output_errors,
 )
-from lightning_caq.measures.sensitivity import fisher_diagonals, gauss_newton_diagonals, gradient_norms, top_eigenvalues
+from lightning_caq.measures.scale_importance import scale_importance
+from lightning_caq.measures.sensitivity import (
+    fisher_diagonals,
+    gauss_newton_diagonals,
+    gradient_norms,
+    quantized_kl,
+    top_eigenvalues,
+)
+from lightning_caq.measures.sharing import Sharing
 from lightning_caq.objective import Objective
 from lightning_caq.seeding import generator
 
@@ -32,7 +48,7 @@ BLOCK_SAMPLES = 256
 # A prediction of the loss change that is off by more than half, and by more than noise, is outside the model's range.
 VALIDITY_TOLERANCE = 0.5
 VALIDITY_FLOOR = 1e-3
-NEARLY_ALL = 1e-3
+DENSITY_PROBES, DENSITY_STEPS = 4, 32
 
 Deltas = Mapping[str, Mapping[int, Tensor]]
 Rows = dict[str, dict[str, Any]]
@@ -47,7 +63,9 @@ def blocks(
         block, row = recorded.get(layer.name), rows[layer.name]
         if block is None:
             row.update(kappa=0.0, kappa_tolerance=0.0, lipschitz=0.0, lipschitz_tolerance=0.0, remainder=0.0)
+            row["output_norm"] = 0.0
             continue
+        row["output_norm"] = output_norm(block)
         if "lipschitz" in needs or layer.kind == "embedding":
             row["lipschitz"], row["lipschitz_tolerance"] = lipschitz(block, generator(seed, f"lipschitz/{layer.name}"))
         if "local_lipschitz" in needs:
@@ -73,13 +91,26 @@ def inputs(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], ro
         rows[layer.name].update(input_norm=statistics.norm, diameter=statistics.diameter)
 
 
+def graph(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], seed: int, rows: Rows) -> dict[str, Any]:
+    """Amplification by Lipschitz constants along the graph that the first batch draws."""
+    bounds = lipschitz_amplification(model, layers, batches[0], generator(seed, "lipschitz_amplification"))
+    for name, gain in bounds.layers.items():
+        rows[name]["lipschitz_amplification"] = gain
+    return {"input_lipschitz": bounds.input}
+
+
 def slopes(
     model: nn.Module, layers: Sequence[Layer], target: Objective, needs: frozenset[str], seed: int, rows: Rows
 ) -> None:
     """Gradient norms and top eigenvalues."""
+    if not layers:
+        return
     if "gradient_norm" in needs:
         for name, norm in gradient_norms(model, layers, target).items():
             rows[name]["gradient_norm"] = norm
+        if target.name == "distill":
+            for name, diagonal in gauss_newton_diagonals(model, layers, target.batches, seed=seed)[0].items():
+                rows[name]["score_norm"] = float(diagonal.double().sum().sqrt())
     if "top_eigenvalue" in needs:
         for name, (value, residual) in top_eigenvalues(model, layers, target, seed=seed).items():
             rows[name].update(top_eigenvalue=value, top_eigenvalue_residual=residual)
@@ -91,55 +122,93 @@ def rounding(
     target: Objective,
     deltas: Deltas,
     needs: frozenset[str],
+    seed: int,
     rows: Rows,
 ) -> None:
     """What rounding does to weights and to outputs."""
     batches = target.batches
+    mine = [layer for layer in layers if layer.name in deltas]
+    if not mine:
+        return
+    if "kl" in needs:
+        for name, kl in quantized_kl(model, mine, batches, deltas).items():
+            rows[name]["kl"] = kl
+    if "scale_importance" in needs:
+        bits = sorted(deltas[mine[0].name])
+        for name, scales in scale_importance(model, layers, batches, bits, seed=seed).items():
+            rows[name]["scale_importance"] = scales
     if "diagonal" in needs:
         distill = target.name == "distill"
         diagonals = (
-            gauss_newton_diagonals(model, layers, batches)[0] if distill else fisher_diagonals(model, layers, target)
+            gauss_newton_diagonals(model, mine, batches, seed=seed)[0]
+            if distill
+            else fisher_diagonals(model, mine, target)
         )
         for name, diagonal in diagonals.items():
             energies = {b: float((diagonal * d.square()).double().sum()) for b, d in deltas[name].items()}
             rows[name]["diagonal_energy"] = energies
-    for layer in layers:
+    if "amplification" in needs:
+        carried = carried_errors(model, mine, batches, deltas, seed=seed)
+        for name, before in carried.errors.items():
+            rows[name]["carried_error"] = {b: carried.at_output(name, b) for b in before}
+            # One number for all bit-widths: the gain along the error at the middle one.
+            middle = sorted(before)[(len(before) - 1) // 2]
+            gain = carried.at_output(name, middle) / before[middle] if before[middle] > 0 else 0.0
+            rows[name]["amplification"] = gain
+    for layer in mine:
         row, errors = rows[layer.name], deltas[layer.name]
         row["rounding_error"] = {b: float(d.double().square().sum()) for b, d in errors.items()}
+        row["weight_range"] = weight_range(model, layer)
+        if "distribution_distance" in needs:
+            row["distribution_distance"] = distribution_distance(layer_weight(model, layer), errors)
         if "output_error" in needs:
             row["output_error"] = output_errors(model, layer, batches, errors)
-        if "amplification" in needs:
-            # One Jacobian–vector product a layer, along the error at the middle bit-width.
-            middle = sorted(errors)[(len(errors) - 1) // 2]
-            row["amplification"] = amplification(model, layer, batches, errors[middle])
 
 
 def gram(
-    model: nn.Module, layers: Sequence[Layer], target: Objective, deltas: Deltas, k: int, seed: int, rows: Rows
+    model: nn.Module,
+    layers: Sequence[Layer],
+    target: Objective,
+    deltas: Deltas,
+    k: int,
+    seed: int,
+    rows: Rows,
+    sharing: Sharing,
 ) -> dict[str, Any]:
     """Spectrum, traces and energies of the distill Hessian, by Gram matrices."""
-    spectrum = gram_spectrum(model, layers, target.batches, deltas, k=k)
-    for name, row in rows.items():
+    spectrum = gram_spectrum(model, layers, target.batches, deltas, k=k, seed=seed, sharing=sharing)
+    for name in deltas:
+        row = rows[name]
         row.update(trace=spectrum.traces[name], subspace_curvature=spectrum.energies[name])
-        row["trace_stderr"] = 0.0 if spectrum.kept > 1 - NEARLY_ALL else None
+        row["trace_stderr"] = spectrum.errors[name]
         row["subspace_energy"] = {b: float(p[:k].square().sum()) for b, p in spectrum.projected[name].items()}
         row["second_order"] = {b: float(p.square().sum()) for b, p in spectrum.projected[name].items()}
-    trace, n = sum(spectrum.traces.values()), sum(layer.weights for layer in layers)
-    return {**_spectrum_fields(spectrum.values[:k], trace, n), "kept": spectrum.kept}
+    n = sum(layer.weights for layer in layers)
+    sampled = (spectrum.rows, spectrum.candidates) if spectrum.rows < spectrum.candidates else None
+    return {**_spectrum_fields(spectrum.values[:k], spectrum.trace, n), "kept": spectrum.kept, "sampled": sampled}
 
 
 def task_hessian(
-    model: nn.Module, layers: Sequence[Layer], target: Objective, deltas: Deltas, k: int, seed: int, rows: Rows
+    model: nn.Module,
+    layers: Sequence[Layer],
+    target: Objective,
+    deltas: Deltas,
+    k: int,
+    seed: int,
+    rows: Rows,
+    sharing: Sharing,
 ) -> dict[str, Any]:
     """Spectrum, traces and energies of the task Hessian, by Lanczos and Hutch++."""
     with batchnorm_folded(model, layers, target.batches[0]):
-        operator = Hessian(model, layers, target)
+        operator = Hessian(model, layers, target, sharing=sharing)
         start = operator.like(torch.randn(operator.size, generator=generator(seed, "lanczos")))
         pairs = lanczos(operator.product, start, min(k, operator.size))
         traces = estimate_layer_traces(operator, [generator(seed, f"trace/{x.name}") for x in layers])
     magnitude = pairs.values.abs()
     whole = _spectrum_fields(pairs.values, float(traces.values.sum()), operator.size)
     for i, (layer, part) in enumerate(zip(layers, pairs.vectors.split(operator.sizes), strict=True)):
+        if layer.name not in deltas:
+            continue
         row = rows[layer.name]
         row.update(trace=float(traces.values[i]), trace_stderr=float(traces.errors[i]))
         row["subspace_curvature"] = float((magnitude * part.double().square().sum(0).cpu()).sum())
@@ -150,20 +219,34 @@ def task_hessian(
     return {**whole, "eigenvalue_residuals": tuple(pairs.residuals.tolist())}
 
 
+def density(
+    model: nn.Module, layers: Sequence[Layer], target: Objective, seed: int, sharing: Sharing
+) -> dict[str, Any]:
+    """Spectral density of the objective's Hessian, by stochastic Lanczos quadrature."""
+    with batchnorm_folded(model, layers, target.batches[0]):
+        operator = Hessian(model, layers, target, sharing=sharing)
+        like, draws = operator.like(torch.zeros(operator.size)), generator(seed, "density")
+        found = spectral_density(operator.product, like, draws, probes=DENSITY_PROBES, steps=DENSITY_STEPS)
+    grid, heights, errors = (tuple(x.tolist()) for x in found.curve())
+    return {"density": (grid, heights), "density_stderr": errors}
+
+
 def _spectrum_fields(values: Tensor, trace: float, n: int) -> dict[str, Any]:
     outside = max(trace - float(values.sum()), 0.0) / max(n - len(values), 1)
     return {"eigenvalues": tuple(values.tolist()), "trace": trace, "residual_curvature": outside}
 
 
-def validity(model: nn.Module, layers: Sequence[Layer], target: Objective, deltas: Deltas, rows: Rows) -> None:
+def validity(
+    model: nn.Module, layers: Sequence[Layer], target: Objective, deltas: Deltas, rows: Rows, sharing: Sharing
+) -> None:
     """Walk up the bit-widths of each layer until the quadratic model holds (CET Eq. 7); below, measured changes count.
 
     The error shrinks with every bit, so a model that holds at one bit-width is taken to hold at the larger ones.
     """
     reference = target.value(model)
     # The distill objective is at its minimum: its gradient is zero.
-    slopes = dict.fromkeys(rows, None) if target.name == "distill" else _gradient(model, layers, target)
-    for layer in layers:
+    slopes = dict.fromkeys(rows, None) if target.name == "distill" else _gradient(model, layers, target, sharing)
+    for layer in (x for x in layers if x.name in deltas):
         row, errors, slope = rows[layer.name], deltas[layer.name], slopes[layer.name]
         row["loss_change"], outside = {}, []
         row["first_order"] = {b: 0.0 if slope is None else float((slope * d).sum()) for b, d in errors.items()}
@@ -177,6 +260,6 @@ def validity(model: nn.Module, layers: Sequence[Layer], target: Objective, delta
         row["outside"] = tuple(outside)
 
 
-def _gradient(model: nn.Module, layers: Sequence[Layer], target: Objective) -> dict[str, Tensor]:
-    gradient = Hessian(model, layers, target).gradient()
+def _gradient(model: nn.Module, layers: Sequence[Layer], target: Objective, sharing: Sharing) -> dict[str, Tensor]:
+    gradient = Hessian(model, layers, target, sharing=sharing).gradient()
     return {layer.name: part for layer, part in zip(layers, gradient, strict=True)}

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_caq.batches import run_model
-from lightning_caq.layers import Layer, layer_weight
+from lightning_caq.layers import Layer, layer_modules, layer_weight
 from lightning_caq.matrix import columns
-from lightning_caq.measures.output_rows import OutputRow, output_seed, row_chunks, take_rows
-from lightning_caq.visits import watching
+from lightning_caq.measures.output_rows import OutputRow, output_seed, row_chunks, sample_axis, take_rows
+from lightning_caq.measures.row_forms import DenseRows, FactoredRows, Rows, WordRows
+from lightning_caq.seeding import generator
+from lightning_caq.visits import visit_modules, watching
 
 _ROWS_AT_ONCE = 64
 
@@ -25,132 +27,169 @@ class Piece:
 
     Attributes:
         layer: The layer.
-        outputs: Which rows of its matrix, in every group.
+        outputs: Which rows of its matrix, in every group; for an embedding which words.
+        positions: How often the layer is applied to one sample.
+        looked_up: Whether the layer does nothing but look up words.
     """
 
     layer: Layer
-    outputs: slice
+    outputs: range
+    positions: int
+    looked_up: bool = False
+
+    @property
+    def cut(self) -> slice:
+        """The outputs, to index with."""
+        return slice(self.outputs.start, self.outputs.stop)
+
+    @property
+    def factored(self) -> bool:
+        """Whether a product of two rows takes fewer multiplications by their factors than number by number."""
+        _, outputs, width = matrix_shape(self.layer)
+        return not self.looked_up and _by_factors(outputs, width, self.positions) <= outputs * width
 
     def numbers(self, rows: int) -> int:
         """Numbers that so many rows take."""
-        groups, outputs, width = _matrix_shape(self.layer)
-        outputs = len(range(outputs)[self.outputs])
-        return rows * (outputs + width if _is_outer_product(self.layer) else groups * outputs * width)
+        groups, whole, width = matrix_shape(self.layer)
+        outputs = len(self.outputs)
+        if self.looked_up:
+            return rows * max(1, self.positions * width * outputs // whole)
+        return rows * groups * (self.positions * (outputs + width) if self.factored else outputs * width)
 
-    def __hash__(self) -> int:
-        return hash((self.layer.name, self.outputs.start))
-
-
-@dataclass(frozen=True)
-class DenseRows:
-    """Rows of A_i as they are, shape (rows, groups · outputs · columns)."""
-
-    rows: Tensor
-
-    def gram(self) -> Tensor:
-        """A_i A_iᵀ, shape (rows, rows)."""
-        return self.rows @ self.rows.T
-
-    def project(self, delta: Tensor) -> Tensor:
-        """A_i Δ for an error given as matrices, shape (rows,)."""
-        return self.rows @ delta.flatten().to(self.rows)
+    def empty(self, rows: int, dtype: torch.dtype) -> Rows:
+        """Room for so many rows."""
+        groups, _, width = matrix_shape(self.layer)
+        if self.looked_up:
+            return WordRows(rows, self.outputs, width, dtype)
+        if self.factored:
+            return FactoredRows(rows, groups, len(self.outputs), width, self.positions, dtype)
+        return DenseRows(rows, groups, len(self.outputs), width, dtype)
 
 
-@dataclass(frozen=True)
-class OuterProducts:
-    """Rows of A_i that are outer products g xᵀ, as those of a linear layer on vectors: only g and x are held."""
-
-    gradients: Tensor
-    inputs: Tensor
-
-    def gram(self) -> Tensor:
-        """A_i A_iᵀ, shape (rows, rows)."""
-        # ⟨g xᵀ, h yᵀ⟩ = ⟨g, h⟩ ⟨x, y⟩
-        return (self.gradients @ self.gradients.T) * (self.inputs @ self.inputs.T)
-
-    def project(self, delta: Tensor) -> Tensor:
-        """A_i Δ for an error given as matrices, shape (rows,)."""
-        return ((self.inputs @ delta[0].T.to(self.inputs)) * self.gradients).sum(1)
-
-
-def weight_rows(
-    model: nn.Module, pieces: Sequence[Piece], batches: Sequence[Any], rows: Sequence[OutputRow]
-) -> dict[Piece, DenseRows | OuterProducts]:
-    """The rows of A_i for some pieces, in one pass over the samples that the rows belong to."""
-    by_layer: dict[str, list[Piece]] = {}
-    for piece in pieces:
-        by_layer.setdefault(piece.layer.name, []).append(piece)
-    watched = {id(model.get_submodule(name)): piece.layer for piece in pieces for name in piece.layer.modules}
-    held = {piece: _empty(piece, len(rows), layer_weight(model, piece.layer).dtype) for piece in pieces}
-    at_once = _ROWS_AT_ONCE if _samples_come_first(model, watched, batches, rows[:1]) else 1
-    for start, chunk in row_chunks(rows, at_once):
-        batch = take_rows(batches[chunk[0].batch], [row.sample for row in chunk])
-        with _recording(model, watched) as calls, torch.enable_grad():
-            output = run_model(model, batch)
-        seed = output_seed(output.detach(), chunk)
-        gradients = torch.autograd.grad(output, [y for _, _, _, y in calls], grad_outputs=seed, allow_unused=True)
-        place = slice(start, start + len(chunk))
-        for (layer, module, x, _), gradient in zip(calls, gradients, strict=True):
-            if gradient is None:
-                continue
-            for piece in by_layer[layer.name]:
-                _add(held[piece], place, piece, module, x, gradient)
-    return held
-
-
-def _samples_come_first(
-    model: nn.Module, watched: Mapping[int, Layer], batches: Sequence[Any], rows: Sequence[OutputRow]
-) -> bool:
-    """Whether the first axis of every layer's input grows with the samples.
-
-    Tokens may lie there too, sample by sample; where they lie before the samples, rows can be told apart only one by
-    one.
-    """
-    lengths = []
-    for count in (1, 2):
-        batch = take_rows(batches[rows[0].batch], [rows[0].sample] * count)
-        with _recording(model, watched) as calls, torch.no_grad():
-            run_model(model, batch)
-        lengths.append([len(x) for _, _, x, _ in calls])
-    return len(lengths[0]) == len(lengths[1]) and all(b == 2 * a for a, b in zip(*lengths, strict=True))
-
-
-def _matrix_shape(layer: Layer) -> tuple[int, int, int]:
+def matrix_shape(layer: Layer) -> tuple[int, int, int]:
     """Groups, outputs and columns of the layer as matrices; an embedding's rows are its words."""
     outputs = layer.shape[1] if layer.transposed else layer.shape[0] // layer.groups
     return layer.groups, outputs, layer.weights // (layer.groups * outputs)
 
 
-def _is_outer_product(layer: Layer) -> bool:
-    """Whether the layer multiplies one vector a sample, once."""
-    return layer.kind == "linear" and layer.calls == 1 and layer.macs == layer.weights
+def pair_work(layer: Layer, positions: int) -> int:
+    """Multiplications for the product of two rows, with a layer that is so often applied to a sample.
+
+    Example:
+        >>> pair_work(Layer("", "linear", (50, 40)), 1), pair_work(Layer("", "linear", (50, 40)), 64)
+        (91, 2000)
+    """
+    groups, outputs, width = matrix_shape(layer)
+    return groups * min(outputs * width, _by_factors(outputs, width, positions))
 
 
-def _empty(piece: Piece, rows: int, dtype: torch.dtype) -> DenseRows | OuterProducts:
-    groups, outputs, width = _matrix_shape(piece.layer)
-    outputs = len(range(outputs)[piece.outputs])
-    if _is_outer_product(piece.layer):
-        return OuterProducts(torch.zeros(rows, outputs, dtype=dtype), torch.zeros(rows, width, dtype=dtype))
-    return DenseRows(torch.zeros(rows, groups * outputs * width, dtype=dtype))
+def _by_factors(outputs: int, width: int, positions: int) -> int:
+    return positions**2 * (outputs + width + 1)
 
 
-def passes(layers: Sequence[Layer], rows: int, memory: int) -> Iterator[list[Piece]]:
-    """Pieces of layers, as many at a time as fit in memory; each list is one pass over the samples."""
+def passes(
+    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], rows: int, memory: int
+) -> Iterator[list[Piece]]:
+    """Pieces of layers, as many at a time as fit in memory; each list is one pass over the samples.
+
+    Args:
+        model: The network.
+        layers: The layers.
+        batches: The samples; the first tells how often each layer is applied.
+        rows: Number of rows.
+        memory: Bytes that they may take.
+    """
+    positions = _positions(model, layers, take_rows(batches[0], [0]))
     group: list[Piece] = []
     for layer in layers:
-        outputs = _matrix_shape(layer)[1]
-        whole = 4 * Piece(layer, slice(0, outputs)).numbers(rows)
-        step = max(1, outputs * memory // whole) if whole > memory else outputs
+        outputs = matrix_shape(layer)[1]
+        looked_up = all(isinstance(module, nn.Embedding) for module in layer_modules(model, layer))
+        whole = Piece(layer, range(outputs), positions[layer.name], looked_up)
+        size = 4 * whole.numbers(rows)
+        step = max(1, outputs * memory // size) if size > memory else outputs
         for start in range(0, outputs, step):
-            piece = Piece(layer, slice(start, min(start + step, outputs)))
+            piece = replace(whole, outputs=range(start, min(start + step, outputs)))
             if group and 4 * sum(p.numbers(rows) for p in (*group, piece)) > memory:
                 yield group
                 group = []
             group.append(piece)
-    yield group
+    if group:
+        yield group
+
+
+def _positions(model: nn.Module, layers: Sequence[Layer], sample: Any) -> dict[str, int]:
+    """How often each layer is applied to a sample, all calls together; at least 1."""
+    counts = dict.fromkeys((layer.name for layer in layers), 0)
+    watched = {id(module): layer for layer in layers for module in layer_modules(model, layer)}
+
+    def visit(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
+        layer = watched[id(module)]
+        side = inputs if layer.transposed else output
+        channels = side.shape[1] if layer.kind.startswith("conv") else side.shape[-1]
+        counts[layer.name] += side.numel() // channels
+
+    visit_modules(model, [m for m in model.modules() if id(m) in watched], [sample], visit)
+    return {name: max(count, 1) for name, count in counts.items()}
+
+
+def weight_rows(
+    model: nn.Module, pieces: Sequence[Piece], batches: Sequence[Any], rows: Sequence[OutputRow]
+) -> dict[Piece, Rows]:
+    """The rows of A_i for some pieces, in one pass over the samples that the rows belong to."""
+    by_layer: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        by_layer.setdefault(piece.layer.name, []).append(piece)
+    watched = {id(module): piece.layer for piece in pieces for module in layer_modules(model, piece.layer)}
+    held = {piece: piece.empty(len(rows), layer_weight(model, piece.layer).dtype) for piece in pieces}
+    first = take_rows(batches[rows[0].batch], [rows[0].sample])
+    axis = sample_axis(model, first)
+    axes = _sample_axes(model, watched, first, axis)
+    for start, chunk in row_chunks(rows, _ROWS_AT_ONCE if axes else 1):
+        batch = take_rows(batches[chunk[0].batch], [row.sample for row in chunk])
+        with _recording(model, watched) as calls, torch.enable_grad():
+            output = run_model(model, batch)
+        seed = output_seed(output.detach(), chunk, axis)
+        gradients = torch.autograd.grad(output, [y for _, _, _, y in calls], grad_outputs=seed, allow_unused=True)
+        found: dict[str, list[Factors]] = {}
+        for (layer, module, x, _), g, d in zip(calls, gradients, axes or [0] * len(calls), strict=True):
+            if g is not None:
+                factors = _factors(layer, module, x.movedim(d, 0), g.movedim(d, 0), len(chunk))
+                found.setdefault(layer.name, []).append(factors)
+        place = slice(start, start + len(chunk))
+        for name, each in found.items():
+            for piece in by_layer[name]:
+                _put(held[piece], place, piece, each)
+    return held
 
 
 Call = tuple[Layer, nn.Module, Tensor, Tensor]
+Factors = tuple[Tensor, Tensor]
+
+
+def _sample_axes(model: nn.Module, watched: Mapping[int, Layer], sample: Any, axis: int) -> list[int] | None:
+    """Of every call the axis along which the samples lie, and within it one after the other.
+
+    Two copies of a sample are run, of which only the first has an output that counts: the gradient of a call is zero in
+    the half that belongs to the second. Where there is no such half, as where tokens and samples share an axis with the
+    tokens first, rows can be told apart only one by one: ``None``.
+    """
+    with _recording(model, watched) as alone, torch.no_grad():
+        run_model(model, sample)
+    with _recording(model, watched) as calls, torch.enable_grad():
+        output = run_model(model, take_rows(sample, [0, 0]))
+    seed = torch.randn(output.shape, generator=generator(0, "axes")).to(output)
+    seed.narrow(axis, output.shape[axis] // 2, output.shape[axis] // 2).zero_()
+    gradients = torch.autograd.grad(output, [y for _, _, _, y in calls], grad_outputs=seed, allow_unused=True)
+    if len(alone) != len(calls):
+        return None
+    axes = []
+    for (_, _, x, _), (_, _, y, _), g in zip(alone, calls, gradients, strict=True):
+        doubled = [d for d in range(y.ndim) if y.shape[d] == 2 * x.shape[d]]
+        apart = [d for d in doubled if g is None or not g.narrow(d, x.shape[d], x.shape[d]).any()]
+        if not apart:
+            return None
+        axes.append(apart[0])
+    return axes
 
 
 @contextmanager
@@ -168,32 +207,43 @@ def _recording(model: nn.Module, weights: Mapping[int, Layer]) -> Iterator[list[
         yield calls
 
 
-def _add(
-    held: DenseRows | OuterProducts, place: slice, piece: Piece, module: nn.Module, inputs: Tensor, gradient: Tensor
-) -> None:
-    """Add what one call of a layer contributes to some rows."""
-    layer = piece.layer
-    if isinstance(held, OuterProducts):
-        held.gradients[place] += gradient.flatten(1)[:, piece.outputs].to(held.gradients)
-        held.inputs[place] += inputs.flatten(1).to(held.inputs)
-        return
+def _factors(layer: Layer, module: nn.Module, inputs: Tensor, gradient: Tensor, rows: int) -> Factors:
+    """What one call of a layer contributes to some rows.
+
+    Returns:
+        g_t, shape (rows, groups, positions, outputs), and x_t, shape (rows, groups, positions, columns); of a look-up
+        gradients of shape (rows, positions, width) and words of shape (rows, positions).
+    """
     if isinstance(module, nn.Embedding):
-        matrices = _word_gradients(layer, inputs, gradient)[:, :, piece.outputs]
+        return gradient.reshape(rows, -1, gradient.shape[-1]), inputs.reshape(rows, -1)
+    if isinstance(module, nn.Linear):
+        layer = replace(layer, kind="linear")  # it may share the table of an embedding
+        outs = gradient.reshape(len(gradient), 1, -1, gradient.shape[-1]).transpose(2, 3)
     else:
-        if isinstance(module, nn.Linear):
-            layer = replace(layer, kind="linear")  # it may share the table of an embedding
-            outs = gradient.reshape(len(gradient), 1, -1, gradient.shape[-1]).transpose(2, 3)
-        else:
-            outs = gradient.flatten(2).reshape(len(gradient), layer.groups, -1, gradient[0, 0].numel())
-        patches = columns(layer, module, inputs)  # (samples, groups, columns, positions)
-        matrices = outs[:, :, piece.outputs] @ patches.transpose(2, 3)
-    # A sample may fill several places of the first axis, as its tokens do where they were made a batch of their own.
-    rows = held.rows[place]
-    rows += matrices.reshape(len(rows), -1, rows.shape[1]).sum(1).to(rows)
+        outs = gradient.flatten(2).reshape(len(gradient), layer.groups, -1, gradient[0, 0].numel())
+    return _by_row(outs, rows), _by_row(columns(layer, module, inputs), rows)
 
 
-def _word_gradients(layer: Layer, words: Tensor, gradient: Tensor) -> Tensor:
-    """Gradient of every sample with respect to an embedding, shape (samples, 1, words, dimensions)."""
-    result = gradient.new_zeros(len(words), layer.shape[0], layer.shape[1])
-    index = words.reshape(len(words), -1, 1).expand(-1, -1, layer.shape[1])
-    return result.scatter_add_(1, index, gradient.reshape(index.shape))[:, None]
+def _by_row(parts: Tensor, rows: int) -> Tensor:
+    """Positions before numbers, shape (rows, groups, positions, numbers).
+
+    A sample may fill several places of the first axis, as its tokens do where they were made a batch of their own.
+    """
+    several: Tensor = parts.unflatten(0, (rows, -1))
+    return several.permute(0, 2, 1, 4, 3).flatten(2, 3)
+
+
+def _put(held: Rows, place: slice, piece: Piece, factors: Sequence[Factors]) -> None:
+    """Add what the calls of a layer contribute to some rows."""
+    if isinstance(held, FactoredRows):
+        gradients, inputs = zip(*factors, strict=True)
+        held.put(place, torch.cat(gradients, 2)[..., piece.cut], torch.cat(inputs, 2))
+        return
+    for g, x in factors:
+        if isinstance(held, WordRows):
+            held.put(place, g, x)
+        elif g.ndim == 4:
+            held.put(place, g[..., piece.cut], x)
+        else:  # a look-up in a table that a linear layer shares: one-hot words take the part of the gradients
+            words = torch.arange(piece.outputs.start, piece.outputs.stop, device=x.device)
+            held.put(place, (x[..., None] == words)[:, None].to(g), g[:, None])

@@ -6,13 +6,16 @@ changes. Its ``weight`` holds values of the grid, so a state dict gives the quan
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_caq.quantizers.activations import InputGrid, change_first
 from lightning_caq.quantizers.affine import Grid
 
 
@@ -24,6 +27,7 @@ class FakeQuant:
         bits: Bit-width.
         scale: Step of the grid, float32, a buffer that is not saved.
         zero_point: Code of zero, float32, a buffer that is not saved.
+        input_grid: Grid of the input, or ``None`` where inputs stay as they are.
         quantizing: Whether the forward pass snaps to the grid. Turned off, with a warning, when a state dict brings
             weights that are not on the grid: they run as the float weights they are.
     """
@@ -32,6 +36,7 @@ class FakeQuant:
     bits: int
     scale: Tensor
     zero_point: Tensor
+    input_grid: InputGrid | None
     quantizing: bool
     weight: Tensor
 
@@ -48,6 +53,12 @@ class FakeQuant:
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return snapped
         return self.weight + (snapped - self.weight).detach()
+
+    def rounded_input(self, input: Tensor) -> Tensor:
+        """The input on its grid, if it has one, in its own dtype; its gradient passes straight through."""
+        if self.input_grid is None or not self.quantizing:
+            return input
+        return self.input_grid.round(input)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
@@ -69,17 +80,20 @@ class FakeQuant:
 
 class _Linear(FakeQuant):
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.quantized_weight(), self.bias)  # type: ignore[attr-defined]
+        return F.linear(self.rounded_input(input), self.quantized_weight(), self.bias)  # type: ignore[attr-defined]
 
 
 class _Conv(FakeQuant):
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.quantized_weight(), self.bias)  # type: ignore[attr-defined, no-any-return]
+        this: Any = self
+        output: Tensor = this._conv_forward(self.rounded_input(input), self.quantized_weight(), this.bias)
+        return output
 
 
 class _ConvTranspose(FakeQuant):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         this: Any = self
+        input = self.rounded_input(input)
         dims = len(this.kernel_size)
         extra = this._output_padding(
             input, output_size, this.stride, this.padding, this.kernel_size, dims, this.dilation
@@ -118,7 +132,8 @@ _classes: dict[type[nn.Module], type[nn.Module]] = {}
 def fake_quant_class(base: type[nn.Module]) -> type[nn.Module]:
     """The fake-quant subclass of a module class.
 
-    A user's subclass with a forward of its own keeps that forward: it uses ``weight``, whose values lie on the grid.
+    A user's subclass with a forward of its own keeps that forward: it uses ``weight``, whose values lie on the grid,
+    and is given its first argument rounded.
 
     Example:
         >>> fake_quant_class(nn.Linear).__name__
@@ -128,9 +143,22 @@ def fake_quant_class(base: type[nn.Module]) -> type[nn.Module]:
         return _classes[base]
     bases, mixin = next((bases, mixin) for bases, mixin in _MIXINS if issubclass(base, bases))
     plain = any(base.forward is kind.forward for kind in bases)
-    names = {"__module__": __name__, "plain_class": base}
+    names: dict[str, Any] = {"__module__": __name__, "plain_class": base}
+    if not plain:
+        names["forward"] = rounding_forward(base)
     _classes[base] = type(f"FakeQuant{base.__name__}", (mixin if plain else FakeQuant, base), names)
     return _classes[base]
+
+
+def rounding_forward(base: type[nn.Module]) -> Callable[..., Any]:
+    """The forward of a class, its first argument rounded by the ``rounded_input`` of the module."""
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = change_first(self.rounded_input, args, kwargs)
+        return base.forward(self, *args, **kwargs)
+
+    return forward
 
 
 def _rebuild(base: type[nn.Module]) -> nn.Module:

@@ -15,12 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_caq.batches import batch_size, take_samples
 from lightning_caq.layers import Layer, layer_module
-from lightning_caq.objective import Loss, Objective, make_objective
+from lightning_caq.objective import Objective
 from lightning_caq.visits import visit_modules
-
-HELD_OUT = 0.125
 
 
 @dataclass
@@ -170,25 +167,17 @@ class Repair:
         return {}, f"repair dropped: objective {before:.4g} without it, {after:.4g} with it, on samples held out"
 
 
-def prepare_repair(
-    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], objective: str, loss_fn: Loss | None
-) -> Repair:
-    """Measure a float network for later repairs; the last eighth of the samples is held out to judge them by.
+def prepare_repair(model: nn.Module, layers: Sequence[Layer], fitted: Sequence[Any], held_out: Objective) -> Repair:
+    """Measure a float network for later repairs.
 
     Args:
         model: The float network, in eval mode.
         layers: The layers.
-        batches: Calibration batches.
-        objective: ``"distill"`` or ``"task"``.
-        loss_fn: Loss of a model and a batch, for ``"task"``.
+        fitted: The calibration batches that moments are measured on.
+        held_out: The objective on other samples, to judge repairs by.
 
     Returns:
         The repair, to be called on the quantized network.
     """
-    samples = sum(batch_size(batch) for batch in batches)
-    # A single sample can only judge itself.
-    keep = samples - max(1, round(HELD_OUT * samples)) if samples > 1 else 1
-    fitted, others = take_samples(batches, keep), take_samples(batches, samples, skip=keep) or list(batches)
     modules = repairable(model, layers)
-    reference = measure_moments(model, modules, fitted)
-    return Repair(modules, reference, fitted, make_objective(objective, model, others, loss_fn))
+    return Repair(modules, measure_moments(model, modules, fitted), fitted, held_out)

@@ -2,51 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_caq.layers import Layer, layer_modules, layer_weight
-from lightning_caq.matrix import column_chunks, from_matrix, to_matrix
-from lightning_caq.quantizers.affine import Grid
-from lightning_caq.visits import visit_modules
+from lightning_caq.layers import Layer, layer_weight
+from lightning_caq.matrix import from_matrix, to_matrix
+from lightning_caq.quantizers.affine import Grid, fit_grid
+from lightning_caq.quantizers.descent import improve
+from lightning_caq.quantizers.moments import InputMoments, damped, input_moments
 
-_DAMPING = 0.01
 _BLOCK = 64
-
-
-def input_curvature(model: nn.Module, layer: Layer, batches: Iterable[Any]) -> Tensor | None:
-    """Second moment of the columns a layer multiplies, E[z zᵀ]: the curvature it sees from its own inputs.
-
-    It is the Gauss–Newton block of the squared output error, up to the output's own curvature (theory: rounding and
-    repair).
-
-    Args:
-        model: The network, in eval mode.
-        layer: The layer.
-        batches: Calibration batches.
-
-    Returns:
-        Shape (groups, columns, columns), float32, mean over samples and positions; ``None`` for an embedding, whose
-        curvature is diagonal, and for a layer that no batch reaches.
-    """
-    if layer.kind == "embedding" or not layer.calls:
-        return None
-    total: Tensor | None = None
-    count = 0
-
-    def visit(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
-        nonlocal total, count
-        for chunk in column_chunks(layer, module, inputs):
-            flat = chunk.float().movedim(0, 2).flatten(2)  # (groups, columns, samples · positions)
-            moment = flat @ flat.transpose(1, 2)
-            total = moment if total is None else total.add_(moment)
-            count += flat.shape[-1]
-
-    visit_modules(model, layer_modules(model, layer), batches, visit, calls=layer.calls)
-    return None if total is None else total / count
 
 
 def round_nearest(weight: Tensor, grid: Grid) -> Tensor:
@@ -112,27 +80,67 @@ def _feedback(matrix: Tensor, scale: Tensor, zero: Tensor, top: int, curvature: 
 
 def _inverse_factor(curvature: Tensor) -> Tensor:
     """Upper factor U of the damped inverse, H⁻¹ = UᵀU; its rows are the inverses' rows the feedback needs, scaled."""
-    h = curvature.double()
-    mean = h.diagonal().mean()
-    h = h + torch.eye(len(h), dtype=h.dtype, device=h.device) * (_DAMPING * mean if mean > 0 else 1.0)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(curvature)))
     factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
     return factor.float()
 
 
-def round_layer(model: nn.Module, layer: Layer, grid: Grid, rounding: str, batches: Iterable[Any]) -> Tensor:
-    """Codes of one layer.
+def corrected_weight(layer: Layer, weight: Tensor, moments: InputMoments) -> Tensor:
+    """The weight that makes up for the drift of its own inputs, before it is rounded.
+
+    W' minimises E‖W z_f − W' z‖² + damping ‖W' − W‖², where z_f and z are the inputs in the float network and in the
+    network rounded so far: W' = W + W E[(z_f − z) zᵀ] (E[z zᵀ] + damping)⁻¹. Rounding W' instead of W aims at the float
+    network's outputs (asymmetric calibration: GPTAQ, Li et al. 2025).
 
     Args:
-        model: The network; the inputs that reach the layer in it are the ones ``"error_feedback"`` rounds for.
         layer: The layer.
-        grid: Its grid.
-        rounding: ``"nearest"`` or ``"error_feedback"``.
-        batches: Calibration batches.
+        weight: Its weight.
+        moments: Moments of its inputs.
 
     Returns:
-        Codes, uint8 in the shape of the weight.
+        W', in the shape and type of the weight.
+
+    Example:
+        >>> layer, w = Layer("fc", "linear", (1, 1)), torch.tensor([[1.0]])  # its input came to be half of what it was
+        >>> corrected_weight(layer, w, InputMoments(torch.ones(1, 1, 1), torch.ones(1, 1, 1)))
+        tensor([[1.9901]])
     """
-    weight = layer_weight(model, layer)
-    curvature = input_curvature(model, layer, batches) if rounding == "error_feedback" else None
-    return round_error_feedback(layer, weight, grid, curvature)
+    matrix = to_matrix(layer, weight.detach().double())
+    pull = torch.linalg.solve(damped(moments.curvature), matrix @ moments.drift.double(), left=False)
+    return from_matrix(layer, matrix + pull).to(weight.dtype)
+
+
+def round_layer(
+    model: nn.Module,
+    layer: Layer,
+    bits: int,
+    rounding: str,
+    batches: Sequence[Any],
+    floats: Mapping[str, Tensor],
+) -> tuple[Grid, Tensor]:
+    """Grid and codes of one layer; the network is left as it is.
+
+    With ``"error_feedback"`` the layer is rounded for the inputs that reach it in the network as it is, such that its
+    outputs come near those of the float network: the weight is corrected for the drift of its inputs, rounded with
+    error feedback, and its codes and scales are improved by descent.
+
+    Args:
+        model: The network, the layers before this one rounded.
+        layer: The layer.
+        bits: Its bit-width.
+        rounding: ``"nearest"`` or ``"error_feedback"``.
+        batches: Calibration batches.
+        floats: The float network's tensors by state-dict key; those that were not changed may be left out.
+
+    Returns:
+        The grid, and codes, uint8 in the shape of the weight.
+    """
+    weight = layer_weight(model, layer).detach()
+    moments = input_moments(model, layer, batches, floats) if rounding == "error_feedback" else None
+    if moments is None:
+        grid = fit_grid(weight, bits, layer.channel_shape)
+        return grid, round_nearest(weight, grid)
+    target = corrected_weight(layer, weight, moments)
+    grid = fit_grid(target, bits, layer.channel_shape)
+    codes = round_error_feedback(layer, target, grid, moments.curvature)
+    return improve(layer, target, grid, codes, moments.curvature)

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from lightning_caq.quantizers.activations import InputGrid
 from lightning_caq.quantizers.affine import Grid
 from lightning_caq.quantizers.modules import FakeQuant, fake_quant_class
 
 
-def swap(model: nn.Module, grids: Mapping[str, Grid]) -> None:
+def swap(model: nn.Module, grids: Mapping[str, Grid], inputs: Mapping[str, InputGrid] | None = None) -> None:
     """Turn modules into fake-quant modules, in place.
 
     The class of each module changes; the module stays the same object with the same Parameters, hooks and state-dict
@@ -20,6 +21,7 @@ def swap(model: nn.Module, grids: Mapping[str, Grid]) -> None:
     Args:
         model: The network; its weights are not touched.
         grids: Module name to grid.
+        inputs: Module name to the grid of its input; other modules take their inputs as they are.
 
     Example:
         >>> import torch
@@ -35,12 +37,13 @@ def swap(model: nn.Module, grids: Mapping[str, Grid]) -> None:
           (0): Linear(in_features=2, out_features=2, bias=True)
         )
     """
-    found = [(model.get_submodule(name), grid) for name, grid in grids.items()]
-    for each, grid in found:
+    found = [(name, model.get_submodule(name), grid) for name, grid in grids.items()]
+    for name, each, grid in found:
         module: Any = each
         if not isinstance(module, FakeQuant):
             module.__class__ = fake_quant_class(type(module))
         module.bits = grid.bits
+        module.input_grid = (inputs or {}).get(name)
         module.quantizing = True
         module.register_buffer("scale", grid.scale.to(module.weight.device), persistent=False)
         module.register_buffer("zero_point", grid.zero_point.to(module.weight.device), persistent=False)
@@ -50,7 +53,7 @@ def restore_modules(model: nn.Module) -> None:
     """Turn every fake-quant module back into the class it was; weights stay as they are."""
     for module in quantized_modules(model).values():
         module.__class__ = module.plain_class
-        for name in ("bits", "quantizing", "scale", "zero_point"):
+        for name in ("bits", "input_grid", "quantizing", "scale", "zero_point"):
             delattr(module, name)
 
 

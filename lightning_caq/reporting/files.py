@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_caq.evaluation.report import QuantizationReport
 from lightning_caq.measures.profile import CurvatureProfile, LayerCurvature
-from lightning_caq.reporting.figures import bits_heatmap, curvature_bars
+from lightning_caq.reporting.gallery import Gallery, draw_gallery
+from lightning_caq.reporting.html import write_html
 
 if TYPE_CHECKING:
     from lightning_caq.plan import QuantizationPlan
@@ -52,9 +53,13 @@ def read_profile(directory: Path) -> CurvatureProfile | None:
 
 
 def write_outputs(
-    directory: Path, plan: QuantizationPlan, profile: CurvatureProfile, report: QuantizationReport
+    directory: Path,
+    plan: QuantizationPlan,
+    profile: CurvatureProfile,
+    report: QuantizationReport,
+    gallery: Gallery | None = None,
 ) -> list[Path]:
-    """Write the plan, the measurements, the report, a table of the layers and the figures.
+    """Write the plan, the measurements, the report, a table of the layers, the figures, and one page with all of it.
 
     All files are written in full beside their place before the first one is moved there: where that fails, a full
     disk for one, no file is half written and those of an earlier run stay as they were.
@@ -64,6 +69,7 @@ def write_outputs(
         plan: What was done to the network.
         profile: What was measured.
         report: What came of it.
+        gallery: The figures, if they are drawn already.
 
     Returns:
         The files, sorted by name.
@@ -73,17 +79,21 @@ def write_outputs(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    gallery = gallery or draw_gallery(report, profile)
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=directory) as scratch:
         folder = Path(scratch)
         plan.save(folder / "plan.json")
         (folder / "profile.json").write_text(profile.to_json() + "\n", encoding="utf-8")
         (folder / "report.json").write_text(report.to_json() + "\n", encoding="utf-8")
         _write_layers(folder / "layers.csv", profile, report)
-        bits_heatmap(report).savefig(folder / "bits.png", dpi=150)
-        curvature_bars(report, profile).savefig(folder / "curvature.png", dpi=150)
+        for tag, figure in gallery.figures.items():
+            figure.savefig(folder / f"{tag}.png", dpi=150)
+        write_html(folder / "report.html", report, profile, plan, gallery)
         written = [directory / path.name for path in sorted(folder.iterdir())]
         for path in written:
             os.replace(folder / path.name, path)
+    for tag in gallery.missing:  # a picture of an earlier run would be taken for one of this run
+        (directory / f"{tag}.png").unlink(missing_ok=True)
     return written
 
 

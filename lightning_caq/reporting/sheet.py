@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -62,16 +63,8 @@ def sheet(
     if count == 1:
         width = max(width, 5.6 - left - right - extra - MARGIN)
     across = count * (left + width + right) + extra + MARGIN
-    heading = textwrap.wrap(title, int((across - 2 * MARGIN) / inches("o", 1.2 * TITLE_FONT)))
-    reading = textwrap.wrap(subtitle, int((across - 2 * MARGIN) / inches("o")))
-    above = MARGIN + 0.22 * len(heading) + LINE * len(reading) + 0.1
-    high = above + header + rows * row + footer
-
-    figure = Figure(figsize=(across, high), dpi=120)
-    FigureCanvasAgg(figure)
-    x, y = MARGIN / across, (MARGIN + 0.22 * len(heading)) / high
-    figure.text(x, 1 - MARGIN / high, "\n".join(heading), va="top", fontsize=TITLE_FONT, weight="bold")
-    figure.text(x, 1 - y, "\n".join(reading), va="top", fontsize=FONT, color=GREY, linespacing=1.4)
+    figure, above = _headed(across, header + rows * row + footer, title, subtitle)
+    high = figure.get_figheight()
     panels: list[Panel] = []
     for p in range(count):
         mine = slice(p * rows, min((p + 1) * rows, len(names)))
@@ -83,6 +76,75 @@ def sheet(
         axes.tick_params(axis="y", length=0)
         panels.append((axes, mine))
     return figure, panels
+
+
+def board(
+    frames: Sequence[tuple[float, float]], *, tall: float, title: str, subtitle: str, right: float = MARGIN,
+    header: float = 0.1, footer: float = 0.55,
+) -> tuple[Figure, list[Axes]]:  # fmt: skip
+    """Make a titled figure with frames side by side; lengths are in inches.
+
+    Args:
+        frames: Of each frame the room left of its axes, and their width.
+        tall: Height of the axes.
+        title: What is seen.
+        subtitle: How to read it.
+        right: Room right of the last axes.
+        header: Room above the axes.
+        footer: Room below the axes.
+
+    Returns:
+        The figure, and the axes from left to right.
+
+    Example:
+        >>> figure, axes = board([(0.6, 3), (0.6, 2)], tall=2, title="T", subtitle="t")
+        >>> len(axes), f"{figure.get_figwidth():.1f} in"
+        (2, '6.4 in')
+    """
+    across = sum(left + width for left, width in frames) + right
+    figure, _ = _headed(across, header + tall + footer, title, subtitle)
+    high = figure.get_figheight()
+    axes, x = [], 0.0
+    for left, width in frames:
+        axes.append(figure.add_axes(((x + left) / across, footer / high, width / across, tall / high)))
+        axes[-1].tick_params(labelsize=FONT)
+        axes[-1].spines[["right", "top"]].set_visible(False)
+        x += left + width
+    return figure, axes
+
+
+def _headed(across: float, below: float, title: str, subtitle: str) -> tuple[Figure, float]:
+    """A figure with its title and subtitle, and the height that they take."""
+    heading = textwrap.wrap(title, int((across - 2 * MARGIN) / inches("o", 1.2 * TITLE_FONT)))
+    reading = textwrap.wrap(subtitle, int((across - 2 * MARGIN) / inches("o")))
+    above = MARGIN + 0.22 * len(heading) + LINE * len(reading) + 0.1
+    high = above + below
+    figure = Figure(figsize=(across, high), dpi=120)
+    FigureCanvasAgg(figure)
+    x, y = MARGIN / across, (MARGIN + 0.22 * len(heading)) / high
+    plain: dict[str, Any] = {"va": "top", "parse_math": False}
+    figure.text(x, 1 - MARGIN / high, "\n".join(heading), fontsize=TITLE_FONT, weight="bold", **plain)
+    figure.text(x, 1 - y, "\n".join(reading), fontsize=FONT, color=GREY, linespacing=1.4, **plain)
+    return figure, above
+
+
+def aside(axes: Axes, lines: Sequence[str], x: float = 0.15) -> None:
+    """Write lines right of the axes, ``x`` inches away, from their top downwards."""
+    for i, line in enumerate(lines):
+        axes.annotate(line, (1, 1), (72 * x, -72 * LINE * (i + 0.5)), xycoords="axes fraction", va="center_baseline",
+                      textcoords="offset points", fontsize=FONT, annotation_clip=False, parse_math=False)  # fmt: skip
+
+
+def width_of(lines: Sequence[str]) -> float:
+    """Room that ``aside`` and a legend of these lines need, in inches."""
+    return max(map(inches, lines), default=0.0) + 0.15 + 3 * MARGIN
+
+
+def legend_aside(axes: Axes, below: int = 0, **options: Any) -> None:
+    """A legend right of the axes, at their top or ``below`` so many lines."""
+    high = axes.bbox.height / axes.figure.dpi
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1 - LINE * below / high), fontsize=FONT, frameon=False,
+                borderaxespad=0, borderpad=0.4, **options)  # fmt: skip
 
 
 def inches(text: str, size: float = FONT) -> float:

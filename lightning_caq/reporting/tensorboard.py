@@ -1,17 +1,35 @@
-"""TensorBoard: the figures and a summary of a run, under the tags ``caq/…``."""
+"""TensorBoard: the figures, a summary, custom scalars and histograms of a run, under the tags ``caq/…``."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from lightning_caq.evaluation.report import QuantizationReport, markdown_table
 from lightning_caq.measures.profile import CurvatureProfile
-from lightning_caq.reporting.figures import bits_heatmap, curvature_bars
+from lightning_caq.reporting.gallery import Gallery, draw_gallery
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
     from lightning_caq.plan import QuantizationPlan
+
+MOST_HISTOGRAMS = 100
+MOST_WEIGHTS = 2**18
+
+# One chart a family: the tags of its curves begin so.
+_FAMILIES = {
+    "bits": "caq/bits/",
+    "κ": "caq/kappa/",
+    "L": "caq/lipschitz/",
+    "κ during training": "caq/training/kappa/",
+    "L during training": "caq/training/lipschitz/",
+    "trace during training": "caq/training/trace/",
+    "top eigenvalue during training": "caq/training/top_eigenvalue/",
+}
 
 
 def log_to_tensorboard(
@@ -20,11 +38,14 @@ def log_to_tensorboard(
     profile: CurvatureProfile,
     report: QuantizationReport,
     step: int,
+    *,
+    gallery: Gallery | None = None,
+    floats: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the figures ``caq/bits`` and ``caq/curvature`` and the text ``caq/summary``.
+    """Write every figure, the text ``caq/summary``, the layout of the custom scalars and histograms of the weights.
 
-    Scalars are left to the caller, who logs them to every logger alike. Everything goes to the writer's own event
-    file: ``add_scalars`` and ``add_hparams``, which open runs of their own, are not used.
+    Scalars and hyperparameters are left to the caller, who logs them to every logger alike. Everything goes to the
+    writer's own event file: ``add_scalars`` and ``add_hparams``, which open runs of their own, are not used.
 
     Args:
         writer: Where to write.
@@ -32,10 +53,35 @@ def log_to_tensorboard(
         profile: What was measured.
         report: What came of it.
         step: The training step at which it was done.
+        gallery: The figures, if they are drawn already.
+        floats: Layer name to weight before quantization, for histograms of before beside after.
     """
-    writer.add_figure("caq/bits", bits_heatmap(report), step)
-    writer.add_figure("caq/curvature", curvature_bars(report, profile), step)
+    for tag, figure in (gallery or draw_gallery(report, profile)).figures.items():
+        writer.add_figure(f"caq/{tag}", figure, step)
     writer.add_text("caq/summary", summary(plan, profile, report), step)
+    writer.add_custom_scalars(scalar_layout())
+    _histograms(writer, plan, floats or {}, step)
+
+
+def scalar_layout() -> dict[str, dict[str, list[Any]]]:
+    """The layout of the Custom Scalars tab: one chart with the curves of all layers for each family of figures.
+
+    Example:
+        >>> scalar_layout()["caq"]["bits"]
+        ['Multiline', ['caq/bits/.*']]
+    """
+    return {"caq": {title: ["Multiline", [f"{re.escape(start)}.*"]] for title, start in _FAMILIES.items()}}
+
+
+def _histograms(writer: SummaryWriter, plan: QuantizationPlan, floats: Mapping[str, Tensor], step: int) -> None:
+    """Weights after quantization and, where they are given, before: of the 100 largest layers, 262,144 weights each."""
+    largest = sorted(plan.layers, key=lambda x: x.codes.numel(), reverse=True)[:MOST_HISTOGRAMS]
+    for layer in largest:
+        sides = {"before": floats.get(layer.name), "after": layer.values}
+        for side, weights in sides.items():
+            if weights is not None and weights.numel():  # TensorBoard refuses an empty histogram
+                flat = weights.detach().float().flatten().cpu()
+                writer.add_histogram(f"caq/weights/{layer.name}/{side}", flat[:: -(-len(flat) // MOST_WEIGHTS)], step)
 
 
 def summary(plan: QuantizationPlan, profile: CurvatureProfile, report: QuantizationReport) -> str:

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from lit import AtHook, Classifier, blobs, train_loader, trainer, val_loader
 from torch.utils.data import DataLoader, Subset
 
-from lightning_caq import CurvatureQuantizationCallback, bridge
+from lightning_caq import CurvatureQuantizationCallback, attempt, bridge, callback
 from lightning_caq.quantizers.swap import quantized_modules
 
 RANKS = 2
@@ -127,11 +129,48 @@ def apart(folder: Path, **kwargs: Any) -> dict[str, Any]:
     return results
 
 
+# Which rank fails at which place of the quantization, and the function that fails there.
+BROKEN = {
+    "reading": (0, bridge, "_first"),
+    "rounding": (1, attempt, "round_layer"),
+    "writing": (0, callback, "_write"),
+}
+
+
+def broken(folder: Path, **kwargs: Any) -> dict[str, Any]:
+    """One rank fails where the others do not: how training ends on this rank, and what it leaves of the network."""
+    results = {}
+    for place, (rank, owner, function) in BROKEN.items():
+        module = Classifier()
+        before = AtHook("on_train_end", lambda t, m: {k: x.clone() for k, x in m.state_dict().items()})
+        t = trainer(folder, callbacks=[before, quantizer()], max_epochs=1, **kwargs)
+        failure = mock.patch.object(owner, function, side_effect=OSError(f"no {place}"))
+        start = time.perf_counter()
+        with failure if rank == RANK else nullcontext():
+            try:
+                t.fit(module, train_loader(), val_loader())
+                end = None
+            except Exception as error:
+                end = (type(error).__name__, str(error))
+        (weights,) = before.results
+        results[place] = {
+            "end": end,
+            "seconds": time.perf_counter() - start,
+            "types": [type(layer).__name__ for layer in module.net],
+            "changed": [k for k, x in module.state_dict().items() if "weight" in k and not torch.equal(x, weights[k])],
+        }
+    return results
+
+
 def main(folder: Path) -> None:
     sys.addaudithook(_watch)
     torch.set_num_threads(1)
     kwargs = {"devices": RANKS, "strategy": "ddp"}
-    results = {"steady": steady(folder / "steady", **kwargs), "apart": apart(folder / "apart", **kwargs)}
+    results = {
+        "steady": steady(folder / "steady", **kwargs),
+        "apart": apart(folder / "apart", **kwargs),
+        "broken": broken(folder / "broken", **kwargs),
+    }
     torch.save(results, folder / f"rank{RANK}.pt")
 
 

@@ -48,6 +48,7 @@ QUICK = [
     "--trainer.enable_model_summary=false",
     "--trainer.callbacks.calibration_samples=64",
     "--trainer.callbacks.curvature_samples=16",
+    "--trainer.callbacks.guard=false",
 ]
 
 

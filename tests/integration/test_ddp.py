@@ -18,7 +18,7 @@ from lit import blobs
 from lightning_caq.plan import QuantizationPlan
 
 SCRIPT = Path(ddp_script.__file__)
-LIMIT = 120  # seconds until it counts as a hang
+LIMIT = 300  # seconds until it counts as a hang
 STATES = ("LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -100,6 +100,23 @@ def test_ranks_measure_and_decide_what_one_process_does(ranks, alone):
             close = pytest.approx(value, rel=1e-4, abs=1e-9) if isinstance(value, float) else value
             assert found[name] == close, name
         assert_same(rank["steady"]["tensors"], alone["tensors"])
+
+
+def test_ranks_share_one_profile(ranks):
+    """To the last digit, and with the seconds of rank 0."""
+    assert ranks[0]["steady"]["profile"] == ranks[1]["steady"]["profile"]
+
+
+@pytest.mark.parametrize("place", ddp_script.BROKEN)
+def test_a_failure_on_one_rank_leaves_the_float_network_on_all(ranks, place):
+    failing, _, _ = ddp_script.BROKEN[place]
+    for rank, result in enumerate(rank["broken"][place] for rank in ranks):
+        kind, text = result["end"]
+        assert kind == ("OSError" if rank == failing else "CalibrationError")
+        assert text == f"no {place}" or text.endswith(f"because rank {failing} failed with OSError: no {place}")
+        assert result["types"] == ["Linear", "BatchNorm1d", "ReLU", "Dropout", "Linear"]
+        assert result["changed"] == []
+        assert result["seconds"] < 30
 
 
 def test_ranks_hold_the_same_quantized_network(ranks):

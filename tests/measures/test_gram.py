@@ -8,6 +8,7 @@ from lightning_caq.layers import find_layers
 from lightning_caq.measures.gram import gram_spectrum
 from lightning_caq.measures.measure import differentiable
 from lightning_caq.measures.output_rows import choose_rows
+from lightning_caq.measures.weight_rows import _sample_axes
 
 K = 4
 
@@ -96,11 +97,11 @@ def test_dropped_rows_are_the_lightest_and_are_reported():
     shares = torch.stack(
         [p[s, c] * (torch.eye(3)[c] - p[s]).square().sum() for s in range(len(p)) for c in range(3)]
     ).sort(descending=True)
-    rows, kept = choose_rows(setup.net, setup.batches, 0.0, max_rows=7)
-    assert sorted(3 * (r.sample + 5 * r.batch) + r.cls for r in rows) == sorted(shares.indices[:7].tolist())
-    assert kept == pytest.approx(float(shares.values[:7].sum() / shares.values.sum()))
-
-    rows, kept = choose_rows(setup.net, setup.batches, 0.2, max_rows=10**6)
+    choice = choose_rows(setup.net, setup.batches, 0.2, max_rows=10**6)
+    rows, kept = choice.rows, choice.kept
+    assert [3 * (r.sample + 5 * r.batch) + r.cls for r in rows] == sorted(shares.indices[: len(rows)].tolist())
+    assert kept == pytest.approx(float(shares.values[: len(rows)].sum() / shares.values.sum()))
+    assert not choice.sampled
     assert 0.8 <= kept < 1
     assert float(shares.values[: len(rows) - 1].sum() / shares.values.sum()) < 0.8  # one row fewer is too few
 
@@ -108,6 +109,7 @@ def test_dropped_rows_are_the_lightest_and_are_reported():
     assert (spectrum.rows, spectrum.kept) == (len(rows), pytest.approx(kept))
     values = torch.linalg.eigvalsh(setup.matrix).flip(0)[: len(spectrum.values)]
     assert bool((spectrum.values <= values + 1e-6).all())  # fewer rows can only lower eigenvalues
+    assert set(spectrum.errors.values()) == {0.0}
 
 
 def test_confident_outputs():
@@ -155,3 +157,51 @@ def test_the_layout_of_tokens_does_not_matter(layout, tokens):
         found.append(gram_spectrum(net, layers, [x], {"a": {}, "b": {}}, k=3, max_rows=10_000))
     assert found[1].traces == pytest.approx(found[0].traces, rel=1e-4)
     torch.testing.assert_close(found[1].values[:10], found[0].values[:10], rtol=1e-3, atol=1e-8)
+
+
+class _TokensFirst(torch.nn.Module):
+    """Attention among the tokens of a sample, with tokens ahead of samples inside and in the outputs."""
+
+    def __init__(self, flat: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.out = torch.nn.Linear(3, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 3)
+        self.flat = flat
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.tanh(self.a(x.transpose(0, 1)))  # (tokens, samples, 4)
+        mixed = torch.einsum("tnc,snc->tsn", y, y).softmax(1)
+        y = torch.einsum("tsn,snc->tnc", mixed, y)
+        # Flattened, tokens and samples share an axis, tokens first: no slice of it belongs to a sample.
+        z = self.b(y.flatten(0, 1)).reshape(y.shape) if self.flat else self.b(y)
+        return self.out(torch.tanh(z))
+
+
+def test_samples_are_found_wherever_they_lie():
+    """Along the second axis inside this network; where tokens and samples share an axis, nowhere."""
+    x = torch.randn(1, 4, 3)
+    for flat, axes in ((False, [1, 1, 1]), (True, None)):
+        net = _TokensFirst(flat)
+        watched = {id(net.get_submodule(layer.name)): layer for layer in find_layers(net, x)}
+        assert _sample_axes(net, watched, x, axis=1) == axes
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("tokens", [2, 4])  # with four, tokens and samples are equally many in a batch
+def test_tokens_before_samples_against_the_dense_matrix(flat, tokens):
+    net = _TokensFirst(flat).double()
+    batches = [torch.randn(4, tokens, 3, dtype=torch.float64), torch.randn(3, tokens, 3, dtype=torch.float64)]
+    case = nets.Case(net, batches)
+    layers = find_layers(net, batches[0])
+    dense = nets.Dense(net, [layer.name for layer in layers])
+    matrix = nets.gauss_newton(case, dense)
+    deltas = {x.name: {3: torch.randn(x.shape, dtype=torch.float64)} for x in layers}
+    with differentiable(net, layers):
+        spectrum = gram_spectrum(net, layers, batches, deltas, k=K, tolerance=0.0)
+    values = torch.linalg.eigvalsh(matrix).flip(0)
+    torch.testing.assert_close(spectrum.values[:K], values[:K], rtol=1e-6, atol=1e-12)
+    for layer, block in zip(layers, dense.blocks(matrix), strict=True):
+        assert spectrum.traces[layer.name] == pytest.approx(float(block.trace()), rel=1e-6)
+        delta = deltas[layer.name][3].flatten()
+        assert float(spectrum.projected[layer.name][3].square().sum()) == pytest.approx(
+            float(delta @ block @ delta), rel=1e-6
+        )

@@ -7,6 +7,7 @@ import torch
 from lightning_caq.batches import run_model
 from lightning_caq.layers import find_layers
 from lightning_caq.measures.hessian import Hessian
+from lightning_caq.measures.sharing import Sharing
 from lightning_caq.objective import make_objective
 
 
@@ -97,3 +98,25 @@ def test_layer_products_are_the_blocks_of_the_dense_hessian():
     first, second = operator.layer_products(operator.split(v))
     torch.testing.assert_close(first.flatten(), dense[:a, :a] @ v[:a])
     torch.testing.assert_close(second.flatten(), dense[a:, a:] @ v[a:])
+
+
+class Apart(Sharing):
+    """A rank that keeps what is its own."""
+
+    def sum(self, tensor, what):
+        return tensor
+
+
+@pytest.mark.parametrize("objective", ["task", "distill"])
+@pytest.mark.parametrize("ranks", [2, 4])  # the cases have two batches: dealt out whole, and cut
+def test_parts_of_the_ranks_add_up_to_the_dense_hessian(case, objective, ranks):
+    case.net.requires_grad_(True)
+    layers = find_layers(case.net, case.batches[0])
+    target = make_objective(objective, case.net, case.batches, _task)
+    dense = nets.Dense(case.net, [layer.name for layer in layers])
+    loss = nets.distill_loss(case) if objective == "distill" else lambda net: nets.loss_of(case, net)
+    expected = dense.hessian(loss)
+    v = torch.randn(len(expected), dtype=torch.float64)
+    parts = [Hessian(case.net, layers, target, sharing=Apart(rank, ranks)).product(v).clone() for rank in range(ranks)]
+    torch.testing.assert_close(torch.stack(parts).sum(0), expected @ v, rtol=1e-8, atol=1e-10)
+    assert sum(bool(part.any()) for part in parts) >= 2

@@ -12,6 +12,7 @@ from lightning_caq.errors import CalibrationError, OptionError
 from lightning_caq.layers import find_layers
 from lightning_caq.measures import steps
 from lightning_caq.measures.measure import MEASURES, measure
+from lightning_caq.measures.profile import CurvatureProfile
 from lightning_caq.objective import make_objective
 from lightning_caq.progress import Progress
 
@@ -174,7 +175,8 @@ def test_samples_are_the_first_of_the_batches():
 @pytest.mark.parametrize("need", sorted(MEASURES))
 def test_each_measure_can_be_asked_for_alone(need):
     case = nets.make_case("mlp")
-    row = _measure(case, needs=frozenset({need})).layers[0]
+    profile = _measure(case, needs=frozenset({need}))
+    row = profile if need == "density" else profile.layers[0]
     given = {"inputs": "input_norm", "subspace": "subspace_energy", "diagonal": "diagonal_energy"}.get(need, need)
     assert getattr(row, given)
 
@@ -202,8 +204,9 @@ def test_attention_has_all_measures():
 
     net, x = Attention().double(), torch.randn(3, 4, 4, dtype=torch.float64)
     case = nets.Case(net, [x])
+    needs = MEASURES - {"lipschitz_amplification"}  # attention has no Lipschitz constant
     for objective in ("distill", "task"):
-        profile = _measure(case, objective=objective, loss_fn=_task, needs=MEASURES, eigenpairs=3)
+        profile = _measure(case, objective=objective, loss_fn=_task, needs=needs, eigenpairs=3)
         dense = nets.Dense(net, ["mix", "out"])
         loss = nets.distill_loss(case) if objective == "distill" else lambda f: nets.task_loss(f(x))
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -268,3 +271,45 @@ def test_a_time_budget_means_fewer_samples(capsys):
     assert any("1 samples only" in line for line in lines)
     with pytest.raises(OptionError, match="time_budget=0"):
         measure(case.net, batches, time_budget=0)
+
+
+@pytest.mark.parametrize("objective", ["distill", "task"])
+def test_density_against_the_eigenvalues(objective):
+    case = nets.make_case("mlp")
+    profile = _measure(case, objective=objective, loss_fn=_task, needs=frozenset({"density"}))
+    assert CurvatureProfile.from_json(profile.to_json()) == profile
+    grid, heights, errors = (torch.tensor(x) for x in (*profile.density, profile.density_stderr))
+    dense = nets.Dense(case.net, [row.name for row in profile.layers])
+    loss = nets.distill_loss(case) if objective == "distill" else lambda net: nets.loss_of(case, net)
+    values = torch.linalg.eigvalsh(dense.hessian(loss))
+    assert float(torch.trapezoid(heights, grid)) == pytest.approx(1, abs=1e-3)
+    assert float(grid[0]) < float(values[0]) < float(values[-1]) < float(grid[-1])
+    # The mean of the density is tr(H)/n; four probes know it to a few standard errors of theirs.
+    mean = float(torch.trapezoid(heights * grid, grid))
+    spread = float(torch.trapezoid(errors * grid.abs(), grid))
+    assert abs(mean - float(values.mean())) < 4 * spread
+
+
+def test_converged_says_which_pairs_are_within_the_tolerance():
+    case = nets.make_case("mlp")
+    assert _measure(case, needs=nets.DISTILL_NEEDS).converged == (True,) * 5
+    task = _measure(case, needs=nets.DISTILL_NEEDS, objective="task", loss_fn=_task)
+    assert task.converged == (True,) * 5
+    values, residuals = (10.0, -1.0, 1e-9), (0.005, 0.5, 1e-8)
+    assert CurvatureProfile((), eigenvalues=values, eigenvalue_residuals=residuals).converged == (True, False, True)
+
+
+@pytest.mark.parametrize("max_rows", [None, 20])
+def test_drawn_rows_are_said_to_be_drawn(max_rows, monkeypatch):
+    """More rows than are computed: unbiased traces with a standard error, and a mark in the profile."""
+    case = nets.make_case("mlp")
+    if max_rows is not None:
+        whole = steps.gram_spectrum
+        monkeypatch.setattr(steps, "gram_spectrum", lambda *args, **kw: whole(*args, **kw, max_rows=max_rows))
+    profile = _measure(case, needs=nets.DISTILL_NEEDS)
+    assert profile.sampled == (None if max_rows is None else (20, 24))
+    assert CurvatureProfile.from_json(profile.to_json()) == profile
+    dense = nets.Dense(case.net, [row.name for row in profile.layers])
+    for row, block in zip(profile.layers, dense.blocks(nets.gauss_newton(case, dense)), strict=True):
+        assert (row.trace_stderr > 0) == (max_rows is not None)
+        assert row.trace == pytest.approx(float(block.trace()), rel=1e-3, abs=4 * row.trace_stderr)

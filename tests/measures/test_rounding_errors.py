@@ -7,7 +7,6 @@ from torch import nn
 
 from lightning_caq.layers import find_layers
 from lightning_caq.measures.rounding_errors import (
-    amplification,
     input_statistics,
     loss_change,
     nearest_errors,
@@ -55,38 +54,6 @@ def test_output_error_is_the_change_of_the_layers_output(case):
         found = output_errors(case.net, layer, case.batches, {3: delta, 8: 2 * delta})
         assert found[3] == pytest.approx(_rms(parts, _samples(case)), rel=1e-9)
         assert found[8] == pytest.approx(2 * found[3])
-
-
-def test_amplification_is_the_gain_of_the_jacobian(case):
-    for layer in find_layers(case.net, case.batches[0]):
-        dense = nets.Dense(case.net, [layer.name])
-        delta = 0.1 * torch.randn(layer.shape, dtype=torch.float64)
-        after = []
-        for batch in case.batches:
-            jacobian = dense.jacobian(lambda net, batch=batch: case.output(net, batch))
-            after.append(jacobian @ delta.flatten())
-        before = output_errors(case.net, layer, case.batches, {3: delta})[3]
-        expected = _rms(after, _samples(case)) / before
-        assert amplification(case.net, layer, case.batches, delta) == pytest.approx(expected, rel=1e-8)
-
-
-def test_amplification_of_a_chain_of_linear_maps_attains_the_bound():
-    """An error along the steepest direction is stretched by the whole σ_max of what follows."""
-    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)).double()
-    x = torch.randn(6, 4, dtype=torch.float64)
-    layer = find_layers(net, x)[0]
-    after = (net[2].weight @ net[1].weight).detach()
-    steepest = torch.linalg.svd(after).Vh[0]
-    delta = torch.outer(steepest, torch.randn(4, dtype=torch.float64))
-    bound = float(torch.linalg.svdvals(after)[0])
-    assert amplification(net, layer, [x], delta) == pytest.approx(bound)
-    assert amplification(net, layer, [x], torch.randn(4, 4, dtype=torch.float64)) < bound
-
-
-def test_a_layer_without_error_or_without_batches_amplifies_nothing():
-    case = nets.make_case("mlp")
-    layer = find_layers(case.net, case.batches[0])[0]
-    assert amplification(case.net, layer, case.batches, torch.zeros(layer.shape).double()) == 0
 
 
 def test_input_statistics():

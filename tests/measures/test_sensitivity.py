@@ -104,11 +104,25 @@ def test_little_memory_gives_the_same(name, memory, monkeypatch):
 def test_dropped_rows_only_lower_the_diagonal():
     setup = Setup("mlp")
     whole, _ = gauss_newton_diagonals(setup.net, setup.layers, setup.batches, tolerance=0.0)
-    part, kept = gauss_newton_diagonals(setup.net, setup.layers, setup.batches, max_rows=7)
-    assert 0 < kept < 0.99
+    part, kept = gauss_newton_diagonals(setup.net, setup.layers, setup.batches, tolerance=0.3)
+    assert 0.7 <= kept < 0.99
     for name in whole:
         assert bool((part[name] <= whole[name] * (1 + 1e-12)).all())
         assert float(part[name].sum()) < float(whole[name].sum())
+
+
+def test_drawn_rows_give_the_diagonal_in_the_mean():
+    setup = Setup("mlp")
+    exact = nets.gauss_newton(setup.case, setup.dense).diag()
+    draws = []
+    for seed in range(200):
+        found, kept = gauss_newton_diagonals(setup.net, setup.layers, setup.batches, max_rows=9, seed=seed)
+        draws.append(torch.cat([found[name].flatten() for name in setup.names]))
+        assert kept == 1
+    draws = torch.stack(draws)
+    error = draws.std(0) / len(draws) ** 0.5
+    assert float(((draws.mean(0) - exact).abs() / error).max()) < 4.5  # of 35 numbers
+    assert float(draws.sum(1).std()) > 0
 
 
 @pytest.mark.parametrize("objective", ["task", "distill"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_caq.batches import split_samples
 from lightning_caq.layers import find_layers
 from lightning_caq.objective import make_objective
 from lightning_caq.quantizers.affine import fit_grid
@@ -108,7 +109,7 @@ def test_a_layer_used_twice():
 
 def test_a_network_of_one_layer():
     net, x = nn.Linear(5, 4), torch.randn(30, 5) + 1
-    repair = prepare_repair(net, find_layers(net, x), [x], "distill", None)
+    repair = prepare_repair(net, find_layers(net, x), *halves(net, [x]))
     _round(net)
     changed, note = repair(net)
     assert (list(changed), note) == (["bias"], "")
@@ -141,10 +142,18 @@ def test_a_constant_channel_keeps_its_variance():
     torch.testing.assert_close(net[1].running_var, torch.tensor([1.0, 0.25]))
 
 
+def halves(net, batches, objective="distill", loss=None):
+    """Samples to fit to, and the objective on the others."""
+    fitted, others = split_samples(batches)
+    return fitted, make_objective(objective, net, others, loss)
+
+
 def _setup_repair(objective="distill"):
     net, (x, y) = _cnn(), nets.images(80, 1)
     loss = lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1])  # noqa: E731
-    return net, prepare_repair(net, find_layers(net, x), [(x[:50], y[:50]), (x[50:], y[50:])], objective, loss)
+    return net, prepare_repair(
+        net, find_layers(net, x), *halves(net, [(x[:50], y[:50]), (x[50:], y[50:])], objective, loss)
+    )
 
 
 @pytest.mark.parametrize("objective", ["distill", "task"])
@@ -183,6 +192,6 @@ def test_is_dropped_where_it_does_not_help():
 
 def test_one_sample_judges_itself():
     net, x = nn.Linear(5, 4), torch.randn(1, 5)
-    repair = prepare_repair(net, find_layers(net, x), [x], "distill", None)
+    repair = prepare_repair(net, find_layers(net, x), *halves(net, [x]))
     assert (len(repair.fitted), repair.held_out.samples) == (1, 1)
     assert isinstance(repair.held_out, type(make_objective("distill", net, [x])))

@@ -6,19 +6,15 @@ import nets
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from lightning_caq.layers import Layer, find_layers
 from lightning_caq.matrix import from_matrix, to_matrix
-from lightning_caq.quantizers import rounding as module_under_test
+from lightning_caq.quantizers import moments
 from lightning_caq.quantizers.affine import fit_grid
-from lightning_caq.quantizers.rounding import (
-    input_curvature,
-    round_error_feedback,
-    round_layer,
-    round_nearest,
-)
+from lightning_caq.quantizers.descent import improve
+from lightning_caq.quantizers.moments import InputMoments, input_moments
+from lightning_caq.quantizers.rounding import corrected_weight, round_error_feedback, round_layer, round_nearest
 
 DAMPING = 0.01
 
@@ -72,7 +68,7 @@ def _layer(name):
 @pytest.mark.parametrize("name", LAYERS)
 def test_equals_optimal_brain_quantization(name, bits):
     net, module, layer, x = _layer(name)
-    curvature = input_curvature(net, layer, [x[:15], x[15:]])
+    curvature = input_moments(net, layer, [x[:15], x[15:]], {}).curvature
     grid = fit_grid(module.weight, bits, layer.channel_shape)
     codes = round_error_feedback(layer, module.weight, grid, curvature)
     w, scale, zero = _matrices(layer, grid, module.weight)
@@ -84,39 +80,6 @@ def test_equals_optimal_brain_quantization(name, bits):
     assert codes.dtype == torch.uint8
     assert codes.shape == module.weight.shape
     assert codes.is_contiguous()
-
-
-def _patches(module, x):
-    """Columns of a plain 2-d convolution by torch's own unfolding."""
-    return F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
-
-
-def test_curvature_is_the_second_moment_of_the_columns():
-    net, module, layer, x = _layer("stride_padding")
-    patches = _patches(module, x).double()
-    z = patches.transpose(1, 2).flatten(0, 1)
-    found = input_curvature(net, layer, [x[:7], x[7:]])[0].double()
-    torch.testing.assert_close(found, z.T @ z / len(z), rtol=1e-5, atol=1e-6)
-
-    net, module, layer, x = _layer("groups")
-    found = input_curvature(net, layer, [x])
-    for g, part in enumerate(x.chunk(2, dim=1)):
-        z = _patches(module, part).double().transpose(1, 2).flatten(0, 1)
-        torch.testing.assert_close(found[g].double(), z.T @ z / len(z), rtol=1e-5, atol=1e-6)
-
-
-def test_curvature_of_a_layer_used_twice_sees_both_inputs():
-    net, x = nets.Twice(), torch.randn(9, 4)
-    layer = find_layers(net, x)[0]
-    z = torch.cat([x, torch.tanh(net.first(x))]).detach()
-    torch.testing.assert_close(input_curvature(net, layer, [x])[0], z.T @ z / len(z))
-
-
-def test_words_and_layers_without_inputs_have_none():
-    words, tokens = nets.Words(), torch.randint(0, 6, (3, 4))
-    assert input_curvature(words, find_layers(words, tokens)[0], [tokens]) is None
-    idle = Layer("0", "linear", (3, 4), modules=("0",))
-    assert input_curvature(nn.Sequential(nn.Linear(4, 3)), idle, [torch.randn(2, 4)]) is None
 
 
 def _output_error(w, rounded, h):
@@ -179,26 +142,66 @@ def test_singular_curvature(curvature):
     assert int(codes.max()) <= 3
 
 
+def test_corrected_weight_is_the_ridge_regression_on_the_float_outputs():
+    draws = torch.Generator().manual_seed(0)
+    z_float, w = torch.randn(50, 7, generator=draws).double(), torch.randn(4, 7, generator=draws).double()
+    z = z_float @ torch.randn(7, 7, generator=draws).double() + torch.randn(50, 7, generator=draws)
+    moments_of = InputMoments((z.T @ z / 50)[None], ((z_float - z).T @ z / 50)[None])
+    found = corrected_weight(Layer("fc", "linear", (4, 7)), w, moments_of)
+    ridge = DAMPING * float((z.T @ z / 50).diagonal().mean())
+    rows = np.concatenate([z.numpy() / 50**0.5, ridge**0.5 * np.eye(7)])
+    aims = np.concatenate([(z_float @ w.T).numpy() / 50**0.5, ridge**0.5 * w.T.numpy()])
+    torch.testing.assert_close(found, torch.from_numpy(np.linalg.lstsq(rows, aims, rcond=None)[0].T))
+
+
+@pytest.mark.parametrize("name", ["linear", "groups", "transposed_all"])
+def test_without_drift_the_weight_stays(name):
+    net, module, layer, x = _layer(name)
+    assert torch.equal(corrected_weight(layer, module.weight, input_moments(net, layer, [x], {})), module.weight)
+
+
+def test_round_layer_aims_at_the_float_outputs():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 10)), _correlated(2000, 20)
+    floats = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    layer, aim = find_layers(net, x)[1], net(x).detach()
+    with torch.no_grad():
+        net[0].weight.copy_(fit_grid(net[0].weight, 2, (30, 1)).nearest(net[0].weight))
+    errors = []
+    for known in (floats, {}):  # without the float weights nothing is known of the drift
+        grid, codes = round_layer(net, layer, 3, "error_feedback", [x[:1000]], known)
+        out = torch.relu(net[0](x[1000:])) @ grid.values(codes).T + net[2].bias
+        errors.append(float((out - aim[1000:]).detach().square().mean()))
+    assert errors[0] < 0.8 * errors[1]
+
+
 def test_round_layer_uses_the_inputs_the_layer_sees_now():
     net, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), _correlated(60, 6)
     layer = find_layers(net, x)[1]
-    grid = fit_grid(net[2].weight, 2, layer.channel_shape)
-    before = round_layer(net, layer, grid, "error_feedback", [x])
+    before = round_layer(net, layer, 2, "error_feedback", [x], {})[1]
     nn.init.normal_(net[0].weight)
     z = torch.relu(net[0](x)).detach()
-    expected = round_error_feedback(layer, net[2].weight, grid, (z.T @ z / len(z))[None])
-    after = round_layer(net, layer, grid, "error_feedback", [x])
+    grid, h = fit_grid(net[2].weight, 2, layer.channel_shape), (z.T @ z / len(z))[None]
+    better, expected = improve(layer, net[2].weight, grid, round_error_feedback(layer, net[2].weight, grid, h), h)
+    found, after = round_layer(net, layer, 2, "error_feedback", [x], {})
     assert torch.equal(after, expected)
+    torch.testing.assert_close(found.scale, better.scale)
     assert not torch.equal(after, before)
-    assert torch.equal(round_layer(net, layer, grid, "nearest", [x]), round_nearest(net[2].weight, grid))
+
+
+def test_nearest_takes_the_grid_as_it_is_fitted():
+    net, module, layer, x = _layer("linear")
+    grid, codes = round_layer(net, layer, 3, "nearest", [x], {})
+    assert torch.equal(grid.scale, fit_grid(module.weight, 3, layer.channel_shape).scale)
+    assert torch.equal(codes, round_nearest(module.weight, grid))
 
 
 def test_damping_is_the_one_of_the_reference():
-    assert module_under_test._DAMPING == DAMPING
+    assert moments._DAMPING == DAMPING
 
 
 def test_does_not_touch_the_weight():
     net, module, layer, x = _layer("linear")
     before = module.weight.detach().clone()
-    round_layer(net, layer, fit_grid(module.weight, 2, (20, 1)), "error_feedback", [x])
+    round_layer(net, layer, 2, "error_feedback", [x], {})
     assert torch.equal(module.weight, before)

@@ -2,16 +2,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from itertools import combinations
 
 import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from matplotlib.text import Text
+from readable import assert_readable, texts
 
 from lightning_caq.measures.profile import CurvatureProfile, LayerCurvature
-from lightning_caq.reporting.figures import bits_heatmap, curvature_bars, headline_metric
+from lightning_caq.reporting.figures.bits import bits_heatmap
+from lightning_caq.reporting.figures.curvature import curvature_bars
 
 METRICS = {
     "float/val_loss": 0.31,
@@ -27,37 +27,8 @@ SIZES = pytest.mark.parametrize(
 )
 
 
-def texts(figure: Figure) -> list[Text]:
-    return [t for t in figure.findobj(Text) if t.get_visible() and t.get_text()]
-
-
 def images(figure: Figure) -> list[np.ma.MaskedArray]:
     return [axes.images[0].get_array() for axes in figure.axes if axes.images]
-
-
-def assert_readable(figure: Figure) -> None:
-    """No text leaves the figure, and no two texts lie on each other."""
-    figure.canvas.draw()
-    page = figure.bbox
-    shown = [(t.get_text(), t.get_window_extent()) for t in drawn_texts(figure)]
-    for text, box in shown:
-        inside = page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
-        assert inside, f"{text!r} is clipped"
-    for (a, box_a), (b, box_b) in combinations(shown, 2):
-        wide = min(box_a.x1, box_b.x1) - max(box_a.x0, box_b.x0)
-        tall = min(box_a.y1, box_b.y1) - max(box_a.y0, box_b.y0)
-        assert wide <= 1 or tall <= 3, f"{a!r} lies on {b!r}"  # ascenders may reach into the line above
-
-
-def drawn_texts(figure: Figure) -> list[Text]:
-    """Texts that are on the page; ticks outside an axis' limits are artists too, but are not drawn."""
-    hidden: set[int] = set()
-    for axes in figure.axes:
-        for axis, (low, high) in ((axes.xaxis, sorted(axes.get_xlim())), (axes.yaxis, sorted(axes.get_ylim()))):
-            for tick in [*axis.get_major_ticks(), *axis.get_minor_ticks()]:
-                if not low <= tick.get_loc() <= high or not tick.label1.get_visible():
-                    hidden.add(id(tick.label1))
-    return [t for t in texts(figure) if id(t) not in hidden]
 
 
 @SIZES
@@ -202,10 +173,3 @@ def test_drawing_leaves_pyplot_and_settings_alone(make_report, make_profile) -> 
         assert mpl.rcParams["font.size"] == 30
     assert plt.get_fignums() == []
     assert all(axes.get_facecolor() == (1, 1, 1, 1) for figure in figures for axes in figure.axes[:1])
-
-
-def test_headline_metric_prefers_an_accuracy(make_report) -> None:
-    assert headline_metric(make_report(["fc"], METRICS)) == "val_acc"
-    assert headline_metric(make_report(["fc"], {"float/distill": 0.0, "float/rmse": 1.0, "float/mae": 1.0})) == "rmse"
-    assert headline_metric(make_report(["fc"], {"float/distill": 0.0})) == "distill"
-    assert headline_metric(make_report(["fc"])) is None

@@ -14,14 +14,16 @@ from lightning_caq.measures.profile import CurvatureProfile, LayerCurvature
 from lightning_caq.plan import QuantizationPlan
 from lightning_caq.reporting.files import scalars, write_outputs
 
-FILES = ["bits.png", "curvature.png", "layers.csv", "plan.json", "plan.safetensors", "profile.json", "report.json"]
+DATA = ["layers.csv", "plan.json", "plan.safetensors", "profile.json", "report.html", "report.json"]
+FILES = sorted([*DATA, "bits.png", "curvature.png", "kappa_vs_bits.png", "spectrum.png"])
+WITH_METRIC = sorted([*FILES, "pareto.png"])
 
 
 def test_every_file_is_written_and_reads_back(tmp_path, plan, names, make_report, make_profile) -> None:
     report, profile = make_report(names, {"quantized/val_acc": 0.9}), make_profile(names)
     paths = write_outputs(tmp_path / "logs" / "caq", plan, profile, report)
-    assert [p.name for p in paths] == FILES
-    assert sorted(p.name for p in (tmp_path / "logs" / "caq").iterdir()) == FILES
+    assert [p.name for p in paths] == WITH_METRIC
+    assert sorted(p.name for p in (tmp_path / "logs" / "caq").iterdir()) == WITH_METRIC
     by_name = {p.name: p for p in paths}
     assert QuantizationReport.from_json(by_name["report.json"].read_text(encoding="utf-8")) == report
     assert CurvatureProfile.from_json(by_name["profile.json"].read_text(encoding="utf-8")) == profile
@@ -79,7 +81,8 @@ def test_a_full_disk_leaves_the_earlier_files_whole(
 
 
 def test_writing_again_replaces_the_files(tmp_path, plan, names, make_report, make_profile) -> None:
-    write_outputs(tmp_path, plan, make_profile(names), make_report(names))
+    write_outputs(tmp_path, plan, make_profile(names), make_report(names, {"quantized/val_acc": 0.5}))
+    assert (tmp_path / "pareto.png").exists()
     write_outputs(tmp_path, plan, make_profile(names), make_report(names, {"float/val_acc": 0.5}))
     assert QuantizationReport.from_json((tmp_path / "report.json").read_text()).metrics == {"float/val_acc": 0.5}
     assert sorted(p.name for p in tmp_path.iterdir()) == FILES

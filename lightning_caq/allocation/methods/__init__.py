@@ -1,24 +1,34 @@
 """Methods of allocation: one file each, found by its name.
 
-A method says what it needs to have measured and turns a profile into a table cost[layer, bit-width]. It never solves,
-rounds or prints. To add one, put a file here with a class called ``Method``.
+There are two kinds. A *table method* turns a profile into a table cost[layer, bit-width] of predicted damage, which
+the solver minimises; it never solves, rounds or prints. A *search method* chooses the bits itself, among those that a
+budget allows, because its choice minimises no sum of costs. To add one, put a file here with a class called ``Method``,
+or register your own with ``register_method``.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Sequence
-from typing import ClassVar, Protocol
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_caq.allocation.search import SearchSpace
+from lightning_caq.errors import OptionError
 from lightning_caq.measures.profile import CurvatureProfile
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
+_registered: dict[str, AllocationMethod | SearchMethod] = {}
 
 
 class AllocationMethod(Protocol):
-    """What a method provides.
+    """What a table method provides.
 
     Attributes:
         needs: Names of the measures it uses, from ``lightning_caq.measures.measure.MEASURES``.
@@ -30,17 +40,99 @@ class AllocationMethod(Protocol):
         """Predicted damage of giving layer i b bits, shape (layers, bit-widths)."""
 
 
+class SearchMethod(Protocol):
+    """What a search method provides.
+
+    Attributes:
+        needs: Names of the measures it uses.
+    """
+
+    needs: ClassVar[frozenset[str]]
+
+    def search(
+        self,
+        profile: CurvatureProfile,
+        space: SearchSpace,
+        evaluate: Callable[[tuple[int, ...]], float],
+        seed: int,
+    ) -> tuple[int, ...]:
+        """Bits of every layer, within the space.
+
+        ``evaluate`` gives the calibration objective of an allocation with nearest rounding, measured on the network.
+        """
+
+
 def available_methods() -> tuple[str, ...]:
-    """Names of all methods.
+    """Names of all methods, registered ones among them.
 
     Example:
         >>> "cet" in available_methods()
         True
     """
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+    return tuple(sorted({*_built_in(), *_registered}))
 
 
-def get_method(name: str) -> AllocationMethod:
-    """The method called ``name``."""
-    method: AllocationMethod = importlib.import_module(f"{__name__}.{name}").Method()
+def get_method(name: str) -> AllocationMethod | SearchMethod:
+    """The method called ``name``.
+
+    Raises:
+        OptionError: If there is none.
+    """
+    if name in _registered:
+        return _registered[name]
+    if name not in _built_in():
+        raise OptionError(f"method={name!r} is not known; choose from {', '.join(map(repr, available_methods()))}.")
+    method: AllocationMethod | SearchMethod = importlib.import_module(f"{__name__}.{name}").Method()
     return method
+
+
+def is_search(method: AllocationMethod | SearchMethod) -> TypeIs[SearchMethod]:
+    """Whether a method chooses the bits itself instead of giving a table of costs.
+
+    Example:
+        >>> is_search(get_method("random_search")), is_search(get_method("cet"))
+        (True, False)
+    """
+    return hasattr(method, "search")
+
+
+def register_method(name: str, method: AllocationMethod | SearchMethod) -> None:
+    """Make a method of your own available under a name, wherever a method can be named.
+
+    Args:
+        name: Lower-case letters, digits and underscores, starting with a letter; not that of a built-in method. A name
+            that was registered before gets the new method.
+        method: An object with ``needs``, a frozenset of names of measures, and either ``costs`` or ``search``.
+
+    Raises:
+        OptionError: If the name is not allowed, or the object is no method.
+
+    Example:
+        >>> class Largest:
+        ...     needs = frozenset({"rounding_error"})
+        ...
+        ...     def costs(self, profile, bits):
+        ...         return np.array([[row.rounding_error[b] for b in bits] for row in profile.layers])
+        >>> register_method("weight_mse", Largest())
+        >>> "weight_mse" in available_methods()
+        True
+    """
+    if not isinstance(name, str) or not re.fullmatch("[a-z][a-z0-9_]*", name):
+        raise OptionError(f"name={name!r} is not allowed; use lower-case letters, digits and _, such as 'my_method'.")
+    if name in _built_in():
+        raise OptionError(f"name={name!r} belongs to a built-in method; choose another.")
+    needs = getattr(method, "needs", None)
+    if isinstance(method, type) or not isinstance(needs, frozenset) or _kinds(method) != 1:
+        raise OptionError(
+            f"method={method!r} is no method; give an object (not a class) with a frozenset 'needs' and one of "
+            "'costs(profile, bits)' or 'search(profile, space, evaluate, seed)'."
+        )
+    _registered[name] = method
+
+
+def _built_in() -> set[str]:
+    return {module.name for module in pkgutil.iter_modules(__path__)}
+
+
+def _kinds(method: object) -> int:
+    return sum(callable(getattr(method, kind, None)) for kind in ("costs", "search"))

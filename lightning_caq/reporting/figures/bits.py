@@ -1,7 +1,4 @@
-"""Figures: plain data in, a matplotlib ``Figure`` out, drawn without pyplot's global state.
-
-Layers are rows in every figure, in order of execution; many layers are laid out in several panels side by side.
-"""
+"""Bits: a heat map of the bit-widths, layers as rows and networks as columns."""
 
 from __future__ import annotations
 
@@ -16,17 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 from lightning_caq.evaluation.report import QuantizationReport
-from lightning_caq.measures.profile import CurvatureProfile
+from lightning_caq.reporting.metrics import headline_metric
 from lightning_caq.reporting.sheet import FONT, GREY, LINE, inches, sheet, shorten
-
-# Light bars under dark points: apart in lightness as well as in hue, so that no kind of colour blindness merges them.
-BAR, TOLERANCE, POINT = "#9ec5e8", "#1f4e79", "#b34700"
 
 
 @style.context("default")
@@ -41,6 +31,9 @@ def bits_heatmap(report: QuantizationReport) -> Figure:
     Returns:
         The figure. The image array of each of its panels holds the bits themselves.
 
+    Raises:
+        ValueError: If the report holds no layer.
+
     Example:
         >>> from lightning_caq.evaluation.report import LayerRow, Size
         >>> rows = (LayerRow("fc", "linear", 8, 8, None, None, {"quantized": 2}),)
@@ -48,6 +41,8 @@ def bits_heatmap(report: QuantizationReport) -> Figure:
         >>> bits_heatmap(report).axes[0].images[0].get_array().tolist()
         [[2]]
     """
+    if not report.layers:
+        raise ValueError("The report holds no layer.")
     variants = [v for v in report.variants if v != "float"]
     bits = np.ma.masked_equal([[row.bits.get(v, 0) for v in variants] for row in report.layers], 0)
     levels = sorted({int(b) for b in bits.compressed()})
@@ -82,72 +77,6 @@ def bits_heatmap(report: QuantizationReport) -> Figure:
     return figure
 
 
-@style.context("default")
-def curvature_bars(report: QuantizationReport, profile: CurvatureProfile) -> Figure:
-    """Bars of κ, one a layer on a logarithmic axis, under points that show the bits the layer was given.
-
-    Args:
-        report: The report of a run.
-        profile: What was measured.
-
-    Returns:
-        The figure. Its axes come in pairs: a panel's bars (κ, out²/in²), then its points (bits).
-
-    Example:
-        >>> from lightning_caq.evaluation.report import LayerRow, Size
-        >>> from lightning_caq.measures.profile import LayerCurvature
-        >>> rows = (LayerRow("fc", "linear", 8, 8, 3.0, None, {"quantized": 2}),)
-        >>> report = QuantizationReport("cet", "avg_bits=2", rows, {"quantized": Size(2.0, 4.0, 8)}, {})
-        >>> figure = curvature_bars(report, CurvatureProfile((LayerCurvature("fc", 8, 2, 8, kappa=3.0),)))
-        >>> [float(bar.get_width()) for bar in figure.axes[0].patches]
-        [3.0]
-    """
-    measured = {row.name: row for row in profile.layers}
-    found = [measured.get(row.name) for row in report.layers]
-    kappa = np.array([_number(row.kappa if row else None) for row in found])
-    tolerance = np.nan_to_num(np.array([_number(row.kappa_tolerance if row else None) for row in found]), posinf=0.0)
-    bits = np.array([_number(row.bits.get("quantized")) for row in report.layers])
-    drawn = np.isfinite(kappa) & (kappa > 0)
-    both = drawn & np.isfinite(bits)
-    figure, panels = sheet(
-        [row.name for row in report.layers],
-        title="Curvature κ and bits of each layer",
-        subtitle=f"{report.title('quantized')} at {report.budget}. κ says how sharply a layer's output energy bends "
-        f"with its input; it is one of several measures. {_agreement(kappa[both], bits[both])}",
-        width=3.4,
-        right=0.1,
-        header=0.5,
-        footer=0.85,
-    )
-    limits = _decades(kappa[drawn])
-    most = int(np.nanmax([4, *bits]))
-    for axes, rows in panels:
-        axes.set_xscale("log")
-        axes.set_xlim(*limits)
-        _bars(axes, kappa[rows], tolerance[rows], drawn[rows])
-        _points(axes, bits[rows], most)
-    handles = [
-        Patch(color=BAR, label="κ"),
-        Line2D([], [], color=TOLERANCE, marker="|", label="tolerance of its iteration"),
-        Line2D([], [], color=POINT, marker="o", markersize=8, linestyle="none", label="bits (upper axis)"),
-    ]
-    figure.legend(handles=handles, loc="lower left", ncols=3, fontsize=FONT, frameon=False, borderpad=1.2)
-    return figure
-
-
-def headline_metric(report: QuantizationReport) -> str | None:
-    """The metric to show where there is room for one: an accuracy, else another of the user's, else the objective.
-
-    Example:
-        >>> report = QuantizationReport("cet", "", (), {}, {"float/val_loss": 0.3, "float/val_acc": 0.9})
-        >>> headline_metric(report)
-        'val_acc'
-    """
-    return min(
-        report.metric_names, key=lambda name: ("acc" not in name.lower(), name in ("distill", "task")), default=None
-    )
-
-
 def _header(report: QuantizationReport, variants: Sequence[str]) -> list[tuple[str, list[str]]]:
     """The lines above the columns: what each line says, and its figure for each variant."""
     sizes = [report.sizes[v] for v in variants]
@@ -155,7 +84,7 @@ def _header(report: QuantizationReport, variants: Sequence[str]) -> list[tuple[s
         ("average bits", [f"{size.avg_bits:.2f}" for size in sizes]),
         ("smaller than float32", [f"{size.ratio:.1f}x" for size in sizes]),
     ]
-    metric = headline_metric(report)
+    metric = headline_metric(report.metric_names)
     if metric is not None:
         values = [report.metrics.get(f"{v}/{metric}") for v in ("float", *variants)]
         first, *rest = ["–" if value is None else f"{value:.4g}" for value in values]
@@ -234,58 +163,3 @@ def _colour_bar(figure: Figure, axes: Axes, colours: tuple[Colormap, BoundaryNor
     bar.ax.tick_params(which="both", length=0)
     bar.outline.set_visible(False)
     _above(bar.ax, 0.5, 0, "bits", color=GREY)
-
-
-def _number(value: float | None) -> float:
-    return np.nan if value is None else float(value)
-
-
-def _bars(axes: Axes, kappa: NDArray[np.float64], tolerance: NDArray[np.float64], drawn: NDArray[np.bool_]) -> None:
-    """Bars of κ with their tolerance; where there is no bar, words say why."""
-    place = np.arange(len(kappa))
-    height = np.where(drawn, kappa, 0.0)
-    axes.barh(place, height, height=0.74, color=BAR)
-    axes.errorbar(
-        height[drawn], place[drawn], xerr=(height * tolerance)[drawn], fmt="none", ecolor=TOLERANCE, capsize=2
-    )
-    for i in place[~drawn]:
-        why = "κ is 0" if kappa[i] == 0 else "κ not measured"
-        axes.text(0.015, i, why, transform=axes.get_yaxis_transform(), va="center_baseline", fontsize=FONT, color=GREY)
-    axes.set_xlabel("κ (out²/in², logarithmic)", fontsize=FONT)
-    axes.tick_params(axis="x", labelsize=FONT)
-    axes.spines[["right", "top"]].set_visible(False)
-
-
-def _points(axes: Axes, bits: NDArray[np.float64], most: int) -> None:
-    """The bits as numbered points on an upper axis of their own, joined by a line from layer to layer."""
-    upper = axes.twiny()
-    place = np.arange(len(bits))
-    upper.plot(bits, place, color=POINT, linewidth=0.8, alpha=0.4)
-    upper.scatter(bits, place, s=75, color=POINT, linewidth=0)
-    for i, b in enumerate(bits):
-        if np.isfinite(b):
-            upper.text(b, i, f"{b:.0f}", ha="center", va="center_baseline", fontsize=6.5, color="white")
-    upper.set_xlim(0, most + 1)
-    upper.set_xticks(range(1, most + 1))
-    upper.tick_params(axis="x", labelsize=FONT, colors=POINT)
-    upper.set_xlabel("bits a weight", fontsize=FONT, color=POINT)
-    upper.spines["top"].set_color(POINT)
-    upper.spines[["left", "right", "bottom"]].set_visible(False)
-
-
-def _decades(values: NDArray[np.float64]) -> tuple[float, float]:
-    """Whole decades that hold the values, with room for the smallest to be seen as a bar."""
-    if not len(values):
-        return 0.1, 10.0
-    low, high = np.log10(values.min()) - 0.2, np.log10(values.max())
-    return float(10 ** np.floor(low)), float(10 ** max(np.ceil(high), np.floor(low) + 1))
-
-
-def _agreement(kappa: NDArray[np.float64], bits: NDArray[np.float64]) -> str:
-    """Whether the layers with larger κ got more bits, in one sentence."""
-    if len(kappa) < 4:
-        return ""
-    if len(set(kappa)) == 1 or len(set(bits)) == 1:
-        return "Every layer has the same bits." if len(set(bits)) == 1 else "Every layer has the same κ."
-    rank = float(np.corrcoef(rankdata(kappa), rankdata(bits))[0, 1])
-    return f"Spearman's rank correlation of κ and bits over {len(kappa)} layers: {rank:+.2f}.".replace("-", "−")

@@ -1,0 +1,198 @@
+"""Every method of allocation under one quantizer: accuracy, objective, and how far the prediction held.
+
+python benchmarks/methods.py --model resnet20 --avg-bits 4 3 2.5 2.25 --rounding nearest error_feedback
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from networks import BLOCKS, DATA, Images, accuracy, load_cifar10, load_network
+from small_networks import SMALL, load_small
+from torch import nn
+
+from lightning_caq import CurvatureProfile, measure, quantize
+from lightning_caq.allocation.methods import available_methods, get_method
+from lightning_caq.errors import CAQError
+from lightning_caq.evaluation.report import text_table
+from lightning_caq.options import ROUNDINGS, QuantizationOptions
+from lightning_caq.progress import Progress
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one budget, over several seeds.
+
+    Attributes:
+        model: The network.
+        method: How bits were allocated.
+        rounding: How weights were rounded.
+        avg_bits: The budget.
+        accuracy: Mean over seeds of the accuracy on the test images, percent.
+        accuracy_stderr: Its standard error over seeds of calibration data, in points; test images are the same.
+        objective: Mean calibration objective of the quantized network, nat.
+        predicted: Mean loss change that the profile predicts for the bits with nearest rounding, nat.
+        observed: Mean loss change of the same bits, as rounded and repaired, nat.
+        seconds: Mean seconds to allocate, round and repair; measuring is shared by all methods and not in it.
+    """
+
+    model: str
+    method: str
+    rounding: str
+    avg_bits: float
+    accuracy: float
+    accuracy_stderr: float
+    objective: float
+    predicted: float | None
+    observed: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one seed gave."""
+
+    accuracy: float
+    objective: float
+    predicted: float | None
+    seconds: float
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    try:
+        rows = compare(args)
+    except (CAQError, OSError, ValueError) as error:
+        sys.exit(f"methods.py: {error}")
+    command = shlex.join(["python", "benchmarks/methods.py", *(sys.argv[1:] if argv is None else argv)])
+    print(json.dumps([asdict(row) for row in rows], indent=1) if args.json else as_text(rows, args, command))
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--model", choices=(*BLOCKS, *SMALL), default="resnet20")
+    result.add_argument("--avg-bits", type=float, nargs="+", default=[4.0, 3.0, 2.5, 2.25])
+    result.add_argument("--rounding", choices=ROUNDINGS, nargs="+", default=["nearest", "error_feedback"])
+    result.add_argument("--methods", nargs="+", default=list(available_methods()), choices=available_methods())
+    result.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each draws other calibration images")
+    result.add_argument("--samples", type=int, default=512, help="calibration images")
+    result.add_argument("--data", type=Path, default=DATA, help="folder with the trained networks and the images")
+    result.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
+    return result
+
+
+def compare(args: argparse.Namespace) -> list[Row]:
+    """All methods at all budgets; one measurement a seed serves them all."""
+    model, train, test = load(args.model, args.data)
+    outcomes: dict[tuple[str, float, str], list[Outcome]] = {}
+    for seed in args.seeds:
+        batches = train.sample(args.samples, seed).batches(64)
+        profile = measured(model, batches, args, seed)
+        for rounding in args.rounding:
+            for avg_bits in args.avg_bits:
+                for method in args.methods:
+                    outcome = run(model, batches, profile, method, avg_bits, rounding, seed, test, args.samples)
+                    outcomes.setdefault((rounding, avg_bits, method), []).append(outcome)
+                    print(
+                        f"{args.model} seed {seed} {rounding} {avg_bits:g} {method}: {outcome.accuracy:.1f} %, "
+                        f"objective {outcome.objective:.4f}, {outcome.seconds:.1f} s",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+    return [summary(args.model, *key, found) for key, found in outcomes.items()]
+
+
+def load(name: str, data: Path) -> tuple[nn.Module, Images, Images]:
+    """A trained network with its training and test images."""
+    if name in SMALL:
+        return load_small(name, data)
+    return load_network(name, data), *load_cifar10(data)
+
+
+def measured(model: nn.Module, batches: Sequence[object], args: argparse.Namespace, seed: int) -> CurvatureProfile:
+    """One profile that holds what every method needs."""
+    needs = frozenset({"kappa", "lipschitz", "inputs"}).union(*(get_method(name).needs for name in args.methods))
+    say = Progress(lambda line: print(line, file=sys.stderr, flush=True))
+    return measure(model, batches, needs=needs, seed=seed, progress=say)
+
+
+def run(
+    model: nn.Module,
+    batches: Sequence[object],
+    profile: CurvatureProfile,
+    method: str,
+    avg_bits: float,
+    rounding: str,
+    seed: int,
+    test: Images,
+    samples: int,
+) -> Outcome:
+    """Quantize a copy of the network by one method and measure it."""
+    options = QuantizationOptions(
+        method=method, avg_bits=avg_bits, rounding=rounding, calibration_samples=samples, compare=(), seed=seed
+    )
+    result = quantize(copy.deepcopy(model), batches, **asdict(options), profile=profile)
+    report = result.report
+    seconds = sum(t for step, t in report.seconds.items() if step.startswith(("allocation", "rounding")))
+    return Outcome(
+        accuracy(result.model.eval(), test),
+        report.metrics["quantized/distill"],
+        report.predicted_loss.get("quantized"),
+        seconds,
+    )
+
+
+def summary(model: str, rounding: str, avg_bits: float, method: str, found: Sequence[Outcome]) -> Row:
+    """Means over seeds."""
+    accuracies = [x.accuracy for x in found]
+    spread = statistics.stdev(accuracies) / len(found) ** 0.5 if len(found) > 1 else float("nan")
+    predicted = [x.predicted for x in found if x.predicted is not None]
+    objective = statistics.fmean(x.objective for x in found)
+    return Row(
+        model=model,
+        method=method,
+        rounding=rounding,
+        avg_bits=avg_bits,
+        accuracy=round(statistics.fmean(accuracies), 3),
+        accuracy_stderr=round(spread, 3),
+        objective=objective,
+        predicted=statistics.fmean(predicted) if predicted else None,
+        observed=objective,
+        seconds=round(statistics.fmean(x.seconds for x in found), 2),
+    )
+
+
+def as_text(rows: Sequence[Row], args: argparse.Namespace, command: str) -> str:
+    """The table, and what a reader needs to judge and to repeat it."""
+    header = ["method", "rounding", "bits", "accuracy %", "± s.e.", "objective", "predicted", "seconds"]
+    cells = [
+        [
+            row.method,
+            row.rounding,
+            f"{row.avg_bits:g}",
+            f"{row.accuracy:.2f}",
+            f"{row.accuracy_stderr:.2f}",
+            f"{row.objective:.4f}",
+            "–" if row.predicted is None else f"{row.predicted:.4f}",
+            f"{row.seconds:.1f}",
+        ]
+        for row in rows
+    ]
+    notes = (
+        f"{args.model}; means over calibration seeds {args.seeds}, {args.samples} calibration images each; s.e. is "
+        "over these\nseeds, on the same test images. Objective: divergence from the float outputs on the calibration images, "
+        f"nat.\nCommand: {command}"
+    )
+    return f"{text_table(header, cells)}\n\n{notes}"
+
+
+if __name__ == "__main__":
+    main()

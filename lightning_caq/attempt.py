@@ -1,0 +1,101 @@
+"""Attempts: one allocation carried out on the network, so that it can be judged and, if need be, taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_caq.batches import split_samples
+from lightning_caq.budget import LayerSizes
+from lightning_caq.layers import Layer, layer_weight
+from lightning_caq.objective import Loss, Objective, make_objective
+from lightning_caq.options import QuantizationOptions
+from lightning_caq.plan import LayerPlan, QuantizationPlan, weights_fingerprint
+from lightning_caq.quantizers.repair import Repair, prepare_repair
+from lightning_caq.quantizers.rounding import round_layer
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """An allocation that was carried out.
+
+    Attributes:
+        plan: What was done to the network.
+        held_out: The objective on the samples that nothing was fitted to, nat.
+        notes: What the reader of the report should know; none as a rule.
+    """
+
+    plan: QuantizationPlan
+    held_out: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """A network that is rounded, repaired and put back, as often as allocations are to be tried.
+
+    Attributes:
+        model: The network, float between attempts.
+        layers: Its layers.
+        sizes: Their sizes.
+        rounding: How weights are rounded.
+        fitted: The samples that rounding and repair are fitted to.
+        held_out: The objective on other samples.
+        repair: What to repair after rounding, if anything.
+        floats: Every tensor of the float network by its state-dict key.
+    """
+
+    model: nn.Module
+    layers: Sequence[Layer]
+    sizes: LayerSizes
+    rounding: str
+    fitted: Sequence[Any]
+    held_out: Objective
+    repair: Repair | None
+    floats: Mapping[str, Tensor]
+
+    def attempt(self, method: str, budget: str, bits: Sequence[int]) -> Attempt:
+        """Write the rounded weights into the network, layer by layer, and repair what that moved."""
+        made_for = weights_fingerprint(self.model, [layer.name for layer in self.layers])
+        plans = []
+        for layer, b in zip(self.layers, bits, strict=True):
+            weight = layer_weight(self.model, layer)
+            grid, codes = round_layer(self.model, layer, b, self.rounding, self.fitted, self.floats)
+            with torch.no_grad():
+                weight.copy_(grid.values(codes))
+            plans.append(LayerPlan(layer.name, layer.modules, grid, codes))
+        repairs, note = self.repair(self.model) if self.repair is not None else ({}, "")
+        plan = QuantizationPlan(method, budget, self.rounding, tuple(plans), self.sizes, made_for, repairs).cpu()
+        return Attempt(plan, self.held_out.value(self.model), (note,) if note else ())
+
+    def restore(self) -> None:
+        """Make the network the float one again."""
+        live = tensors(self.model)
+        with torch.no_grad():
+            for name, value in self.floats.items():
+                live[name].copy_(value)
+
+
+def open_workshop(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    sizes: LayerSizes,
+    options: QuantizationOptions,
+    batches: Sequence[Any],
+    loss_fn: Loss | None,
+) -> Workshop:
+    """Prepare a float network for attempts; the last eighth of the samples is held out to judge them by."""
+    fitted, held_out = split_samples(batches)
+    judge = make_objective(options.objective, model, held_out, loss_fn)
+    repair = prepare_repair(model, layers, fitted, judge) if options.batchnorm == "recentre" else None
+    floats = {name: tensor.detach().clone() for name, tensor in tensors(model).items()}
+    return Workshop(model, layers, sizes, options.rounding, fitted, judge, repair, floats)
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Live parameters and buffers by state-dict key; extra state that is no tensor is left out."""
+    return {name: x for name, x in model.state_dict(keep_vars=True).items() if isinstance(x, Tensor)}

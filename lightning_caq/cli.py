@@ -1,0 +1,146 @@
+"""The command line: look at runs and at quantized files, long after the network is gone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from lightning_caq.errors import CAQError
+from lightning_caq.evaluation.report import QuantizationReport, text_table
+from lightning_caq.evaluation.sweep import SweepPoint, sweep_points, variant_metrics
+from lightning_caq.export.packed import VERSION
+from lightning_caq.export.packing import packed_bytes
+from lightning_caq.export.sealed import read_sealed
+from lightning_caq.reporting.figures.pareto import pareto
+from lightning_caq.reporting.gallery import draw_gallery
+from lightning_caq.reporting.html import write_comparison, write_html
+from lightning_caq.reporting.runs import read_run
+from lightning_caq.reporting.words import comparison
+
+
+def report(log_dir: Path) -> None:
+    """Draw the figures of a run again, and write them and report.html beside its files.
+
+    Args:
+        log_dir: The log folder of the run, or the folder caq in it.
+    """
+    run = read_run(log_dir)
+    for name, problem in run.problems.items():
+        print(f"{run.folder / name} {problem}.", file=sys.stderr)
+    gallery = draw_gallery(run.report, run.profile)
+    for tag, figure in gallery.figures.items():
+        figure.savefig(run.folder / f"{tag}.png", dpi=150)
+    path = write_html(run.folder / "report.html", run.report, run.profile, run.plan, gallery)
+    if run.report is not None:
+        print(run.report.table() + "\n")
+    for tag, reason in gallery.missing.items():
+        print(f"not drawn: {tag}. {reason}")
+    print(f"{len(gallery.figures)} figures and {path}")
+
+
+def compare(log_dirs: list[Path], output: Path = Path("caq-compare.html")) -> None:
+    """Lay several runs side by side: a table here, and a page with the table and a figure.
+
+    Args:
+        log_dirs: The log folders of the runs.
+        output: Where to write the page.
+    """
+    runs: dict[str, QuantizationReport] = {}
+    for name, log_dir in zip(_names(log_dirs), log_dirs, strict=True):
+        run = read_run(log_dir)
+        if run.report is None:
+            raise FileNotFoundError(f"{run.folder / 'report.json'} {run.problems['report.json']}; nothing to compare.")
+        runs[name] = run.report
+    header, rows = comparison(runs)
+    print(text_table(header, [[_text(cell) for cell in row] for row in rows]))
+    points = [point for name, found in runs.items() for point in _points(name, found, alone=len(runs) == 1)]
+    float_metrics = [variant_metrics(found, "float") for found in runs.values()]
+    # A line for the float network makes sense only where all runs started from the same one.
+    floats = float_metrics[0] if all(found == float_metrics[0] for found in float_metrics) else {}
+    try:
+        figure = pareto(points, floats)
+    except ValueError as reason:
+        figure = None
+        print(f"no figure: {reason}")
+    print(f"\n{write_comparison(output, runs, figure)}")
+
+
+def inspect(file: Path) -> None:
+    """Print the layers, bits and bytes of a quantized network that was saved with save_quantized.
+
+    Args:
+        file: The safetensors file.
+    """
+    description, tensors = read_sealed(file, VERSION)
+    rows, codes, total = [], 0, 0
+    for layer in description["layers"]:
+        count = 1
+        for side in layer["shape"]:
+            count *= side
+        size = sum(x.nbytes for name, x in tensors.items() if name.rpartition(".")[0] == layer["key"])
+        codes, total = codes + packed_bytes(count, layer["bits"]), total + count
+        shape = "x".join(map(str, layer["shape"]))
+        rows.append([layer["key"], str(layer["bits"]), f"{count:,}", shape, f"{size:,}"])
+    print(text_table(["weight", "bits", "numbers", "shape", "bytes with scales"], rows))
+    stored = sum(x.nbytes for x in tensors.values())
+    print(
+        f"\n{description['network']}: {len(rows)} quantized weights, {total:,} numbers in {codes:,} bytes of codes, "
+        f"{8 * codes / max(total, 1):.2f} bits each. With scales, zero points and all other tensors {stored:,} bytes; "
+        f"the file has {file.stat().st_size:,}."
+    )
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run ``lightning-caq report``, ``compare`` or ``inspect``.
+
+    Args:
+        args: The arguments; those of the command line by default.
+
+    Raises:
+        SystemExit: With a message instead of a traceback, where files cannot be read or are not what they should be.
+    """
+    try:
+        from jsonargparse import ArgumentParser
+    except ImportError:
+        sys.exit("lightning-caq needs jsonargparse for its command line: pip install 'jsonargparse[signatures]'")
+    parser = ArgumentParser(prog="lightning-caq", description=__doc__)
+    choices = parser.add_subcommands(required=True)
+    for name, command in _COMMANDS.items():
+        what = (command.__doc__ or "").splitlines()[0]
+        each = ArgumentParser(description=what)
+        if command is compare:
+            each.add_argument("log_dirs", nargs="+", type=Path, help="the log folders of the runs")
+            each.add_argument("--output", type=Path, default=Path("caq-compare.html"), help="where to write the page")
+        else:
+            each.add_function_arguments(command, as_positional=True)
+        choices.add_subcommand(name, each, help=what)
+    chosen = parser.parse_args(args)
+    try:
+        _COMMANDS[chosen.subcommand](**chosen[chosen.subcommand])
+    except (CAQError, OSError) as error:
+        sys.exit(f"lightning-caq: {error}")
+
+
+_COMMANDS: dict[str, Callable[..., None]] = {"report": report, "compare": compare, "inspect": inspect}
+
+
+def _names(log_dirs: list[Path]) -> list[str]:
+    """Short names of folders: without the parts that all of them share."""
+    parts = [path.resolve().parts for path in log_dirs]
+    shared = 0
+    while len(parts) > 1 and all(len(p) > shared + 1 for p in parts) and len({p[shared] for p in parts}) == 1:
+        shared += 1
+    names = ["/".join(p[shared if len(parts) > 1 else -1 :]) for p in parts]
+    return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names, 1)]
+
+
+def _points(name: str, found: QuantizationReport, alone: bool) -> list[SweepPoint]:
+    """The networks of one run, as curves of their own beside those of other runs."""
+    points = (*sweep_points(found), *found.studies.points)
+    return [point if alone else replace(point, method=f"{name}: {point.method}") for point in points]
+
+
+def _text(cell: str | float | None) -> str:
+    return cell if isinstance(cell, str) else "–" if cell is None else f"{cell:.4g}"

@@ -1,0 +1,178 @@
+"""The landscape: the loss on a plane through the float weights, with the path that rounding takes on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_caq.layers import Layer, layer_weight
+from lightning_caq.measures.hessian import Hessian
+from lightning_caq.measures.lanczos import lanczos
+from lightning_caq.objective import Objective
+from lightning_caq.seeding import generator
+
+Direction = Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """The loss on a grid over a plane. All lengths are in the unit of the weights.
+
+    Attributes:
+        short: Places along the short axis, s_1, …, s_p.
+        long: Places along the long axis, t_1, …, t_q.
+        loss: q rows of p values: ℓ(w + s u + t v) − ℓ(w), nat.
+        curvatures: uᵀHu and vᵀHv, nat/weight²: of the short and of the long axis.
+        path: (s, t) of the weights as one layer after the other is rounded, projected on the plane; from (0, 0).
+        off_plane: Length of the whole rounding error that lies outside the plane, as a share of it.
+    """
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    loss: tuple[tuple[float, ...], ...]
+    curvatures: tuple[float, float]
+    path: tuple[tuple[float, float], ...] = ((0.0, 0.0),)
+    off_plane: float = 0.0
+
+
+def plane(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    objective: Objective,
+    errors: Mapping[str, Tensor],
+    *,
+    seed: int = 0,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The plane that holds the rounding error: its short axis is the steepest eigenvector, its long axis the rest.
+
+    The short axis u is the eigenvector of the eigenvalue of largest magnitude, by Lanczos (about ten Hessian–vector
+    products); the long axis v is the part of the rounding error Δ that is orthogonal to it. Nearly all of Δ's
+    dimensions have next to no curvature, so v is a long axis as good as any, and Δ lies in the plane.
+
+    Args:
+        model: The float network, in eval mode, its layers' weights requiring gradients.
+        layers: The layers.
+        objective: The objective whose Hessian is meant.
+        errors: Layer name to Δ_i.
+        seed: Seed of Lanczos' starting vector.
+
+    Returns:
+        The two axes, each of length 1, one tensor a layer; u points to the side on which Δ lies.
+
+    Raises:
+        ValueError: If Δ is zero or lies along the short axis, so that there is no plane.
+    """
+    operator = Hessian(model, layers, objective)
+    start = operator.like(torch.randn(operator.size, generator=generator(seed, "landscape")))
+    u = lanczos(operator.product, start, 1).vectors[:, 0]
+    delta = torch.cat([errors[layer.name].flatten() for layer in layers]).to(u)
+    along = torch.dot(u, delta)
+    v = delta - along * u
+    length = v.norm()
+    if not float(length) > 1e-6 * float(delta.norm()):
+        raise ValueError("The rounding error is zero or lies along the short axis; there is no plane to draw.")
+    return operator.split(u * (1.0 if float(along) >= 0 else -1.0)), operator.split(v / length)
+
+
+def landscape(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    objective: Objective,
+    short: Direction,
+    long: Direction,
+    errors: Mapping[str, Tensor],
+    *,
+    size: int = 15,
+    reach: float = 1.5,
+) -> Landscape:
+    """The loss over a plane that is spanned by two directions, and the path of the rounding error on it.
+
+    Costs ``size``² + 1 evaluations of the objective and two Hessian–vector products: take few samples. Each axis
+    reaches to both sides ``reach`` times as far as the path does on it, and at least a tenth as far as the other.
+
+    Args:
+        model: The float network, in eval mode, its layers' weights requiring gradients; the weights are put back.
+        layers: The layers.
+        objective: The objective ℓ, on the samples it is to be drawn for.
+        short: Direction u of length 1, one tensor a layer.
+        long: Direction v of length 1, orthogonal to u.
+        errors: Layer name to Δ_i.
+        size: Grid points an axis, at least 2.
+        reach: How far beyond the path to look.
+
+    Returns:
+        The landscape.
+
+    Raises:
+        ValueError: If the directions are not orthogonal and of length 1, or ``size`` is below 2.
+    """
+    _check(short, long, size)
+    moves = [errors[layer.name].to(u) for layer, u in zip(layers, short, strict=True)]
+    steps = [(_dot([d], [u]), _dot([d], [v])) for d, u, v in zip(moves, short, long, strict=True)]
+    path = [(0.0, 0.0)]
+    for s, t in steps:
+        path.append((path[-1][0] + s, path[-1][1] + t))
+    wide, tall = (reach * max(abs(point[axis]) for point in path) for axis in (0, 1))
+    wide, tall = max(wide, 0.1 * tall) or 1.0, max(tall, 0.1 * wide) or 1.0
+    along, across = (torch.linspace(-far, far, size).tolist() for far in (wide, tall))
+    operator = Hessian(model, layers, objective)
+    curvatures = tuple(_curvature(operator, direction) for direction in (short, long))
+    weights = [layer_weight(model, layer) for layer in layers]
+    with _kept(weights) as before:
+        reference = objective.value(model)
+        loss = tuple(tuple(_at(model, objective, before, short, long, s, t) - reference for s in along) for t in across)
+    whole = _dot(moves, moves)
+    inside = path[-1][0] ** 2 + path[-1][1] ** 2
+    outside = max(1 - inside / whole, 0.0) ** 0.5 if whole > 0 else 0.0
+    return Landscape(tuple(along), tuple(across), loss, (curvatures[0], curvatures[1]), tuple(path), outside)
+
+
+def _check(short: Direction, long: Direction, size: int) -> None:
+    lengths = _dot(short, short) ** 0.5, _dot(long, long) ** 0.5
+    if abs(_dot(short, long)) > 1e-3 or any(abs(length - 1) > 1e-3 for length in lengths):
+        raise ValueError(
+            f"The two directions must be orthogonal and of length 1; their lengths are {lengths[0]:.4g} and "
+            f"{lengths[1]:.4g}, their product is {_dot(short, long):.4g}."
+        )
+    if size < 2:
+        raise ValueError(f"size={size} is too small; a grid has at least 2 points an axis.")
+
+
+def _curvature(operator: Hessian, direction: Direction) -> float:
+    vector = operator.like(torch.cat([d.flatten() for d in direction]))
+    return float(torch.dot(vector.double(), operator.product(vector).double()))
+
+
+@contextmanager
+def _kept(weights: Sequence[Tensor]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Pairs of live weights and copies of them; the copies are written back in the end."""
+    pairs = [(weight, weight.detach().clone()) for weight in weights]
+    try:
+        yield pairs
+    finally:
+        with torch.no_grad():
+            for weight, copy in pairs:
+                weight.copy_(copy)
+
+
+def _at(
+    model: nn.Module,
+    objective: Objective,
+    weights: Sequence[tuple[Tensor, Tensor]],
+    short: Direction,
+    long: Direction,
+    s: float,
+    t: float,
+) -> float:
+    with torch.no_grad():
+        for (weight, before), u, v in zip(weights, short, long, strict=True):
+            weight.copy_(before + s * u + t * v)
+    return objective.value(model)
+
+
+def _dot(a: Direction, b: Direction) -> float:
+    return sum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True))

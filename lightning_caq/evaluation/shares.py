@@ -1,0 +1,234 @@
+"""Shares: how much of the damage each layer does, and how much of it lies in the short-axis subspace."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_caq.batches import batch_size, run_model
+from lightning_caq.layers import Layer, layer_weight
+from lightning_caq.measures.folding import batchnorm_folded
+from lightning_caq.measures.gram import gram_spectrum
+from lightning_caq.measures.hessian import Hessian
+from lightning_caq.measures.lanczos import lanczos
+from lightning_caq.measures.profile import CurvatureProfile
+from lightning_caq.objective import Objective
+from lightning_caq.seeding import generator
+
+
+@dataclass(frozen=True)
+class ErrorShare:
+    """One layer's part of Φ = Σ A_i e_i(b_i), the predicted error of the network's output.
+
+    Attributes:
+        name: The layer.
+        bits: Its bit-width b_i.
+        predicted: A_i e_i(b_i), in the unit of the network's output; ``None`` where it was not measured.
+        observed: Root mean square over samples of the output's change with only this layer rounded, same unit;
+            ``None`` where it was not measured.
+    """
+
+    name: str
+    bits: int
+    predicted: float | None
+    observed: float | None = None
+
+
+def error_shares(
+    profile: CurvatureProfile, bits: Mapping[str, int], observed: Mapping[str, float] | None = None
+) -> tuple[ErrorShare, ...]:
+    """Every layer's part of Φ, for nearest rounding; layers that the profile does not know are left out.
+
+    Costs nothing: A_i e_i(b) is in the profile (measure ``amplification``).
+
+    Args:
+        profile: What was measured.
+        bits: Layer name to bit-width, as ``plan.bits``.
+        observed: Layer name to observed error, from ``observed_errors``.
+
+    Returns:
+        One share a layer, in the order of the profile.
+
+    Example:
+        >>> from lightning_caq.measures.profile import LayerCurvature
+        >>> profile = CurvatureProfile((LayerCurvature("fc", 8, 2, 8, carried_error={3: 0.5}),))
+        >>> error_shares(profile, {"fc": 3})
+        (ErrorShare(name='fc', bits=3, predicted=0.5, observed=None),)
+    """
+    shares = []
+    for row in profile.layers:
+        if row.name in bits:
+            b = bits[row.name]
+            shares.append(ErrorShare(row.name, b, row.carried_error.get(b), (observed or {}).get(row.name)))
+    return tuple(shares)
+
+
+def observed_errors(
+    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], errors: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Error of the network's output with one layer rounded at a time: rms over samples of ‖F(w + Δ_i) − F(w)‖.
+
+    Costs one forward pass of all samples a layer, and one more; the weights are put back.
+
+    Args:
+        model: The float network, in eval mode.
+        layers: The layers.
+        batches: The samples.
+        errors: Layer name to Δ_i; layers without one are left out.
+
+    Returns:
+        Layer name to error, in the unit of the network's output.
+
+    Example:
+        >>> net = nn.Linear(2, 1, bias=False)
+        >>> layer = Layer("", "linear", (1, 2), calls=1, modules=("",))
+        >>> observed_errors(net, [layer], [torch.eye(2)], {"": torch.tensor([[3.0, 4.0]])})  # √((3² + 4²) / 2)
+        {'': 3.53553...}
+    """
+    samples = sum(map(batch_size, batches))
+    with torch.no_grad():
+        reference = [run_model(model, batch) for batch in batches]
+        found = {}
+        for layer in layers:
+            if layer.name not in errors:
+                continue
+            weight = layer_weight(model, layer)
+            before = weight.detach().clone()
+            try:
+                weight.add_(errors[layer.name])
+                total = sum(
+                    float((run_model(model, batch) - y).double().square().sum())
+                    for batch, y in zip(batches, reference, strict=True)
+                )
+            finally:
+                weight.copy_(before)
+            found[layer.name] = (total / samples) ** 0.5
+    return found
+
+
+@dataclass(frozen=True)
+class Energy:
+    """½ ΔᵀHΔ of one layer's rounding error, split by the short-axis subspace S; nat.
+
+    Attributes:
+        short: The part in S, ½ Σ_j |λ_j| (v_jᵀΔ)².
+        rest: All else, ½ ΔᵀHΔ less the part in S; it may be negative for an indefinite H.
+    """
+
+    short: float
+    rest: float
+
+    @property
+    def share(self) -> float | None:
+        """Share of S in both parts' magnitudes; ``None`` where both are zero or not numbers.
+
+        Example:
+            >>> Energy(3.0, 1.0).share
+            0.75
+        """
+        total = abs(self.short) + abs(self.rest)
+        return abs(self.short) / total if total > 0 else None
+
+
+@dataclass(frozen=True)
+class SubspaceShare:
+    """What rounding leaves of one layer in the short-axis subspace, nearest against the rounding that was chosen.
+
+    Attributes:
+        name: The layer.
+        bits: Its bit-width.
+        nearest: With nearest rounding; ``None`` where it was not measured.
+        chosen: With the plan's rounding; ``None`` where it was not measured.
+    """
+
+    name: str
+    bits: int
+    nearest: Energy | None
+    chosen: Energy | None = None
+
+
+def subspace_shares(
+    profile: CurvatureProfile, bits: Mapping[str, int], chosen: Mapping[str, Energy] | None = None
+) -> tuple[SubspaceShare, ...]:
+    """Every layer's energies; layers that the profile does not know are left out.
+
+    Costs nothing: the energies of nearest rounding are in the profile (measure ``subspace``).
+
+    Args:
+        profile: What was measured.
+        bits: Layer name to bit-width, as ``plan.bits``.
+        chosen: Layer name to energy of the plan's rounding, from ``rounding_energies``.
+
+    Returns:
+        One share a layer, in the order of the profile.
+
+    Example:
+        >>> from lightning_caq.measures.profile import LayerCurvature
+        >>> row = LayerCurvature("fc", 8, 2, 8, subspace_energy={3: 0.5}, second_order={3: 0.75})
+        >>> subspace_shares(CurvatureProfile((row,)), {"fc": 3})[0].nearest
+        Energy(short=0.25, rest=0.125)
+    """
+    return tuple(
+        SubspaceShare(
+            row.name,
+            bits[row.name],
+            _energy(row.subspace_energy, row.second_order, bits[row.name]),
+            (chosen or {}).get(row.name),
+        )
+        for row in profile.layers
+        if row.name in bits
+    )
+
+
+def rounding_energies(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    objective: Objective,
+    errors: Mapping[str, Tensor],
+    profile: CurvatureProfile,
+) -> dict[str, Energy]:
+    """Energies of the rounding errors that a plan really makes, one layer at a time.
+
+    The subspace S is found again, by the route that the profile took, so that this costs what the spectrum cost.
+
+    Args:
+        model: The float network, in eval mode, its layers' weights requiring gradients.
+        layers: The layers.
+        objective: The objective whose Hessian is meant, on the samples that the profile was measured on.
+        errors: Layer name to Δ_i, the plan's weights less the float ones.
+        profile: Tells how many eigenpairs span S, the seed, and the curvature outside S.
+
+    Returns:
+        Layer name to energy; empty where the profile holds no eigenvalues.
+    """
+    k = len(profile.eigenvalues)
+    if k == 0:
+        return {}
+    if objective.name == "distill":
+        any_bits = 0  # projections are filed by bit-width; here there is one
+        deltas = {layer.name: {any_bits: errors[layer.name]} for layer in layers}
+        projected = gram_spectrum(model, layers, objective.batches, deltas, k=k).projected
+        squares = {name: each[any_bits].square() for name, each in projected.items()}
+        return {name: Energy(0.5 * float(x[:k].sum()), 0.5 * float(x[k:].sum())) for name, x in squares.items()}
+    with batchnorm_folded(model, layers, objective.batches[0]):
+        operator = Hessian(model, layers, objective)
+        start = operator.like(torch.randn(operator.size, generator=generator(profile.seed, "lanczos")))
+        pairs = lanczos(operator.product, start, min(k, operator.size))
+    outside, energies = profile.residual_curvature or 0.0, {}
+    for layer, part in zip(layers, pairs.vectors.split(operator.sizes), strict=True):
+        delta = errors[layer.name].flatten().to(part)
+        along = (part.T @ delta).double().square().cpu()
+        short = float(pairs.values.abs() @ along)
+        rest = outside * (float(delta.double().square().sum()) - float(along.sum()))
+        energies[layer.name] = Energy(0.5 * short, 0.5 * (float(pairs.values @ along) - short + rest))
+    return energies
+
+
+def _energy(short: Mapping[int, float], whole: Mapping[int, float], bits: int) -> Energy | None:
+    if bits not in short or bits not in whole:
+        return None
+    return Energy(0.5 * short[bits], 0.5 * (whole[bits] - short[bits]))

@@ -1,0 +1,153 @@
+"""Tightness: what composition predicts of the output error, beside the output error itself (CAQ 2.3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_caq.allocation.composition import compose, correlated_bound
+from lightning_caq.batches import batch_size, run_model
+from lightning_caq.contexts import curvature_safe
+from lightning_caq.errors import OptionError
+from lightning_caq.isolation import preserved
+from lightning_caq.layers import Layer, layer_weight
+from lightning_caq.measures.carried import carried_errors
+from lightning_caq.measures.profile import CurvatureProfile
+from lightning_caq.measures.rounding_errors import nearest_errors
+
+
+@dataclass(frozen=True)
+class Tightness:
+    """Output errors, observed and predicted, all in the unit of the network's output.
+
+    Attributes:
+        observed: Root mean square over samples of ‖F_q(x) − F(x)‖, F_q with every weight rounded to nearest.
+        bound: Φ = Σ A_i e_i with A_i from the Jacobian: the layers' errors all point the same way.
+        correlated: Φ_corr = (Σ_ij |G_ij|)^½, the same with the alignment that the errors really have, at its worst
+            signs.
+        rss: Φ_rss = (Σ (A_i e_i)²)^½: the layers' errors are independent.
+        linear: Root mean square of ‖Σ_i J_i Δ_i z_i‖, the first-order error with its signs.
+        lipschitz: Φ with A_i from Lipschitz constants; ``None`` where they were not measured.
+    """
+
+    observed: float
+    bound: float
+    correlated: float
+    rss: float
+    linear: float
+    lipschitz: float | None = None
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Predicted over observed, of each prediction there is; 1 is exact.
+
+        Example:
+            >>> Tightness(observed=2.0, bound=5.0, correlated=3.0, rss=1.8, linear=2.2).ratios
+            {'bound': 2.5, 'correlated': 1.5, 'rss': 0.9, 'linear': 1.1}
+        """
+        names = ("bound", "correlated", "rss", "linear", "lipschitz")
+        predicted = {name: getattr(self, name) for name in names}
+        return {name: _ratio(value, self.observed) for name, value in predicted.items() if value is not None}
+
+
+def tightness(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batches: Sequence[Any],
+    profile: CurvatureProfile,
+    bits: Mapping[str, int],
+) -> Tightness:
+    """Compare the predicted with the observed error of a network whose weights are rounded to nearest.
+
+    Costs three forward passes over the batches and a backward pass for each output of a sample, at most 16, each worth
+    about two forward passes: some 23 for ten classes, 35 at most, however many layers there are. A few dozen samples
+    are enough to judge by.
+
+    Args:
+        model: The float network; left as it was.
+        layers: The layers that are rounded.
+        batches: The samples.
+        profile: Where it holds ``lipschitz_amplification`` of every layer, that bound is given too.
+        bits: Layer name to bit-width, for every layer.
+
+    Returns:
+        The errors.
+
+    Raises:
+        OptionError: If a layer has no bits.
+
+    Example:
+        >>> from lightning_caq.layers import find_layers
+        >>> from lightning_caq.measures.measure import measure
+        >>> net, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(32, 8)
+        >>> found = tightness(net, find_layers(net, x), [x], measure(net, [x]), {"0": 8, "2": 8})
+        >>> found.bound >= found.correlated >= found.rss, 0.9 < found.ratios["linear"] < 1.1
+        (True, True)
+    """
+    missing = [layer.name for layer in layers if layer.name not in bits]
+    if missing:
+        raise OptionError(f"bits has no entry for the layers {missing}; give every layer its bits.")
+    chosen = {layer.name: bits[layer.name] for layer in layers}
+    with curvature_safe(model), preserved(model):
+        deltas = {layer.name: nearest_errors(model, layer, [chosen[layer.name]]) for layer in layers}
+        carried = carried_errors(model, layers, batches, deltas, seed=profile.seed)
+        observed = _observed(model, layers, batches, {name: errors[chosen[name]] for name, errors in deltas.items()})
+    gram = carried.gram(chosen)
+    composed = compose([1.0] * len(layers), gram.diagonal().sqrt().tolist())
+    gains = [profile[name].lipschitz_amplification for name in chosen]
+    errors = [carried.errors[name][b] for name, b in chosen.items()]
+    return Tightness(
+        observed=observed,
+        bound=composed.bound,
+        correlated=correlated_bound(gram.numpy()),
+        rss=composed.rss,
+        linear=float(gram.sum().clamp_min(0)) ** 0.5,
+        lipschitz=None if None in gains else compose([g for g in gains if g is not None], errors).bound,
+    )
+
+
+def output_norm(model: nn.Module, batches: Sequence[Any]) -> float:
+    """Root mean square over samples of ‖F(x)‖, by which output errors become parts of the output.
+
+    Example:
+        >>> output_norm(nn.Identity(), [torch.tensor([[3.0, 4.0]])])
+        5.0
+    """
+    with torch.no_grad():
+        squares = [float(run_model(model, batch).double().square().sum()) for batch in batches]
+    return math.sqrt(sum(squares) / sum(map(batch_size, batches)))
+
+
+def _observed(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], deltas: Mapping[str, Tensor]) -> float:
+    """Root mean square over samples of ‖F_q(x) − F(x)‖."""
+    with torch.no_grad():
+        before = [run_model(model, batch) for batch in batches]
+        with _added(model, layers, deltas):
+            moved = [run_model(model, batch) - output for batch, output in zip(batches, before, strict=True)]
+    return float((sum(x.double().square().sum() for x in moved) / sum(map(batch_size, batches))) ** 0.5)
+
+
+@contextmanager
+def _added(model: nn.Module, layers: Sequence[Layer], deltas: Mapping[str, Tensor]) -> Iterator[None]:
+    """While open, every weight has its error added."""
+    weights = {layer.name: layer_weight(model, layer) for layer in layers}
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    try:
+        for name, weight in weights.items():
+            weight.add_(deltas[name])
+        yield
+    finally:
+        for name, weight in weights.items():
+            weight.copy_(before[name])
+
+
+def _ratio(predicted: float, observed: float) -> float:
+    if observed > 0:
+        return predicted / observed
+    return 1.0 if predicted == 0 else float("inf")

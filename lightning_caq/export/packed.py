@@ -1,0 +1,212 @@
+"""Packed files: a quantized network in one safetensors file of the size that its plan promises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lightning_caq.errors import LayerError, OptionError, PlanError
+from lightning_caq.export.packed_modules import PackedWeight, check_quantized, pack_modules
+from lightning_caq.export.packing import packed_bytes
+from lightning_caq.export.sealed import read_sealed, write_sealed
+from lightning_caq.layers import kind_of
+from lightning_caq.quantizers.activations import InputGrid
+from lightning_caq.quantizers.modules import on_grid
+from lightning_caq.quantizers.swap import restore_modules, swap
+
+VERSION = 1
+_PARTS = ("codes", "scale", "doubled_zero_point")
+
+
+def save_quantized(model: nn.Module, path: str | Path) -> Path:
+    """Write a quantized network into one file, its weights packed at their bit-width.
+
+    The file holds, for every quantized weight, ⌈n b / 8⌉ bytes of codes, a float32 scale and a 16-bit zero point a
+    channel; every other parameter and buffer of the state dict as it is; and in its header the bit-widths, the grids of
+    inputs and a fingerprint of the whole file. Tied weights are stored once. Nothing is pickled.
+
+    Args:
+        model: The quantized network.
+        path: The file, such as ``net.safetensors``.
+
+    Returns:
+        The path.
+
+    Raises:
+        LayerError: If the network is not quantized, holds weights that are not on their grids, or state that is no
+            tensor.
+
+    Example:
+        >>> import copy, tempfile
+        >>> from lightning_caq import quantize
+        >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        >>> fresh, x = copy.deepcopy(net), torch.randn(64, 8)
+        >>> _ = quantize(net, [x], avg_bits=3)
+        >>> path = save_quantized(net, f"{tempfile.mkdtemp()}/net.safetensors")
+        >>> torch.equal(load_quantized(fresh, path)(x), net(x))
+        True
+    """
+    modules = check_quantized(model)
+    state = _state(model)
+    tied = _tied(state)
+    names: dict[str, list[str]] = {}
+    for name, module in modules.items():
+        if not (module.quantizing and on_grid(module.weight, module.grid)):
+            raise LayerError(
+                f"Layer '{name}' holds weights that are not on its grid: it was trained on, or loaded from a float "
+                "checkpoint. Snap it with plan.settled(model), or quantize again; then save."
+            )
+        key = f"{name}.weight".lstrip(".")
+        names.setdefault(tied.get(key, key), []).append(name)
+    layers, tensors = [], {key: x for key, x in state.items() if key not in tied and key not in names}
+    for key, tied_modules in names.items():
+        module = modules[tied_modules[0]]
+        packed = PackedWeight.of(module.weight, module.grid)
+        dtype = str(module.weight.dtype)
+        layers.append(_Layer(key, tuple(tied_modules), packed.bits, packed.shape, dtype, module.input_grid))
+        tensors |= {f"{key}.{part}": getattr(packed, part) for part in _PARTS}
+    description = {"network": type(model).__name__, "layers": [asdict(x) for x in layers], "tied": tied}
+    return write_sealed(path, VERSION, description, tensors)
+
+
+def load_quantized(model: nn.Module, path: str | Path, *, packed: bool = False) -> nn.Module:
+    """Fill a network from a file of ``save_quantized``; its outputs are then those of the network that was saved.
+
+    Nothing in the network changes before the whole file has been checked.
+
+    Args:
+        model: A network of the same architecture, plain or quantized, on any device; its weights do not matter.
+        path: The file.
+        packed: Keep the weights packed in memory too and unpack them in every forward pass: less memory, more time, for
+            inference only. By default the network becomes the fake-quant one that was saved.
+
+    Returns:
+        The network that was given.
+
+    Raises:
+        PlanError: If the file is missing, truncated, changed, of a newer format or of another network.
+    """
+    description, tensors = read_sealed(path, VERSION)
+    try:
+        layers = [_Layer.read(x) for x in description["layers"]]
+        weights = {x.key: _take(tensors, x) for x in layers}
+        tied = dict(description["tied"])
+    except (KeyError, TypeError, OptionError) as error:
+        raise PlanError(f"{path} is damaged: {type(error).__name__} {error}. Save it again.") from error
+    live = _checked(model, layers, tied, tensors, path)
+    weights = {key: weight.to(live[key].device) for key, weight in weights.items()}
+    restore_modules(model)
+    with torch.no_grad():
+        for key, tensor in (*tensors.items(), *((key, weight.values()) for key, weight in weights.items())):
+            live[key].copy_(tensor)
+    by_module = {name: weights[x.key] for x in layers for name in x.modules}
+    inputs = {name: x.input_grid for x in layers if x.input_grid is not None for name in x.modules}
+    if packed:
+        pack_modules(model, by_module, inputs)
+    else:
+        swap(model, {name: weight.grid for name, weight in by_module.items()}, inputs)
+    return model
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One quantized weight as the file describes it: state-dict key, modules that hold it, and how it is stored."""
+
+    key: str
+    modules: tuple[str, ...]
+    bits: int
+    shape: tuple[int, ...]
+    dtype: str
+    input_grid: InputGrid | None = None
+
+    @classmethod
+    def read(cls, data: Mapping[str, Any]) -> _Layer:
+        """A layer from what the file says of it."""
+        grid = data.get("input_grid")
+        input_grid = None if grid is None else InputGrid(**grid)
+        return cls(
+            **{**data, "modules": tuple(data["modules"]), "shape": tuple(data["shape"]), "input_grid": input_grid}
+        )
+
+
+def _take(tensors: dict[str, Tensor], layer: _Layer) -> PackedWeight:
+    """Take the three tensors of a layer out of the file's."""
+    codes, scale, zero = (tensors.pop(f"{layer.key}.{part}") for part in _PARTS)
+    count = int(torch.Size(layer.shape).numel())
+    if (
+        codes.shape != (packed_bytes(count, layer.bits),)
+        or scale.shape != zero.shape
+        or len(scale.shape) != len(layer.shape)
+        or any(size not in (1, whole) for size, whole in zip(scale.shape, layer.shape, strict=True))
+        or (codes.dtype, scale.dtype, zero.dtype) != (torch.uint8, torch.float32, torch.int16)
+    ):
+        raise TypeError(f"the tensors of '{layer.key}' do not fit its shape {list(layer.shape)}")
+    return PackedWeight(layer.bits, layer.shape, codes, scale, zero)
+
+
+def _checked(
+    model: nn.Module, layers: list[_Layer], tied: Mapping[str, str], others: Mapping[str, Tensor], path: str | Path
+) -> dict[str, Tensor]:
+    """The live tensors of a network that the file fits."""
+    name = type(model).__name__
+    wrong = f"{path} belongs to another network"
+    if any(is_lazy(x) or x.is_meta for x in (*model.parameters(), *model.buffers())):
+        raise PlanError(
+            f"{name} has parameters without values; run one batch through its lazy layers, or call "
+            "model.to_empty(device='cpu'), first."
+        )
+    try:
+        live = _state(model)
+    except LayerError as error:
+        raise PlanError(f"{wrong}: {error}") from error
+    stored = {x.key: (x.shape, x.dtype) for x in layers}
+    stored |= {key: (tuple(x.shape), str(x.dtype)) for key, x in others.items()}
+    stored |= {key: stored[owner] for key, owner in tied.items() if owner in stored}
+    if lacking := sorted(stored.keys() - live.keys()):
+        raise PlanError(f"{wrong}: it has {_some(lacking)}, which {name} lacks. Build the network that was saved.")
+    if lacking := sorted(live.keys() - stored.keys()):
+        raise PlanError(f"{wrong}: it lacks {_some(lacking)}, which {name} has. Build the network that was saved.")
+    for key, (shape, dtype) in stored.items():
+        if (tuple(live[key].shape), str(live[key].dtype)) != (shape, dtype):
+            raise PlanError(
+                f"{wrong}: it has '{key}' as {dtype} {list(shape)}, {name} as {live[key].dtype} "
+                f"{list(live[key].shape)}. Build the network that was saved, in its floating-point type."
+            )
+    if _tied(live) != tied:
+        raise PlanError(f"{wrong}: other tensors are tied in it than in {name}. Build the network that was saved.")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for x in layers:
+        for each in x.modules:
+            if each not in modules or kind_of(modules[each]) is None:
+                raise PlanError(f"{wrong}: in it '{each}' is a layer that can be quantized, in {name} it is not.")
+    return live
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """Live parameters and buffers by state-dict key."""
+    state = dict(model.state_dict(keep_vars=True))
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise LayerError(
+                f"{type(model).__name__} holds state that is no tensor, '{key}': a {type(value).__name__}. "
+                "Such a file holds tensors only; remove that state first."
+            )
+    return state
+
+
+def _tied(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Keys of tensors that an earlier key names too, with that key."""
+    first: dict[int, str] = {}
+    return {key: first[id(x)] for key, x in state.items() if first.setdefault(id(x), key) != key}
+
+
+def _some(names: Iterable[str]) -> str:
+    """Three names at most."""
+    listed = [f"'{name}'" for name in names]
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")

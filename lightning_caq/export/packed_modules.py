@@ -1,0 +1,173 @@
+"""Packed modules: they hold their weight in packed codes and unpack it whenever it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_caq.errors import LayerError
+from lightning_caq.export.packing import pack, unpack
+from lightning_caq.quantizers.activations import InputGrid
+from lightning_caq.quantizers.affine import Grid
+from lightning_caq.quantizers.modules import FakeQuant, rounding_forward
+from lightning_caq.quantizers.swap import quantized_modules
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight in the bytes that are counted.
+
+    Attributes:
+        bits: Bit-width.
+        shape: Shape of the weight.
+        codes: Packed codes, uint8, ⌈n · bits / 8⌉ bytes.
+        scale: Step of the grid, float32, in a shape that broadcasts to the weight.
+        doubled_zero_point: Twice the code of zero, int16, same shape: zero points are multiples of one half.
+    """
+
+    bits: int
+    shape: tuple[int, ...]
+    codes: Tensor
+    scale: Tensor
+    doubled_zero_point: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, grid: Grid) -> PackedWeight:
+        """A weight, packed.
+
+        Args:
+            weight: The weight; it is rounded to the grid.
+            grid: The grid.
+
+        Raises:
+            LayerError: If a zero point is no multiple of one half, or too large for 16 bits.
+
+        Example:
+            >>> grid = Grid(2, torch.tensor([[0.5]]), torch.tensor([[1.5]]))
+            >>> packed = PackedWeight.of(torch.tensor([[-0.75, 0.25]]), grid)
+            >>> packed.codes, packed.doubled_zero_point, packed.values()
+            (tensor([8], dtype=torch.uint8), tensor([[3]], dtype=torch.int16), tensor([[-0.7500,  0.2500]]))
+        """
+        doubled = 2 * grid.zero_point
+        if not torch.equal(doubled.to(torch.int16).to(doubled.dtype), doubled):
+            raise LayerError(
+                "A zero point cannot be stored: it must be a multiple of one half between -16384 and 16383.5."
+            )
+        codes = pack(grid.codes(weight.detach()), grid.bits)
+        return cls(grid.bits, tuple(weight.shape), codes, grid.scale, doubled.to(torch.int16))
+
+    @property
+    def grid(self) -> Grid:
+        """The grid."""
+        return Grid(self.bits, self.scale, self.doubled_zero_point / 2)
+
+    def values(self) -> Tensor:
+        """The weight, float32."""
+        count = int(torch.Size(self.shape).numel())
+        return self.grid.values(unpack(self.codes, self.bits, count).view(self.shape))
+
+    def to(self, device: torch.device) -> PackedWeight:
+        """The same on another device."""
+        tensors = (x.to(device) for x in (self.codes, self.scale, self.doubled_zero_point))
+        return PackedWeight(self.bits, self.shape, *tensors)
+
+
+class Packed:
+    """What every packed module adds to the class it replaces: ``weight`` is unpacked each time it is read.
+
+    Such a module is for inference and for the floating-point type it had when it was packed.
+
+    Attributes:
+        plain_class: The class it replaces.
+        codes: As in ``PackedWeight``, a buffer; ``scale`` and ``doubled_zero_point`` too.
+        layout: Bit-width, shape and floating-point type of the weight.
+        input_grid: Grid of the input, or ``None``.
+    """
+
+    plain_class: ClassVar[type[nn.Module]]
+    codes: Tensor
+    scale: Tensor
+    doubled_zero_point: Tensor
+    layout: tuple[int, tuple[int, ...], torch.dtype]
+    input_grid: InputGrid | None
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, made anew from its codes."""
+        bits, shape, dtype = self.layout
+        return PackedWeight(bits, shape, self.codes, self.scale, self.doubled_zero_point).values().to(dtype)
+
+    def rounded_input(self, input: Tensor) -> Tensor:
+        """The input on its grid, if it has one."""
+        return input if self.input_grid is None else self.input_grid.round(input)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # As for fake-quant modules: copies and pickles name the class that this one was made from.
+        return _rebuild, (self.plain_class,), self.__dict__.copy()
+
+
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def packed_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The packed subclass of a module class.
+
+    Example:
+        >>> packed_class(nn.Linear).__name__
+        'PackedLinear'
+    """
+    if base not in _classes:
+        names = {"__module__": __name__, "plain_class": base, "forward": rounding_forward(base)}
+        _classes[base] = type(f"Packed{base.__name__}", (Packed, base), names)
+    return _classes[base]
+
+
+def _rebuild(base: type[nn.Module]) -> nn.Module:
+    cls = packed_class(base)
+    return cls.__new__(cls)
+
+
+def pack_modules(
+    model: nn.Module, weights: Mapping[str, PackedWeight], inputs: Mapping[str, InputGrid] | None = None
+) -> None:
+    """Turn modules into packed ones, in place; their float weights are let go.
+
+    Args:
+        model: The network, its modules in their plain classes.
+        weights: Module name to packed weight; tied modules are given the same one and share its tensors.
+        inputs: Module name to the grid of its input; other modules take their inputs as they are.
+
+    Example:
+        >>> net = nn.Linear(2, 1, bias=False)
+        >>> grid = Grid(2, torch.tensor([[0.5]]), torch.tensor([[1.0]]))
+        >>> pack_modules(net, {"": PackedWeight.of(torch.tensor([[-0.5, 1.0]]), grid)})
+        >>> net, net(torch.ones(1, 2)), list(net.parameters())
+        (PackedLinear(in_features=2, out_features=1, bias=False), tensor([[0.5000]]), [])
+    """
+    for name, packed in weights.items():
+        module: Any = model.get_submodule(name)
+        weight = module._parameters.pop("weight")
+        module.__class__ = packed_class(type(module))
+        module.layout = (packed.bits, packed.shape, weight.dtype)
+        module.input_grid = (inputs or {}).get(name)
+        for part in ("codes", "scale", "doubled_zero_point"):
+            module.register_buffer(part, getattr(packed, part))
+
+
+def check_quantized(model: nn.Module) -> dict[str, FakeQuant]:
+    """The fake-quant modules of a network that is about to be exported, by name.
+
+    Raises:
+        LayerError: If there are none, or if one does not run on its grid.
+    """
+    name = type(model).__name__
+    if any(isinstance(module, Packed) for module in model.modules()):
+        raise LayerError(f"{name} was loaded with packed=True; load its file without it to export the network again.")
+    modules = quantized_modules(model)
+    if not modules:
+        raise LayerError(f"{name} has no quantized layer; run quantize() on it, or apply a plan, first.")
+    return modules

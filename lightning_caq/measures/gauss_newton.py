@@ -1,0 +1,192 @@
+"""The Gauss–Newton matrix of any loss of the outputs as an operator: Jᵀ ∇²ℓ(z) J, without second derivatives of z."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_caq.batches import batch_size, run_model
+from lightning_caq.errors import CalibrationError
+from lightning_caq.layers import Layer, layer_weight
+from lightning_caq.measures.convolutions import SeparateConvolutions
+from lightning_caq.objective import divergence
+
+OutputLoss = Callable[[Tensor, Any], Tensor]
+
+
+def distill(outputs: Tensor, batch: Any) -> Tensor:
+    """The divergence from these outputs, whose Hessian at them is that of the ``distill`` objective.
+
+    Example:
+        >>> float(distill(torch.tensor([[1.0, 2.0]]), None))
+        0.0
+    """
+    return divergence(outputs.detach(), outputs)
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """What products on one batch are taken on.
+
+    Attributes:
+        outputs: z, with its graph to the weights.
+        direction: u, what Jᵀ is applied to.
+        pulled: Jᵀ u of every layer, with its graph to u.
+        point: z again, cut off from the network.
+        slope: ∇ℓ(z), with its graph to ``point``.
+    """
+
+    outputs: Tensor
+    direction: Tensor
+    pulled: tuple[Tensor, ...]
+    point: Tensor
+    slope: Tensor
+
+
+class GaussNewton:
+    """G = Σ_b N_b/N · J_bᵀ ∇²ℓ_b(z_b) J_b over the weights of the layers, z_b the outputs for batch b.
+
+    The part of the Hessian of ℓ(z(w)) that is left if the network is taken to be linear in its weights (Schraudolph
+    2002). No term of it is negative where ℓ is convex in z, as cross-entropy and the squared error are. For ``distill``
+    at the float weights it is the Hessian itself. J v is the derivative of u ↦ Jᵀ u, so whatever the network is made
+    of, two backward passes suffice.
+
+    The graphs of a batch are kept from one product to the next as long as all that are kept fit in ``graph_memory``;
+    batches beyond that are built anew each time. On a ResNet-20 with its batch-norms folded and a batch of 128, a
+    product cost 1.9 gradients (3.0 with graphs built anew, 2.0 for ``Hessian``), the products with all 20 layers'
+    blocks 6.7.
+
+    Args:
+        model: The network, in eval mode.
+        layers: The layers whose weights are the variables; in this order they make up a vector of n numbers.
+        batches: The samples; batches are weighted by their sizes.
+        output_loss: Loss of the outputs for a batch, and of that batch, where labels may be: the mean over samples.
+        graph_memory: Bytes that graphs may take together.
+
+    Attributes:
+        sizes: Number of weights of each layer, n_i.
+
+    Example:
+        >>> from lightning_caq.layers import find_layers
+        >>> net, x = nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> operator = GaussNewton(net, find_layers(net, x), [x], lambda z, batch: z.square().mean())
+        >>> operator.product(torch.tensor([1.0, 1.0]))  # 2 E[x xᵀ]
+        tensor([1., 4.])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        batches: Sequence[Any],
+        output_loss: OutputLoss = distill,
+        *,
+        graph_memory: int = 2**30,
+    ) -> None:
+        self._model, self._batches, self._loss, self._room = model, batches, output_loss, graph_memory
+        self._weights = [layer_weight(model, layer) for layer in layers]
+        self._kept: dict[int, _Graph] = {}
+        self.sizes = [w.numel() for w in self._weights]
+
+    @property
+    def size(self) -> int:
+        """Number of weights, n."""
+        return sum(self.sizes)
+
+    @property
+    def kept(self) -> int:
+        """Number of batches whose graphs are kept."""
+        return len(self._kept)
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """A vector of n numbers as one tensor a layer, in the shapes of the weights."""
+        return [v.reshape(w.shape) for v, w in zip(vector.split(self.sizes), self._weights, strict=True)]
+
+    def like(self, vector: Tensor) -> Tensor:
+        """A vector in the dtype and on the device of the weights."""
+        return vector.to(self._weights[0])
+
+    def product(self, vector: Tensor) -> Tensor:
+        """G v, shape (n,)."""
+        parts, total = self.split(vector), torch.zeros_like(vector)
+        for share, graph in self._graphs():
+            images = _product(graph, range(len(parts)), parts, self._weights)
+            total.add_(torch.cat([image.flatten() for image in images]), alpha=share)
+        return total
+
+    def layer_products(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """G_ii v_i of every layer, each on the part of the graph behind its own weight."""
+        totals = [torch.zeros_like(w, requires_grad=False) for w in self._weights]
+        for share, graph in self._graphs():
+            for i, (total, weight, v) in enumerate(zip(totals, self._weights, vectors, strict=True)):
+                total.add_(_product(graph, [i], [v], [weight])[0], alpha=share)
+        return totals
+
+    def layer_quadratics(self, vectors: Sequence[Tensor]) -> list[float]:
+        """v_iᵀ G_ii v_i of every layer."""
+        products = self.layer_products(vectors)
+        return [float((p.double() * v.double()).sum()) for p, v in zip(products, vectors, strict=True)]
+
+    def _graphs(self) -> Iterator[tuple[float, _Graph]]:
+        """Of every batch its share and its graphs."""
+        sizes = [batch_size(batch) for batch in self._batches]
+        for index, size in enumerate(sizes):
+            if index not in self._kept and self._room > 0:
+                self._room -= self._graph_bytes(index)
+                if self._room >= 0:
+                    self._kept[index] = self._build(index)
+            yield size / sum(sizes), self._kept[index] if index in self._kept else self._build(index)
+
+    def _build(self, index: int) -> _Graph:
+        batch = self._batches[index]
+        with torch.enable_grad(), SeparateConvolutions():
+            outputs = run_model(self._model, batch)
+            direction = torch.zeros_like(outputs, requires_grad=True)
+            pulled = torch.autograd.grad(
+                outputs, self._weights, direction, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+            point = outputs.detach().requires_grad_()
+            loss = self._loss(point, batch)
+            if loss.numel() != 1 or not bool(torch.isfinite(loss).all()):
+                raise CalibrationError(
+                    f"The loss of the outputs for batch {index} must be one finite number, got {loss}."
+                )
+            (slope,) = torch.autograd.grad(loss, point, create_graph=True)
+        return _Graph(outputs, direction, pulled, point, slope)
+
+    def _graph_bytes(self, index: int) -> int:
+        """Bytes of what the graphs of a batch save, each storage once; from graphs that are thrown away."""
+        seen: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+            return tensor.detach()
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            self._build(index)
+        # Weights and samples are there anyway; batches may be views of one large tensor.
+        there = (*self._model.parameters(), *tree_leaves(self._batches))
+        own = {t.untyped_storage().data_ptr() for t in there if isinstance(t, Tensor)}
+        return sum(size for pointer, size in seen.items() if pointer not in own)
+
+
+def _product(
+    graph: _Graph, places: Sequence[int], vectors: Sequence[Tensor], weights: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """The product with the blocks of some layers, their common ones too."""
+    if not graph.slope.requires_grad:  # a loss that is linear in the outputs has no curvature
+        return tuple(torch.zeros_like(w, requires_grad=False) for w in weights)
+    pulled = [graph.pulled[i] for i in places]
+    (pushed,) = torch.autograd.grad(  # J v
+        pulled, graph.direction, vectors, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    (bent,) = torch.autograd.grad(graph.slope, graph.point, pushed, retain_graph=True)
+    return torch.autograd.grad(
+        graph.outputs, weights, bent, retain_graph=True, allow_unused=True, materialize_grads=True
+    )

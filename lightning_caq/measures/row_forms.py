@@ -1,0 +1,168 @@
+"""Row forms: how the rows of A_i are held, as they are or by the factors that they are made of.
+
+A row of A_i is the gradient of one output by a layer's weight, Σ_t g_t x_tᵀ over the positions t at which the layer is
+applied. With few positions the factors take less room than the row, and less work:
+⟨Σ_t g_t x_tᵀ, Σ_s h_s y_sᵀ⟩ = Σ_ts ⟨g_t, h_s⟩ ⟨x_t, y_s⟩. The words of an embedding are one-hot x_t, of which only the
+place of the one is held.
+"""
+
+from __future__ import annotations
+
+from math import isqrt
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_BLOCK_NUMBERS = 2**22  # numbers in one block of pairs, 16 MB
+
+
+class DenseRows:
+    """Rows as they are.
+
+    Attributes:
+        rows: Shape (rows, groups · outputs · columns).
+    """
+
+    def __init__(self, rows: int, groups: int, outputs: int, columns: int, dtype: torch.dtype) -> None:
+        self.rows = torch.zeros(rows, groups * outputs * columns, dtype=dtype)
+
+    def put(self, place: slice, gradients: Tensor, inputs: Tensor) -> None:
+        """Add to some rows what one call of the layer gave.
+
+        Args:
+            place: The rows.
+            gradients: g_t, shape (rows, groups, positions, outputs).
+            inputs: x_t, shape (rows, groups, positions, columns).
+        """
+        self.rows[place] += (gradients.transpose(2, 3) @ inputs).flatten(1).to(self.rows)
+
+    def gram(self) -> Tensor:
+        """A_i A_iᵀ, shape (rows, rows)."""
+        return self.rows @ self.rows.T
+
+    def project(self, delta: Tensor) -> Tensor:
+        """A_i Δ for an error given as matrices, shape (groups, outputs, columns); result of shape (rows,)."""
+        return self.rows @ delta.flatten().to(self.rows)
+
+    def squares(self) -> Tensor:
+        """Sum of the squares of the rows, number by number."""
+        norms: Tensor = torch.linalg.vector_norm(self.rows, dim=0)
+        return norms.square()
+
+
+class FactoredRows:
+    """Rows by their factors g_t and x_t.
+
+    Attributes:
+        gradients: g_t, shape (rows, groups, positions, outputs); zeros where a row has fewer positions.
+        inputs: x_t, shape (rows, groups, positions, columns).
+    """
+
+    def __init__(self, rows: int, groups: int, outputs: int, columns: int, positions: int, dtype: torch.dtype) -> None:
+        self.gradients = torch.zeros(rows, groups, positions, outputs, dtype=dtype)
+        self.inputs = torch.zeros(rows, groups, positions, columns, dtype=dtype)
+
+    def put(self, place: slice, gradients: Tensor, inputs: Tensor) -> None:
+        """Write some rows, with the positions of all calls of the layer; shapes as above."""
+        missing = gradients.shape[2] - self.gradients.shape[2]
+        if missing > 0:  # a later batch has longer samples than the first
+            self.gradients = F.pad(self.gradients, (0, 0, 0, missing))
+            self.inputs = F.pad(self.inputs, (0, 0, 0, missing))
+        self.gradients[place, :, : gradients.shape[2]] = gradients.to(self.gradients)
+        self.inputs[place, :, : inputs.shape[2]] = inputs.to(self.inputs)
+
+    def gram(self) -> Tensor:
+        """A_i A_iᵀ, shape (rows, rows), block by block."""
+        rows, groups, positions, _ = self.gradients.shape
+        step = max(1, isqrt(_BLOCK_NUMBERS // groups) // positions)
+        result = self.gradients.new_zeros(rows, rows)
+        for a in range(0, rows, step):
+            for b in range(a, rows, step):
+                first, second = slice(a, a + step), slice(b, b + step)
+                pairs = _pairs(self.gradients[first], self.gradients[second])
+                pairs *= _pairs(self.inputs[first], self.inputs[second])
+                block = pairs.sum(0).unflatten(0, (-1, positions)).unflatten(2, (-1, positions)).sum((1, 3))
+                result[first, second] = block
+                result[second, first] = block.T
+        return result
+
+    def project(self, delta: Tensor) -> Tensor:
+        """A_i Δ for an error given as matrices, shape (groups, outputs, columns); result of shape (rows,)."""
+        moved = self.inputs @ delta.transpose(1, 2).to(self.inputs)  # Δ x_t
+        return (moved * self.gradients).sum((1, 2, 3))
+
+    def squares(self) -> Tensor:
+        """Sum of the squares of the rows, number by number, shape (groups, outputs, columns)."""
+        g, x = self.gradients, self.inputs
+        if g.shape[2] == 1:  # (g_o x_c)²
+            return torch.einsum("rgto,rgtc->goc", g.square(), x.square())
+        step = max(1, _BLOCK_NUMBERS // (g[0, :, 0].numel() * x.shape[3]))
+        blocks = zip(g.split(step), x.split(step), strict=True)
+        return torch.stack([(a.transpose(2, 3) @ b).square().sum(0) for a, b in blocks]).sum(0)
+
+
+class WordRows:
+    """Rows of an embedding: gradients of the words that a sample holds, zeros for all the others.
+
+    Args:
+        rows: Number of rows.
+        words: Which words of the table.
+        width: Numbers of a word.
+        dtype: Of the gradients.
+    """
+
+    def __init__(self, rows: int, words: range, width: int, dtype: torch.dtype) -> None:
+        self._rows, self._words = rows, words
+        self._keys = [torch.empty(0, dtype=torch.long)]  # word · rows + row, so that sorting goes by words
+        self._values = [torch.empty(0, width, dtype=dtype)]
+
+    def put(self, place: slice, gradients: Tensor, words: Tensor) -> None:
+        """Add to some rows what one call gave.
+
+        Args:
+            place: The rows.
+            gradients: Shape (rows, positions, width).
+            words: Shape (rows, positions).
+        """
+        words = words.to(self._keys[0]) - self._words.start
+        keys = words * self._rows + torch.arange(place.start, place.stop)[:, None]
+        here = (words >= 0) & (words < len(self._words))
+        self._keys.append(keys[here])
+        self._values.append(gradients.to(self._values[0])[here.to(gradients.device)])
+
+    def gram(self) -> Tensor:
+        """A_i A_iᵀ, shape (rows, rows): the sum over words of what the rows that hold a word have in common."""
+        words, rows, values = self._entries()
+        result = values.new_zeros(self._rows, self._rows)
+        counts = words.unique_consecutive(return_counts=True)[1].tolist()
+        for index, part in zip(rows.split(counts), values.split(counts), strict=True):
+            result[index[:, None], index] += part @ part.T
+        return result
+
+    def project(self, delta: Tensor) -> Tensor:
+        """A_i Δ for an error given as matrices, shape (1, words, width); result of shape (rows,)."""
+        words, rows, values = self._entries()
+        along = (values * delta[0].to(values)[words]).sum(1)
+        return values.new_zeros(self._rows).index_add(0, rows, along)
+
+    def squares(self) -> Tensor:
+        """Sum of the squares of the rows, number by number, shape (words, width)."""
+        words, _, values = self._entries()
+        return values.new_zeros(len(self._words), values.shape[1]).index_add(0, words, values.square())
+
+    def _entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Word, row and gradient of every word of every row, each pair once, word by word."""
+        keys, place = torch.cat(self._keys).unique(return_inverse=True)
+        values = torch.cat(self._values)
+        values = values.new_zeros(len(keys), values.shape[1]).index_add(0, place, values)
+        self._values, self._keys = [values], [keys]
+        return keys // self._rows, keys % self._rows, values
+
+
+Rows = DenseRows | FactoredRows | WordRows
+
+
+def _pairs(left: Tensor, right: Tensor) -> Tensor:
+    """Inner products of all positions of some rows with all of others, shape (groups, rows · t, rows · t)."""
+    return left.transpose(0, 1).flatten(1, 2) @ right.transpose(0, 1).flatten(1, 2).transpose(1, 2)

@@ -1,0 +1,132 @@
+"""Calibration of activations: the inputs of the layers are looked at, and each gets its grid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_caq.batches import batch_size
+from lightning_caq.layers import Layer, layer_modules
+from lightning_caq.quantizers.activations import InputGrid, change_first, fit_input_grid
+from lightning_caq.seeding import generator
+from lightning_caq.visits import visit_modules
+
+FIRST_BITS = 8
+_VALUES = 2**17  # kept of each layer's inputs, 0.5 MB
+
+
+def input_bits(layers: Sequence[Layer], bits: int) -> tuple[int, ...]:
+    """Bits of every layer's input: ``bits``, and 8 for the first layer, which takes the data itself.
+
+    Args:
+        layers: The layers in order of execution.
+        bits: Bit-width of the others.
+
+    Example:
+        >>> input_bits([Layer("conv1", "conv2d", (8, 3, 3, 3)), Layer("fc", "linear", (10, 8))], 4)
+        (8, 4)
+    """
+    return tuple(FIRST_BITS if index == 0 else bits for index in range(len(layers)))
+
+
+@contextmanager
+def rounded_inputs(model: nn.Module, layers: Sequence[Layer], grids: Mapping[str, InputGrid]) -> Iterator[None]:
+    """While open, the inputs of some layers are rounded.
+
+    Args:
+        model: The network, its modules of any class.
+        layers: The layers.
+        grids: Layer name to grid; layers that are not named take their inputs as they are.
+
+    Example:
+        >>> net = nn.Identity()
+        >>> with rounded_inputs(net, [Layer("", "linear", (1, 1), modules=("",))], {"": InputGrid(8, 1.0, 0)}):
+        ...     net(torch.tensor([0.4, 0.6]))
+        tensor([0., 1.])
+    """
+
+    def hook(grid: InputGrid) -> Callable[..., Any]:
+        return lambda module, args, kwargs: change_first(grid.round, args, kwargs)
+
+    with ExitStack() as stack:
+        for layer in layers:
+            if layer.name in grids:
+                for module in layer_modules(model, layer):
+                    handle = module.register_forward_pre_hook(hook(grids[layer.name]), with_kwargs=True)
+                    stack.callback(handle.remove)
+        yield
+
+
+def sample_inputs(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any]) -> dict[str, Tensor]:
+    """A random sample of what goes into each layer, with the smallest and the largest value among it.
+
+    The network is run up to the last of the layers. At most about 2^17 values a layer are kept, so memory is bounded,
+    whatever the number of batches.
+
+    Args:
+        model: The network, in eval mode.
+        layers: The layers.
+        batches: Calibration batches.
+
+    Returns:
+        Layer name to values, float32, one-dimensional; a layer whose inputs are no floating-point numbers is missing.
+
+    Example:
+        >>> net, x = nn.Linear(2, 1), torch.tensor([[3.0, -1.0]])
+        >>> sample_inputs(net, [Layer("", "linear", (1, 2), calls=1, modules=("",))], [x])
+        {'': tensor([-1.,  3.,  3., -1.])}
+    """
+    names = {id(module): layer.name for layer in layers for module in layer_modules(model, layer)}
+    calls = {layer.name: layer.calls for layer in layers}
+    watched = [module for layer in layers for module in layer_modules(model, layer)]
+    draws = {name: generator(0, f"inputs/{name}") for name in calls}
+    kept: dict[str, list[Tensor]] = {}
+    samples, share = sum(map(batch_size, batches)), 1.0
+
+    def visit(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
+        if not inputs.is_floating_point() or not inputs.numel():
+            return
+        name, values = names[id(module)], inputs.detach().flatten()
+        wanted = max(1, round(_VALUES * share / calls[name]))
+        kept.setdefault(name, []).append(torch.stack([values.min(), values.max()]).float())
+        if wanted < len(values):
+            values = values[torch.randint(len(values), (wanted,), generator=draws[name]).to(values.device)]
+        kept[name].append(values.float())
+
+    for batch in batches:
+        share = batch_size(batch) / samples
+        visit_modules(model, watched, [batch], visit, calls=sum(calls.values()))
+    return {name: torch.cat(values) for name, values in kept.items()}
+
+
+def calibrate_inputs(
+    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], bits: Sequence[int]
+) -> dict[str, InputGrid]:
+    """A grid for the input of every layer, found layer by layer, the inputs before it rounded already.
+
+    Costs about half a forward pass a layer.
+
+    Args:
+        model: The network in eval mode, its weights rounded and repaired; left as it was.
+        layers: The layers in order of execution.
+        batches: Calibration batches.
+        bits: Bit-width of each layer's input, such as from ``input_bits``.
+
+    Returns:
+        Layer name to grid; an embedding, which takes tokens, has none.
+
+    Example:
+        >>> net, layers = nn.Linear(1, 1), [Layer("", "linear", (1, 1), calls=1, modules=("",))]
+        >>> calibrate_inputs(net, layers, [torch.arange(4.0)[:, None]], [2])
+        {'': InputGrid(bits=2, scale=1.0, zero_point=0)}
+    """
+    grids: dict[str, InputGrid] = {}
+    for layer, b in zip(layers, bits, strict=True):
+        with rounded_inputs(model, layers, grids):
+            for name, values in sample_inputs(model, [layer], batches).items():
+                grids[name] = fit_input_grid(values, b)
+    return grids

@@ -1,0 +1,225 @@
+"""HTML: a run on one self-contained page, which opens in any browser and needs no network."""
+
+from __future__ import annotations
+
+import json
+from base64 import b64encode
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from lightning_caq.evaluation.report import QuantizationReport
+from lightning_caq.measures.profile import CurvatureProfile
+from lightning_caq.reporting.gallery import ENTRIES, Gallery
+from lightning_caq.reporting.page import page
+from lightning_caq.reporting.words import comparison, in_words, layer_columns, reproduce
+
+if TYPE_CHECKING:
+    from lightning_caq.plan import QuantizationPlan
+
+Cell = str | float | None
+
+
+def write_html(
+    path: str | Path,
+    report: QuantizationReport | None,
+    profile: CurvatureProfile | None,
+    plan: QuantizationPlan | None,
+    gallery: Gallery,
+) -> Path:
+    """Write what is known of a run as one HTML file: words, tables that can be sorted, figures, and how to repeat it.
+
+    Whatever part of the run is missing is left out, and the page says so.
+
+    Args:
+        path: Where to write.
+        report: What came of the run.
+        profile: What was measured.
+        plan: What was done to the network.
+        gallery: The figures.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    sections = [
+        *_result(report),
+        *_layers(report, profile),
+        *_figures(gallery),
+        *_plan(plan),
+        *_repeat(report),
+        *_absent(report=report, profile=profile, plan=plan),
+    ]
+    title = f"Quantized by {report.method} at {report.budget}" if report else "Quantization"
+    path = Path(path)
+    path.write_text(page(title, "\n".join(sections)), encoding="utf-8")
+    return path
+
+
+def write_comparison(path: str | Path, runs: Mapping[str, QuantizationReport], figure: Figure | None) -> Path:
+    """Write several runs side by side as one HTML file.
+
+    Args:
+        path: Where to write.
+        runs: Name to report.
+        figure: All networks against their size, if there is a metric to compare.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    header, rows = comparison(runs)
+    told = [f"<h3>{escape(name)}</h3><p>{escape(' '.join(in_words(report)))}</p>" for name, report in runs.items()]
+    shown = [] if figure is None else [f'<figure><div class="paper">{picture(figure, "All runs")}</div></figure>']
+    sections = [section("Networks", table(header, rows)), section("Figure", *shown), section("Runs", *told)]
+    path = Path(path)
+    path.write_text(page(f"{len(runs)} runs compared", "\n".join(sections)), encoding="utf-8")
+    return path
+
+
+def section(title: str, *content: str) -> str:
+    """A section of the page; its content is HTML.
+
+    Example:
+        >>> section("Plan", "<p>None.</p>").splitlines()
+        ['<section><h2>Plan</h2>', '<p>None.</p></section>']
+    """
+    return f"<section><h2>{escape(title)}</h2>\n" + "\n".join(content) + "</section>"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
+    """A table that can be sorted by any column: numbers by size, all else by letters, what is missing last.
+
+    Example:
+        >>> table(["layer", "κ"], [["fc", 0.123456], ["conv", None]]).count("<td")
+        4
+    """
+    head = "".join(f'<th scope="col"><button type="button">{escape(cell)}</button></th>' for cell in header)
+    body = "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+    whole = f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody>"
+    return f'<div class="scroll"><table class="sortable">{whole}</table></div>'
+
+
+def _cell(value: Cell) -> str:
+    if isinstance(value, str):
+        return f"<td>{escape(value)}</td>"
+    if value is None or value != value:
+        return '<td class="number">–</td>'
+    text = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    return f'<td class="number" data-value="{value!r}">{text}</td>'
+
+
+def picture(figure: Figure, title: str) -> str:
+    """A figure as an image in the page, as vectors: they print at any size.
+
+    Args:
+        figure: The figure.
+        title: What it shows, for those who cannot see it.
+
+    Example:
+        >>> picture(Figure(figsize=(2, 1)), "Nothing")[:43]
+        '<img src="data:image/svg+xml;base64,PD94bWw'
+    """
+    vectors = BytesIO()
+    with mpl.rc_context({"svg.hashsalt": "caq"}):  # the same figure gives the same file
+        figure.savefig(vectors, format="svg", metadata={"Date": None})
+    source = f"data:image/svg+xml;base64,{b64encode(vectors.getvalue()).decode()}"
+    return f'<img src="{source}" alt="{escape(title)}" width="{96 * figure.get_figwidth():.0f}">'
+
+
+def _result(report: QuantizationReport | None) -> list[str]:
+    if report is None:
+        return []
+    header, rows = report.variant_cells()
+    notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
+    told = [f"<p>{escape(text)}</p>" for text in in_words(report)]
+    noted = f"<h3>Notes</h3><ul>{notes}</ul>" if notes else ""
+    return [section("Result", *told, table(header, map(_numbers, rows)), noted)]
+
+
+def _numbers(cells: Sequence[str]) -> list[Cell]:
+    """Cells of a text table: all but the name are numbers."""
+    return [cells[0], *(_number(cell) for cell in cells[1:])]
+
+
+def _number(cell: str) -> Cell:
+    try:
+        return float(cell.replace(",", "").removesuffix("x"))
+    except ValueError:
+        return None
+
+
+def _layers(report: QuantizationReport | None, profile: CurvatureProfile | None) -> list[str]:
+    header, rows = layer_columns(report, profile)
+    if not rows:
+        return []
+    return [section("Layers", "<p>Click a heading to sort.</p>", table(header, rows))]
+
+
+def _figures(gallery: Gallery) -> list[str]:
+    parts = []
+    for entry in ENTRIES:
+        if entry.tag in gallery.figures:
+            image = picture(gallery.figures[entry.tag], entry.title)
+            parts.append(
+                f'<figure id="{entry.tag}"><h3>{escape(entry.title)}</h3>\n<div class="paper">{image}</div>\n'
+                f"<figcaption>{escape(entry.reading)}</figcaption></figure>"
+            )
+    missing = [
+        f"<li>{escape(entry.title)}: {escape(gallery.missing[entry.tag])}</li>"
+        for entry in ENTRIES
+        if entry.tag in gallery.missing
+    ]
+    if missing:
+        parts.append(f"<h3>Not drawn</h3><ul>{''.join(missing)}</ul>")
+    return [section("Figures", *parts)]
+
+
+def _plan(plan: QuantizationPlan | None) -> list[str]:
+    if plan is None:
+        return []
+    repairs = f" {len(plan.repairs)} statistics and biases were repaired." if plan.repairs else ""
+    text = (
+        f"{len(plan.layers)} layers, {plan.avg_bits:.2f} bits a weight on average, {plan.bytes:,} bytes with scales, "
+        f"zero points and excluded layers. Weights were rounded by {plan.rounding}.{repairs} Made for the float "
+        f"weights with fingerprint {plan.fingerprint}."
+    )
+    rows: list[list[Cell]] = [
+        [x.name, x.grid.bits, x.codes.numel(), x.grid.scale.numel(), "×".join(map(str, x.codes.shape))]
+        for x in plan.layers
+    ]
+    return [section("Plan", f"<p>{escape(text)}</p>", "<details><summary>Every layer of the plan</summary>",
+                    table(["layer", "bits", "weights", "scales", "shape"], rows), "</details>")]  # fmt: skip
+
+
+def _repeat(report: QuantizationReport | None) -> list[str]:
+    if report is None:
+        return []
+    yaml, python = reproduce(report)
+    versions: list[list[Cell]] = [[name, version] for name, version in report.versions.items()]
+    seconds: list[list[Cell]] = [[step, value] for step, value in report.seconds.items()]
+    return [
+        section(
+            "How to repeat it",
+            f"<p>Seed {escape(json.dumps(report.options.get('seed')))}. With LightningCLI or a configuration file:</p>",
+            f"<pre>{escape(yaml)}</pre>",
+            "<p>In Python, on the same network and calibration batches:</p>",
+            f"<pre>{escape(python)}</pre>",
+            table(["package", "version"], versions) if versions else "",
+            table(["step", "seconds"], seconds) if seconds else "",
+        )
+    ]
+
+
+def _absent(**parts: Any) -> list[str]:
+    absent = [name for name, part in parts.items() if part is None]
+    return [section("Missing", f"<p>This run has no {' and no '.join(absent)}.</p>")] if absent else []

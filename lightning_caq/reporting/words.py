@@ -1,0 +1,161 @@
+"""Words: a run told in plain sentences, in columns, and as the configuration that repeats it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_caq.evaluation.report import QuantizationReport
+from lightning_caq.evaluation.sweep import variant_metrics
+from lightning_caq.measures.profile import CurvatureProfile, LayerCurvature
+from lightning_caq.reporting.metrics import headline_metric, smaller_is_better
+
+CLASS = "lightning_caq.CurvatureQuantizationCallback"
+
+
+def in_words(report: QuantizationReport) -> list[str]:
+    """What was done, what it gave, and how it compares: one sentence or two each.
+
+    Example:
+        >>> from lightning_caq.evaluation.report import LayerRow, Size
+        >>> sizes = {"float": Size(32.0, 1.0, 4000), "quantized": Size(3.0, 10.0, 400)}
+        >>> metrics = {"float/val_acc": 0.92, "quantized/val_acc": 0.91}
+        >>> rows = (LayerRow("fc", "linear", 1000, 1000, None, None, {"quantized": 3}),)
+        >>> for sentence in in_words(QuantizationReport("cet", "avg_bits=3", rows, sizes, metrics)):
+        ...     print(sentence)
+        1 layer was quantized by cet at avg_bits=3: 3.00 bits a weight on average, 3 to 3 a layer. With scales, ...
+        val_acc is 0.91, against 0.92 of the float network (a change of −0.01).
+        Quantization is simulated: weights lie on their grids, arithmetic is in floating point.
+    """
+    size = report.sizes.get("quantized")
+    if size is None:
+        return ["The report holds no quantized network."]
+    bits = [row.bits["quantized"] for row in report.layers if "quantized" in row.bits]
+    spread = f", {min(bits)} to {max(bits)} a layer" if bits else ""
+    layers = "1 layer was" if len(report.layers) == 1 else f"{len(report.layers)} layers were"
+    told = [
+        f"{layers} quantized by {report.method} at {report.budget}: {size.avg_bits:.2f} bits a weight on "
+        f"average{spread}. With scales, zero points and layers left in float32 the weights take "
+        f"{size.bytes / 1000:,.1f} kB, {size.ratio:.1f} times less than in float32."
+    ]
+    metric = headline_metric(report.metric_names)
+    if metric is not None:
+        told += _metric_in_words(report, metric)
+    if (predicted := report.predicted_loss.get("quantized")) is not None:
+        told.append(
+            f"From the curvature alone, for weights rounded to nearest, a loss change of {predicted:.3g} nat was "
+            "predicted."
+        )
+    told.append("Quantization is simulated: weights lie on their grids, arithmetic is in floating point.")
+    return told
+
+
+def _metric_in_words(report: QuantizationReport, metric: str) -> list[str]:
+    values = {v: found[metric] for v in report.variants if metric in (found := variant_metrics(report, v))}
+    if "quantized" not in values:
+        return []
+    mine = values.pop("quantized")
+    told = f"{metric} is {mine:.4g}"
+    if "float" in values:
+        before = values.pop("float")
+        told += f", against {before:.4g} of the float network (a change of {mine - before:+.2g})".replace("-", "−")
+    told += "."
+    if values:
+        better = min if smaller_is_better(metric) else max
+        best = better(values, key=lambda v: values[v])
+        told += f" The best of the networks it was compared with, {best}, has {values[best]:.4g}."
+    return [told]
+
+
+def layer_columns(
+    report: QuantizationReport | None, profile: CurvatureProfile | None
+) -> tuple[list[str], list[list[str | float | None]]]:
+    """Header and rows of the table of layers: what is known of each, columns of which nothing is known left out.
+
+    Example:
+        >>> layer_columns(None, CurvatureProfile((LayerCurvature("fc", 8, 2, 8, kappa=3.0),)))
+        (['layer', 'weights', 'MACs', 'κ (out²/in²)'], [['fc', 8, 8, 3.0]])
+    """
+    measured = {row.name: row for row in profile.layers} if profile else {}
+    rows: list[dict[str, Any]] = []
+    for row in report.layers if report else ():
+        line = {"layer": row.name, "kind": row.kind, "weights": row.weights, "MACs": row.macs}
+        line |= {"bits" if v == "quantized" else f"bits, {v}": b for v, b in row.bits.items()}
+        line |= {"κ (out²/in²)": row.kappa, "L (out/in)": row.lipschitz}
+        rows.append(line | _measured(measured.get(row.name), row.bits.get("quantized")))
+    if report is None:
+        rows = [
+            {"layer": x.name, "weights": x.weights, "MACs": x.macs, **_measured(x, None)} for x in measured.values()
+        ]
+    columns = [
+        c for c in dict.fromkeys(c for line in rows for c in line) if any(line.get(c) is not None for line in rows)
+    ]
+    return columns, [[line.get(column) for column in columns] for line in rows]
+
+
+def _measured(row: LayerCurvature | None, bits: int | None) -> dict[str, float | None]:
+    if row is None:
+        return {}
+    found = {
+        "κ (out²/in²)": row.kappa,
+        "L (out/in)": row.lipschitz,
+        "trace (nat/weight²)": row.trace,
+        "A (gain to the output)": row.amplification,
+    }
+    if bits is not None:
+        found["ΔᵀHΔ / 2 (nat)"] = 0.5 * row.second_order[bits] if bits in row.second_order else None
+        found["output error e"] = row.output_error.get(bits)
+    return found
+
+
+def comparison(runs: Mapping[str, QuantizationReport]) -> tuple[list[str], list[list[str | float | None]]]:
+    """Header and rows of the table of all networks of several runs, each run's float network once.
+
+    Example:
+        >>> from lightning_caq.evaluation.report import Size
+        >>> sizes = {"quantized": Size(3.0, 10.0, 400)}
+        >>> report = QuantizationReport("cet", "avg_bits=3", (), sizes, {"quantized/val_acc": 0.91})
+        >>> comparison({"a": report})[1]
+        [['a', 'quantized (cet)', 'avg_bits=3', 3.0, 10.0, 0.4, 0.91]]
+    """
+    names = list(dict.fromkeys(name for report in runs.values() for name in report.metric_names))
+    header = ["run", "network", "budget", "avg bits", "ratio", "kB", *names]
+    rows: list[list[str | float | None]] = []
+    for run, report in runs.items():
+        for variant, size in report.sizes.items():
+            metrics = variant_metrics(report, variant)
+            measured = [metrics.get(name) for name in names]
+            budget = "" if variant == "float" else report.budget
+            rows.append([run, report.title(variant), budget, size.avg_bits, size.ratio, size.bytes / 1000, *measured])
+    return header, rows
+
+
+def reproduce(report: QuantizationReport) -> tuple[str, str]:
+    """The run as a YAML list of callbacks, and as a call of ``quantize``.
+
+    Example:
+        >>> yaml, python = reproduce(QuantizationReport("cet", "", (), {}, {}, options={"avg_bits": 3, "seed": 0}))
+        >>> print(yaml)
+        trainer:
+          callbacks:
+            - class_path: lightning_caq.CurvatureQuantizationCallback
+              init_args:
+                avg_bits: 3
+                seed: 0
+        >>> print(python)
+        from lightning_caq import quantize
+        <BLANKLINE>
+        result = quantize(
+            model,
+            batches,
+            avg_bits=3,
+            seed=0,
+        )
+    """
+    options = {name: value for name, value in report.options.items() if value is not None}
+    # JSON is YAML.
+    args = "".join(f"\n        {name}: {json.dumps(value)}" for name, value in options.items())
+    yaml = f"trainer:\n  callbacks:\n    - class_path: {CLASS}\n      init_args:{args}"
+    keywords = "".join(f"\n    {name}={value!r}," for name, value in options.items())
+    return yaml, f"from lightning_caq import quantize\n\nresult = quantize(\n    model,\n    batches,{keywords}\n)"

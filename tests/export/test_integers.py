@@ -1,0 +1,53 @@
+"""Integers against the grid's own values, to the last bit."""
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_caq.errors import ExportError
+from lightning_caq.export.integers import TYPES, to_integers
+from lightning_caq.quantizers.affine import Grid
+
+SMALLEST = {  # by bit-width: with whole zero points among the codes, and with half-integer ones
+    1: ("uint4", "uint4"), 2: ("uint4", "uint4"), 3: ("uint4", "uint4"), 4: ("uint4", "uint8"),
+    5: ("uint8", "uint8"), 7: ("uint8", "uint8"), 8: ("uint8", "uint16"),
+}  # fmt: skip
+
+
+def _weight(grid, shape, seed=0):
+    codes = np.random.default_rng(seed).integers(0, 2**grid.bits, shape)
+    return grid.values(torch.from_numpy(codes))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("half", [0.0, 0.5])
+@pytest.mark.parametrize("away", [0, 3, -3, 5000, -16000])
+@pytest.mark.parametrize("axis", [0, 1, None])
+def test_the_products_are_those_of_the_grid(bits, half, away, axis):
+    shape = (6, 5, 3)
+    scales = tuple(n if d == axis else 1 for d, n in enumerate(shape))
+    zero = torch.full(scales, float(2 ** (bits - 1) + away))
+    zero[0] += half
+    grid = Grid(bits, torch.rand(scales, generator=torch.Generator().manual_seed(bits)) + 1e-3, zero)
+    weight = _weight(grid, shape)
+    x = to_integers(weight, grid)
+    # What ONNX's DequantizeLinear does, written down with numpy.
+    kind = np.dtype("uint8" if x.type == "uint4" else x.type)
+    view = [1, 1, 1] if axis is None else [n if d == x.axis else 1 for d, n in enumerate(shape)]
+    stored, zeros = x.values.numpy().astype(kind), x.zero_point.numpy().astype(kind).reshape(view)
+    found = (stored.astype(np.int32) - zeros.astype(np.int32)).astype(np.float32) * x.scale.numpy().reshape(view)
+    assert np.array_equal(found, weight.numpy())
+    assert 0 <= int(x.values.min()) <= int(x.values.max()) <= TYPES[x.type]
+    assert 0 <= int(x.zero_point.min()) <= int(x.zero_point.max()) <= TYPES[x.type]
+
+
+@pytest.mark.parametrize("bits", SMALLEST)
+def test_the_smallest_type(bits):
+    for half, kind in zip((0.0, 0.5), SMALLEST[bits], strict=True):
+        grid = Grid(bits, torch.ones(4, 1), torch.full((4, 1), 2 ** (bits - 1) - half))
+        assert to_integers(_weight(grid, (4, 6)), grid).type == kind
+
+
+def test_scales_along_two_dimensions():
+    with pytest.raises(ExportError, match=r"Scales of shape \[2, 3\]"):
+        to_integers(torch.zeros(2, 3), Grid(2, torch.ones(2, 3), torch.ones(2, 3)))
