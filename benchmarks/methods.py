@@ -6,23 +6,33 @@ python benchmarks/methods.py --model resnet20 --avg-bits 4 3 2.5 2.25 --rounding
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import shlex
 import statistics
 import sys
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from networks import BLOCKS, DATA, Images, accuracy, load_cifar10, load_network
 from small_networks import SMALL, load_small
 from torch import nn
 
-from lightning_caq import CurvatureProfile, measure, quantize
+from lightning_caq import measure
 from lightning_caq.allocation.methods import available_methods, get_method
+from lightning_caq.attempt import open_workshop
+from lightning_caq.batches import take_samples
+from lightning_caq.budget import AvgBits
+from lightning_caq.choice import Chooser
 from lightning_caq.errors import CAQError
 from lightning_caq.evaluation.report import text_table
+from lightning_caq.evaluation.tightness import output_norm
+from lightning_caq.isolation import preserved
+from lightning_caq.layers import find_layers, layer_sizes
+from lightning_caq.measures.rounded_loss import rounded_loss
+from lightning_caq.objective import make_objective
 from lightning_caq.options import ROUNDINGS, QuantizationOptions
 from lightning_caq.progress import Progress
 
@@ -41,7 +51,7 @@ class Row:
         objective: Mean calibration objective of the quantized network, nat.
         predicted: Mean loss change that the profile predicts for the bits with nearest rounding, nat.
         observed: Mean loss change of the same bits, as rounded and repaired, nat.
-        seconds: Mean seconds to allocate, round and repair; measuring is shared by all methods and not in it.
+        seconds: Mean seconds to allocate, round and repair; measuring serves all methods and is not in it.
     """
 
     model: str
@@ -94,20 +104,62 @@ def compare(args: argparse.Namespace) -> list[Row]:
     model, train, test = load(args.model, args.data)
     outcomes: dict[tuple[str, float, str], list[Outcome]] = {}
     for seed in args.seeds:
-        batches = train.sample(args.samples, seed).batches(64)
-        profile = measured(model, batches, args, seed)
+        bench = Bench(model.eval(), train.sample(args.samples, seed).batches(64), test, args.methods, seed)
         for rounding in args.rounding:
             for avg_bits in args.avg_bits:
                 for method in args.methods:
-                    outcome = run(model, batches, profile, method, avg_bits, rounding, seed, test, args.samples)
+                    outcome = bench.run(method, avg_bits, rounding)
                     outcomes.setdefault((rounding, avg_bits, method), []).append(outcome)
-                    print(
+                    progress(
                         f"{args.model} seed {seed} {rounding} {avg_bits:g} {method}: {outcome.accuracy:.1f} %, "
-                        f"objective {outcome.objective:.4f}, {outcome.seconds:.1f} s",
-                        file=sys.stderr,
-                        flush=True,
+                        f"objective {outcome.objective:.4f}, {outcome.seconds:.1f} s"
                     )
     return [summary(args.model, *key, found) for key, found in outcomes.items()]
+
+
+class Bench:
+    """One network with one set of calibration samples; measured once, then allocated, rounded and judged at will."""
+
+    def __init__(self, model: nn.Module, batches: list[Any], test: Images, methods: Sequence[str], seed: int) -> None:
+        self.model, self.batches, self.test, self.seed = model, batches, test, seed
+        self.layers = find_layers(model, batches[0])
+        self.sizes = layer_sizes(self.layers)
+        self.options = QuantizationOptions(avg_bits=4, seed=seed)
+        self.objective = make_objective("distill", model, batches)
+        needs = frozenset({"kappa", "lipschitz", "inputs"}).union(*(get_method(name).needs for name in methods))
+        self.profile = measure(model, batches, layers=self.layers, needs=needs, seed=seed, progress=Progress(progress))
+        samples = take_samples(batches, self.profile.samples)
+        loss = rounded_loss(model, self.layers, make_objective("distill", model, samples), self.options.bits)
+        self.chooser = Chooser(self.profile, self.sizes, self.options.bits, output_norm(model, samples), loss, seed)
+        self.choices: dict[tuple[str, float], tuple[tuple[int, ...], float]] = {}
+        self.found: dict[tuple[str, tuple[int, ...]], tuple[float, float, float]] = {}
+
+    def run(self, method: str, avg_bits: float, rounding: str) -> Outcome:
+        """Allocate by one method, and round and judge unless the same bits were rounded before."""
+        if (method, avg_bits) not in self.choices:
+            start = time.perf_counter()
+            bits = self.chooser.choose(method, AvgBits(avg_bits))
+            self.choices[method, avg_bits] = bits, time.perf_counter() - start
+        bits, seconds = self.choices[method, avg_bits]
+        if (rounding, bits) not in self.found:
+            start = time.perf_counter()
+            options = replace(self.options, rounding=rounding)
+            workshop = open_workshop(self.model, self.layers, self.sizes, options, self.batches, None)
+            with preserved(self.model):
+                workshop.attempt(method, f"avg_bits={avg_bits:g}", bits)
+                spent = time.perf_counter() - start
+                judged = accuracy(self.model, self.test), self.objective.value(self.model)
+                workshop.restore()
+            self.found[rounding, bits] = *judged, spent
+        right, objective, spent = self.found[rounding, bits]
+        names = [layer.name for layer in self.layers]
+        predicted = self.profile.predicted_loss(dict(zip(names, bits, strict=True)))
+        return Outcome(right, objective, predicted, seconds + spent)
+
+
+def progress(line: str) -> None:
+    """Say what is being done on stderr, so that stdout holds the result alone."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def load(name: str, data: Path) -> tuple[nn.Module, Images, Images]:
@@ -115,39 +167,6 @@ def load(name: str, data: Path) -> tuple[nn.Module, Images, Images]:
     if name in SMALL:
         return load_small(name, data)
     return load_network(name, data), *load_cifar10(data)
-
-
-def measured(model: nn.Module, batches: Sequence[object], args: argparse.Namespace, seed: int) -> CurvatureProfile:
-    """One profile that holds what every method needs."""
-    needs = frozenset({"kappa", "lipschitz", "inputs"}).union(*(get_method(name).needs for name in args.methods))
-    say = Progress(lambda line: print(line, file=sys.stderr, flush=True))
-    return measure(model, batches, needs=needs, seed=seed, progress=say)
-
-
-def run(
-    model: nn.Module,
-    batches: Sequence[object],
-    profile: CurvatureProfile,
-    method: str,
-    avg_bits: float,
-    rounding: str,
-    seed: int,
-    test: Images,
-    samples: int,
-) -> Outcome:
-    """Quantize a copy of the network by one method and measure it."""
-    options = QuantizationOptions(
-        method=method, avg_bits=avg_bits, rounding=rounding, calibration_samples=samples, compare=(), seed=seed
-    )
-    result = quantize(copy.deepcopy(model), batches, **asdict(options), profile=profile)
-    report = result.report
-    seconds = sum(t for step, t in report.seconds.items() if step.startswith(("allocation", "rounding")))
-    return Outcome(
-        accuracy(result.model.eval(), test),
-        report.metrics["quantized/distill"],
-        report.predicted_loss.get("quantized"),
-        seconds,
-    )
 
 
 def summary(model: str, rounding: str, avg_bits: float, method: str, found: Sequence[Outcome]) -> Row:
@@ -188,8 +207,8 @@ def as_text(rows: Sequence[Row], args: argparse.Namespace, command: str) -> str:
     ]
     notes = (
         f"{args.model}; means over calibration seeds {args.seeds}, {args.samples} calibration images each; s.e. is "
-        "over these\nseeds, on the same test images. Objective: divergence from the float outputs on the calibration images, "
-        f"nat.\nCommand: {command}"
+        "over these\nseeds, on the same test images. Objective: divergence from the float outputs on the calibration "
+        f"images, nat.\nCommand: {command}"
     )
     return f"{text_table(header, cells)}\n\n{notes}"
 

@@ -92,7 +92,8 @@ def landscape(
     """The loss over a plane that is spanned by two directions, and the path of the rounding error on it.
 
     Costs ``size``² + 1 evaluations of the objective and two Hessian–vector products: take few samples. Each axis
-    reaches to both sides ``reach`` times as far as the path does on it, and at least a tenth as far as the other.
+    reaches to both sides ``reach`` times as far as the path does on it, and at least so far that the quadratic model of
+    the loss rises as much along it as along the other.
 
     Args:
         model: The float network, in eval mode, its layers' weights requiring gradients; the weights are put back.
@@ -116,11 +117,10 @@ def landscape(
     path = [(0.0, 0.0)]
     for s, t in steps:
         path.append((path[-1][0] + s, path[-1][1] + t))
-    wide, tall = (reach * max(abs(point[axis]) for point in path) for axis in (0, 1))
-    wide, tall = max(wide, 0.1 * tall) or 1.0, max(tall, 0.1 * wide) or 1.0
-    along, across = (torch.linspace(-far, far, size).tolist() for far in (wide, tall))
     operator = Hessian(model, layers, objective)
     curvatures = tuple(_curvature(operator, direction) for direction in (short, long))
+    wide, tall = _reaches(path, curvatures, reach)
+    along, across = (torch.linspace(-far, far, size).tolist() for far in (wide, tall))
     weights = [layer_weight(model, layer) for layer in layers]
     with _kept(weights) as before:
         reference = objective.value(model)
@@ -140,6 +140,14 @@ def _check(short: Direction, long: Direction, size: int) -> None:
         )
     if size < 2:
         raise ValueError(f"size={size} is too small; a grid has at least 2 points an axis.")
+
+
+def _reaches(path: Sequence[tuple[float, float]], curvatures: Sequence[float], reach: float) -> tuple[float, float]:
+    """Half the length of each axis."""
+    wide, tall = (reach * max(abs(point[axis]) for point in path) for axis in (0, 1))
+    steep, flat = (abs(curvature) for curvature in curvatures)
+    ratio = (flat / steep) ** 0.5 if steep > 0 and flat > 0 else 1.0
+    return max(wide, ratio * tall) or 1.0, max(tall, wide / ratio) or 1.0
 
 
 def _curvature(operator: Hessian, direction: Direction) -> float:

@@ -1,7 +1,9 @@
 """ONNX: a quantized network as a graph that stock runtimes run, its weights stored as integers.
 
 The network is traced with its quantized weights as inputs, so that nothing the exporter does, such as folding or
-transposing constants, can touch them. Each such input is then replaced by integers and a DequantizeLinear node.
+transposing constants, can touch them. Each such input is then replaced by integers and a DequantizeLinear node. Where
+the input of a layer is rounded, a node of our own stands in the trace; QuantizeLinear and DequantizeLinear take its
+place.
 """
 
 from __future__ import annotations
@@ -10,9 +12,9 @@ import inspect
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,15 +28,19 @@ from torch.utils._pytree import tree_leaves
 from lightning_caq.batches import describe
 from lightning_caq.errors import ExportError
 from lightning_caq.export.integers import Integers, to_integers
-from lightning_caq.export.onnx_graph import dequantize_input
+from lightning_caq.export.onnx_graph import DOMAIN, ROUND_INPUT, dequantize_input, quantize_rounded
 from lightning_caq.export.packed_modules import check_quantized
 from lightning_caq.isolation import preserved
+from lightning_caq.quantizers.activations import InputGrid, change_first
 from lightning_caq.quantizers.modules import FakeQuant
 
 OPSET = 21  # the first with 4-bit types
 _PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 # Largest difference from PyTorch's outputs, relative to the largest of them: sums in another order, no more.
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# Where inputs are rounded, a value half-way between two codes, up to such differences, may fall to either side. Few do:
+# what that changes has to stay below this part of what the rounding of all inputs changes.
+_FLIPS = 0.5
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,9 @@ def export_onnx(
     """Write a quantized network as ONNX (opset 21) with integer weights, and check it in ONNX Runtime.
 
     Weights are uint4 or uint8 with one scale and zero point a channel (DequantizeLinear); other bit-widths are stored
-    in the next larger type that holds them. Dequantized weights equal PyTorch's to the last bit. The network is
-    exported in eval mode; the first dimension of every input may vary where the network allows it.
+    in the next larger type that holds them. Dequantized weights equal PyTorch's to the last bit. Inputs that are
+    rounded pass through QuantizeLinear and DequantizeLinear, in uint4 or uint8. The network is exported in eval mode;
+    the first dimension of every input may vary where the network allows it.
 
     Args:
         model: The quantized network; left as it was.
@@ -90,17 +97,23 @@ def export_onnx(
     modules = check_quantized(model)
     if missing := [name for name in _PACKAGES if find_spec(name) is None]:
         raise ExportError(f"export_onnx needs {', '.join(missing)}; run pip install 'lightning-caq[onnx]'.")
+    if any(module.input_grid is not None for module in modules.values()) and not hasattr(torch.onnx, "ops"):
+        raise ExportError("Rounded activations are exported by torch 2.8 and later; install a newer torch.")
     args, kwargs, names = _arguments(model, example_input)
     weights = _weights(model, modules)
     integers = {key: to_integers(module.quantized_weight(), module.grid) for key, module in weights.items()}
     with preserved(model), torch.no_grad():
         output = _output(model, args, kwargs)
-        expected = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
-        with _as_plain(modules):
+        expected = _tensors(output)
+        with _inputs_kept(modules):
+            kept = _tensors(_output(model, args, kwargs))
+        flips = [_FLIPS * _largest(a - b) for a, b in zip(expected, kept, strict=True)]
+        with _opened(modules):
             proto = _traced(model, weights, args, kwargs, names, _output_names(output, len(expected)))
     for key, stored in integers.items():
         dequantize_input(proto.graph, key, stored)
-    payload, difference = _checked(proto, [*args, *kwargs.values()], expected)
+    quantize_rounded(proto)
+    payload, difference = _checked(proto, [*args, *kwargs.values()], expected, flips)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(payload)
@@ -131,16 +144,56 @@ def _weights(model: nn.Module, modules: Mapping[str, FakeQuant]) -> dict[str, Fa
 
 
 @contextmanager
-def _as_plain(modules: Mapping[str, FakeQuant]) -> Iterator[None]:
-    """Let fake-quant modules use their weight as it is for a while."""
+def _opened(modules: Mapping[str, FakeQuant]) -> Iterator[None]:
+    """Let fake-quant modules use their weight as it is for a while, and mark where they round their inputs."""
     before = {name: module.quantizing for name, module in modules.items()}
     try:
-        for module in modules.values():
-            module.quantizing = False
-        yield
+        with ExitStack() as stack:
+            for module in modules.values():
+                module.quantizing = False
+                if module.input_grid is not None:
+                    assert isinstance(module, nn.Module)
+                    handle = module.register_forward_pre_hook(_marking(module.input_grid), with_kwargs=True)
+                    stack.callback(handle.remove)
+            yield
     finally:
         for name, module in modules.items():
             module.quantizing = before[name]
+
+
+def _marking(grid: InputGrid) -> Callable[..., Any]:
+    """A hook that lets a node stand for the rounding of a module's input."""
+
+    def mark(x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x
+        node, kind = f"{DOMAIN}::{ROUND_INPUT}", torch.float32  # grids are applied in float32, as in PyTorch
+        return torch.onnx.ops.symbolic(node, (x.float(),), asdict(grid), dtype=kind, shape=x.shape, version=1).to(
+            x.dtype
+        )
+
+    return lambda module, args, kwargs: change_first(mark, args, kwargs)
+
+
+@contextmanager
+def _inputs_kept(modules: Mapping[str, FakeQuant]) -> Iterator[None]:
+    """Let fake-quant modules take their inputs as they are for a while."""
+    grids = {name: module.input_grid for name, module in modules.items()}
+    try:
+        for module in modules.values():
+            module.input_grid = None
+        yield
+    finally:
+        for name, module in modules.items():
+            module.input_grid = grids[name]
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.detach().abs().max()) if values.numel() else 0.0
 
 
 def _arguments(
@@ -222,7 +275,9 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
 
 
-def _checked(proto: Any, inputs: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[bytes, float]:
+def _checked(
+    proto: Any, inputs: Sequence[Tensor], expected: Sequence[Tensor], flips: Sequence[float]
+) -> tuple[bytes, float]:
     """The bytes of a graph that gives the expected outputs in ONNX Runtime, and the largest difference."""
     onnx, onnxruntime = import_module("onnx"), import_module("onnxruntime")
     payload = proto.SerializeToString()
@@ -236,10 +291,10 @@ def _checked(proto: Any, inputs: Sequence[Tensor], expected: Sequence[Tensor]) -
             f"ONNX Runtime cannot run the exported network: {str(error).strip().splitlines()[0]}"
         ) from error
     largest = 0.0
-    for result, wanted in zip(found, expected, strict=True):
+    for result, wanted, flip in zip(found, expected, flips, strict=True):
         want = wanted.detach().cpu().double()
-        difference = float((torch.from_numpy(result).double() - want).abs().max()) if want.numel() else 0.0
-        allowed = _TOLERANCES.get(wanted.dtype, 0.0) * float(want.abs().max()) if want.numel() else 0.0
+        difference = _largest(torch.from_numpy(result).double() - want)
+        allowed = _TOLERANCES.get(wanted.dtype, 0.0) * _largest(want) + flip
         if not difference <= allowed:
             raise ExportError(
                 f"ONNX Runtime's outputs differ from PyTorch's by {difference:.3g}; rounding explains {allowed:.3g}. "

@@ -1,14 +1,18 @@
-"""ONNX graphs: a weight that is a graph input becomes integers and a DequantizeLinear node."""
+"""ONNX graphs: what stands for a quantized weight or a rounded input becomes the nodes that runtimes know."""
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_caq.export.integers import Integers
+from lightning_caq.quantizers.activations import InputGrid
+
+DOMAIN, ROUND_INPUT = "lightning_caq", "RoundInput"
 
 
 def dequantize_input(graph: Any, name: str, stored: Integers) -> None:
@@ -38,9 +42,12 @@ def dequantize_input(graph: Any, name: str, stored: Integers) -> None:
     wanted = graph.input[index].type.tensor_type.elem_type
     del graph.input[index]
     parts = [f"{name}.codes", f"{name}.scale", f"{name}.zero_point"]
-    scale = onnx.numpy_helper.from_array(stored.scale.cpu().numpy(), parts[1])
     graph.initializer.extend(
-        [_integers(parts[0], stored.values, stored.type), scale, _integers(parts[2], stored.zero_point, stored.type)]
+        [
+            _integers(parts[0], stored.values, stored.type),
+            _number(parts[1], stored.scale),
+            _integers(parts[2], stored.zero_point, stored.type),
+        ]
     )
     result = name if wanted == float32 else f"{name}.float32"
     nodes = [helper.make_node("DequantizeLinear", parts, [result], f"{name}.dequantize", axis=stored.axis)]
@@ -48,6 +55,65 @@ def dequantize_input(graph: Any, name: str, stored: Integers) -> None:
         nodes.append(helper.make_node("Cast", [result], [name], f"{name}.cast", to=wanted))
     for node in reversed(nodes):
         graph.node.insert(0, node)
+
+
+def quantize_rounded(model: Any) -> None:
+    """Replace every node that marks the rounding of an input by QuantizeLinear and DequantizeLinear.
+
+    A marking node has the attributes of an ``InputGrid``. Grids of 4 bits are quantized in uint4, all others in uint8,
+    those of fewer bits after a Clip to their range. (ONNX Runtime has no Clip before uint4.)
+
+    Args:
+        model: The ``onnx.ModelProto``, changed in place.
+
+    Example:
+        >>> import pytest
+        >>> onnx = pytest.importorskip("onnx")
+        >>> x, y = (onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [1]) for n in "xy")
+        >>> mark = onnx.helper.make_node(ROUND_INPUT, ["x"], ["y"], domain=DOMAIN, bits=3, scale=0.5, zero_point=0)
+        >>> model = onnx.helper.make_model(onnx.helper.make_graph([mark], "net", [x], [y]))
+        >>> quantize_rounded(model)
+        >>> [node.op_type for node in model.graph.node]
+        ['Clip', 'QuantizeLinear', 'DequantizeLinear']
+    """
+    helper = import_module("onnx").helper
+    graph, nodes = model.graph, []
+    for node in graph.node:
+        if (node.domain, node.op_type) == (DOMAIN, ROUND_INPUT):
+            grid = InputGrid(**{x.name: helper.get_attribute_value(x) for x in node.attribute})
+            nodes += _rounding(graph, node.input[0], node.output[0], grid)
+        else:
+            nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    domains = [x for x in model.opset_import if x.domain != DOMAIN]
+    del model.opset_import[:]
+    model.opset_import.extend(domains)
+
+
+def _rounding(graph: Any, value: str, name: str, grid: InputGrid) -> list[Any]:
+    """Nodes that round ``value`` to a grid and call the result ``name``."""
+    onnx, kind = import_module("onnx"), "uint4" if grid.bits == 4 else "uint8"
+    make = onnx.helper.make_node
+    constants = {"scale": torch.tensor(grid.scale), "zero_point": torch.tensor(grid.zero_point, dtype=torch.int32)}
+    nodes = []
+    if f"uint{grid.bits}" != kind:
+        ends = torch.tensor(grid.codes) * constants["scale"]
+        constants |= dict(zip(("low", "high"), ends.unbind(), strict=True))
+        nodes.append(make("Clip", [value, f"{name}.low", f"{name}.high"], [f"{name}.clipped"], f"{name}.clip"))
+        value = f"{name}.clipped"
+    for part, number in constants.items():
+        key = f"{name}.{part}"
+        stored = _integers(key, number, kind) if part == "zero_point" else _number(key, number)
+        graph.initializer.append(stored)
+    parts = [f"{name}.scale", f"{name}.zero_point"]
+    nodes.append(make("QuantizeLinear", [value, *parts], [f"{name}.codes"], f"{name}.quantize"))
+    nodes.append(make("DequantizeLinear", [f"{name}.codes", *parts], [name], f"{name}.dequantize"))
+    return nodes
+
+
+def _number(name: str, value: Tensor) -> Any:
+    return import_module("onnx").numpy_helper.from_array(value.cpu().numpy(), name)
 
 
 def _integers(name: str, values: Tensor, kind: str) -> Any:

@@ -58,7 +58,7 @@ def gram_spectrum(
     k: int,
     tolerance: float = 3e-6,
     max_rows: int = 2048,
-    memory: int = 2**30,
+    memory: int = 2**29,
     seed: int = 0,
     sharing: Sharing = ALONE,
 ) -> GramSpectrum:
@@ -100,7 +100,9 @@ def gram_spectrum(
         layer.name: {b: torch.zeros(len(rows), dtype=torch.float64) for b in deltas[layer.name]} for layer in mine
     }
     for pieces in passes(model, mine, batches, len(rows), memory):
-        for piece, held in weight_rows(model, pieces, batches, rows).items():
+        every = weight_rows(model, pieces, batches, rows)
+        while every:
+            piece, held = every.popitem()  # let go before the next pass holds its own
             grams[piece.layer.name] += held.gram().double()
             for b, delta in deltas[piece.layer.name].items():
                 part = to_matrix(piece.layer, delta)[:, piece.cut]

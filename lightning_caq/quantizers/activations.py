@@ -15,6 +15,7 @@ from lightning_caq.errors import OptionError
 # Parts of the range that are tried, 1 to 1/128. A few large activations among many small ones are common, so they are
 # spaced evenly in their logarithm.
 _FRACTIONS = [2 ** (-k / 8) for k in range(57)]
+_REFINEMENTS = 4
 _SMALLEST_SCALE = 1e-30
 
 
@@ -75,7 +76,8 @@ class InputGrid:
 def fit_input_grid(values: Tensor, bits: int) -> InputGrid:
     """The grid that rounds a layer's inputs with close to the least squared error.
 
-    The ends of the range are moved towards zero one at a time, each to the best of many places, twice over.
+    The ends of the range are moved towards zero one at a time, each to the best of many places, twice over; with the
+    codes held, the scale then follows by regression, and new codes from it (Lloyd's iteration), as long as that helps.
 
     Args:
         values: A sample of the inputs, with the smallest and the largest of all among them.
@@ -102,7 +104,14 @@ def fit_input_grid(values: Tensor, bits: int) -> InputGrid:
             upper = min((f * high for f in _FRACTIONS), key=lambda end: error(_spanning(lower, end, bits)))
         if low < 0:
             lower = min((f * low for f in _FRACTIONS), key=lambda end: error(_spanning(end, upper, bits)))
-    return _spanning(lower, upper, bits)
+    best = _spanning(lower, upper, bits)
+    for _ in range(_REFINEMENTS):
+        codes = (values / best.scale).round().clamp(*best.codes)
+        if not codes.any():
+            break
+        slope = float((codes * values).mean(dtype=torch.float64) / codes.square().mean(dtype=torch.float64))
+        best = min(best, InputGrid(bits, _stored(slope), best.zero_point), key=error)
+    return best
 
 
 def change_first(
@@ -123,5 +132,10 @@ def change_first(
 def _spanning(low: float, high: float, bits: int) -> InputGrid:
     """The grid from about ``low`` to ``high``, zero between them."""
     top = 2**bits - 1
-    scale = float(torch.tensor(max((high - low) / top, _SMALLEST_SCALE), dtype=torch.float32))
+    scale = _stored((high - low) / top)
     return InputGrid(bits, scale, min(round(-low / scale), top))
+
+
+def _stored(scale: float) -> float:
+    """The float32 number that is stored."""
+    return float(torch.tensor(max(scale, _SMALLEST_SCALE), dtype=torch.float32))

@@ -78,7 +78,7 @@ def sample_inputs(model: nn.Module, layers: Sequence[Layer], batches: Sequence[A
     Example:
         >>> net, x = nn.Linear(2, 1), torch.tensor([[3.0, -1.0]])
         >>> sample_inputs(net, [Layer("", "linear", (1, 2), calls=1, modules=("",))], [x])
-        {'': tensor([-1.,  3.,  3., -1.])}
+        {'': tensor([ 3., -1.])}
     """
     names = {id(module): layer.name for layer in layers for module in layer_modules(model, layer)}
     calls = {layer.name: layer.calls for layer in layers}
@@ -92,10 +92,10 @@ def sample_inputs(model: nn.Module, layers: Sequence[Layer], batches: Sequence[A
             return
         name, values = names[id(module)], inputs.detach().flatten()
         wanted = max(1, round(_VALUES * share / calls[name]))
-        kept.setdefault(name, []).append(torch.stack([values.min(), values.max()]).float())
         if wanted < len(values):
-            values = values[torch.randint(len(values), (wanted,), generator=draws[name]).to(values.device)]
-        kept[name].append(values.float())
+            drawn = values[torch.randint(len(values), (wanted,), generator=draws[name]).to(values.device)]
+            values = torch.cat([drawn, values.amin()[None], values.amax()[None]])
+        kept.setdefault(name, []).append(values.float())
 
     for batch in batches:
         share = batch_size(batch) / samples

@@ -154,11 +154,12 @@ ENTRIES = (
     Entry(
         "tightness",
         "Predicted against observed output error",
-        "All layers are rounded to the same bit-width, and the error of the output (black) is compared with four "
-        "predictions of it. On the right the same as ratios: a bound must lie above 1, an estimate should lie near 1."
+        "All layers are rounded to the same bit-width, or to the plan's (hollow marks), and the error of the output "
+        "(black) is compared with predictions of it. On the right the same as ratios: a bound must lie above 1, an "
+        "estimate should lie near 1."
         " The closer the lines, the more an error budget that is set on them can be trusted.",
         ("report",),
-        lambda report, profile: tightness_curves(report.studies.tightness),
+        lambda report, profile: _tightness(report),
     ),
     Entry(
         "loss_gap",
@@ -209,6 +210,12 @@ ENTRIES = (
         lambda report, profile: eigenpair_curve(report.studies.eigenpairs, _floats(report)),
     ),
 )
+
+
+def _tightness(report: QuantizationReport) -> Figure:
+    size = report.sizes.get("quantized")
+    plan = (size.avg_bits, report.tightness) if size and report.tightness else None
+    return tightness_curves(report.studies.tightness, plan)
 
 
 def _landscape(report: QuantizationReport) -> Figure:

@@ -47,6 +47,12 @@ def in_words(report: QuantizationReport) -> list[str]:
             f"From the curvature alone, for weights rounded to nearest, a loss change of {predicted:.3g} nat was "
             "predicted."
         )
+    if (held := report.tightness) is not None:
+        told.append(
+            f"With the plan's bits and nearest rounding the output is off by {held.observed:.3g} (its own unit, rms "
+            f"over samples); Φ predicts {held.ratios['bound']:.2f} times as much, the signed first-order sum "
+            f"{held.ratios['linear']:.2f} times."
+        )
     told.append("Quantization is simulated: weights lie on their grids, arithmetic is in floating point.")
     return told
 

@@ -111,6 +111,15 @@ def test_tightness_holds_errors_and_ratios_and_omits_what_is_unknown() -> None:
     assert "Lipschitz" not in " ".join(t.get_text() for t in ratios.get_legend().get_texts())
 
 
+def test_tightness_of_the_plan_is_drawn_at_its_average_bits() -> None:
+    plan = (2.5, Tightness(1.0, 4.0, 3.0, 2.0, 1.5, 50.0))
+    errors, ratios = tightness_curves({}, plan).axes
+    assert [line.get_xydata().tolist() for line in errors.lines] == [[[2.5, x]] for x in (50, 4, 3, 2, 1.5, 1)]
+    assert [line.get_ydata()[0] for line in ratios.lines[:5]] == [50, 4, 3, 2, 1.5]
+    with pytest.raises(ValueError, match="not compared"):
+        tightness_curves({})
+
+
 def test_loss_gap_tells_inside_from_outside_and_ends_bars_at_the_radius() -> None:
     gaps = [
         LossGap("a", 2, 4.0, 1.0, 3.0, True),

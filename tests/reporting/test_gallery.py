@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import io
 import math
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,3 +118,19 @@ def test_figures_share_no_state(make_run) -> None:
     run = make_run(MANY[:4])
     first, second = draw_gallery(*run).figures, draw_gallery(*run).figures
     assert all((pixels(first[tag]) == pixels(second[tag])).all() for tag in ("bits", "spectrum", "landscape"))
+
+
+def test_the_page_of_the_docs_says_what_the_figures_say() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    text = (docs / "gallery.md").read_text(encoding="utf-8")
+    for entry in ENTRIES:
+        assert f"## {entry.title} (`{entry.tag}`)" in text
+        assert entry.reading in text, f"{entry.tag}: run python docs/gallery.py"
+        assert (docs / f"images/gallery/{entry.tag}.png").is_file()
+
+
+def test_54_layers_are_drawn_in_seconds(make_run) -> None:
+    run, start = make_run(MANY), time.process_time()  # of this process: other work on the machine does not count
+    for figure in draw_gallery(*run).figures.values():
+        figure.savefig(io.BytesIO())
+    assert time.process_time() - start < 10
