@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench figures clean
 
 demo: $(VENV)/.examples  ## train two networks on real MNIST images, quantize them, say where to look
 	$(BIN)/python examples/01_callback.py
@@ -18,6 +18,10 @@ lint: $(VENV)/.dev  ## style and types
 bench: $(VENV)/.dev $(VENV)/.bench  ## accuracy of a quantized ResNet-20, cost of curvature; needs the data folder that benchmarks/ptq.py describes
 	$(BIN)/python benchmarks/ptq.py --model resnet20 --avg-bits 3 2.5 2.25
 	$(BIN)/python benchmarks/curvature.py
+
+figures: $(VENV)/.dev  ## pictures of the documentation, from real runs; needs the data folder too
+	$(BIN)/python docs/figures.py
+	$(BIN)/python docs/gallery.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -6,8 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -16,7 +15,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_caq import bridge, pipeline, ranks
-from lightning_caq._compat import Callback, every
+from lightning_caq._compat import Callback
 from lightning_caq.contexts import curvature_safe
 from lightning_caq.errors import OptionError, PlanError
 from lightning_caq.evaluation.report import QuantizationReport
@@ -25,21 +24,14 @@ from lightning_caq.layers import find_layers
 from lightning_caq.measures.measure import measure
 from lightning_caq.measures.profile import CurvatureProfile
 from lightning_caq.options import QuantizationOptions
+from lightning_caq.outputs import Outcome, float_weights, output_directory, write
 from lightning_caq.plan import QuantizationPlan
 from lightning_caq.progress import Progress
 from lightning_caq.quantizers.swap import quantized_modules, restore_modules
-from lightning_caq.reporting.files import read_profile, scalars, write_outputs
-from lightning_caq.reporting.tensorboard import log_to_tensorboard
+from lightning_caq.reporting.files import read_profile
 
 LATENT = "caq_latent_weights"
-
-
-class Outcome(NamedTuple):
-    """What a run leaves behind."""
-
-    plan: QuantizationPlan
-    profile: CurvatureProfile
-    report: QuantizationReport
+MONITORED = frozenset({"kappa", "lipschitz", "trace", "top_eigenvalue"})  # what is logged during training
 
 
 class CurvatureQuantizationCallback(Callback):
@@ -88,6 +80,7 @@ class CurvatureQuantizationCallback(Callback):
         evaluate: Whether to validate the float, quantized and compared networks.
         compare: Methods to evaluate beside the chosen one at the same budget.
         guard: Whether uniform bits are taken instead, with a warning, if they are better on samples held out.
+        study: Whether to compute what only explains the result, for more figures; takes about as long as measuring.
         monitor_every_n_epochs: Measure and log curvature during training at most this often, in epochs; 0 never does.
         time_budget: Seconds that measuring may take, as far as its estimate goes; fewer samples are then measured on.
         on_error: What happens if quantization fails: ``raise`` the error, or ``warn`` and go on with the float network.
@@ -130,6 +123,7 @@ class CurvatureQuantizationCallback(Callback):
         evaluate: bool = True,
         compare: list[str] | tuple[str, ...] = ("uniform",),
         guard: bool = True,
+        study: bool = False,
         monitor_every_n_epochs: int = 0,
         time_budget: float | None = None,
         on_error: Literal["raise", "warn"] = "raise",
@@ -157,6 +151,7 @@ class CurvatureQuantizationCallback(Callback):
             eigenpairs=eigenpairs,
             compare=compare,
             guard=guard,
+            study=study,
             time_budget=time_budget,
             include=include,
             exclude=exclude,
@@ -311,9 +306,10 @@ class CurvatureQuantizationCallback(Callback):
 
     def _quantize(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The whole road; whatever goes wrong on it, the float network is left."""
-        directory, options, sharing = _directory(trainer), self.options, ranks.sharing(trainer)
+        directory, options, sharing = output_directory(trainer), self.options, ranks.sharing(trainer)
         with self._failure_told(), curvature_safe(pl_module), preserved(pl_module), sharing.agreed("quantization"):
             ranks.share_buffers(trainer, pl_module)
+            floats = float_weights(trainer, pl_module)
             float_state = ranks.float_values(trainer, pl_module)
             batches = bridge.training_batches(trainer, pl_module, options.calibration_samples, options.seed)
             loss = bridge.quiet_loss(pl_module, self.loss_fn) if options.objective == "task" else None
@@ -331,12 +327,12 @@ class CurvatureQuantizationCallback(Callback):
             )
             plan = ranks.agree(trainer, pl_module, result.plan, float_state)
             outcome = Outcome(plan, result.profile, result.report)
-            _write(trainer, directory, outcome)
+            write(trainer, directory, outcome, floats)
             self._keep(pl_module, outcome)
 
     def _settle(self, trainer: Trainer, pl_module: LightningModule, before: Outcome) -> None:
         """Snap a network that was trained on to its grid, and validate it again."""
-        directory, sharing = _directory(trainer), ranks.sharing(trainer)
+        directory, sharing = output_directory(trainer), ranks.sharing(trainer)
         with self._failure_told(), curvature_safe(pl_module), preserved(pl_module), sharing.agreed("settling"):
             ranks.share_buffers(trainer, pl_module)
             plan = before.plan.settled(pl_module)
@@ -349,7 +345,7 @@ class CurvatureQuantizationCallback(Callback):
             notes = tuple(dict.fromkeys((*before.report.notes, note)))
             report = replace(before.report, metrics=metrics, notes=notes)
             outcome = Outcome(plan, before.profile, report)
-            _write(trainer, directory, outcome)
+            write(trainer, directory, outcome, {})
             self._keep(pl_module, outcome)
 
     @contextmanager
@@ -390,7 +386,7 @@ class CurvatureQuantizationCallback(Callback):
         return True
 
     def _monitor(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure and log κ and L of every layer; the network is not touched."""
+        """Measure and log κ, L, trace and top eigenvalue of every layer; the network is not touched."""
         epoch, every_n = trainer.current_epoch, self.monitor_every_n_epochs
         if not every_n or (self._monitored is not None and epoch - self._monitored < every_n):
             return
@@ -403,6 +399,7 @@ class CurvatureQuantizationCallback(Callback):
                 pl_module,
                 batches,
                 layers=layers,
+                needs=MONITORED,
                 samples=options.curvature_samples,
                 seed=options.seed,
                 sharing=sharing,
@@ -410,30 +407,8 @@ class CurvatureQuantizationCallback(Callback):
         figures = {
             f"caq/training/{measure}/{row.name}": value
             for row in profile.layers
-            for measure, value in (("kappa", row.kappa), ("lipschitz", row.lipschitz))
-            if value is not None
+            for measure in MONITORED
+            if (value := getattr(row, measure)) is not None
         }
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=trainer.global_step)
-
-
-def _write(trainer: Trainer, directory: Path, outcome: Outcome) -> None:
-    """Write files, loggers and the table on the console, on rank zero only."""
-    if not trainer.is_global_zero:
-        return
-    plan, profile, report = outcome
-    write_outputs(directory, plan, profile, report)
-    step, tensorboard = trainer.global_step, every("loggers", "TensorBoardLogger")
-    loggers: list[Any] = trainer.loggers
-    for logger in loggers:
-        logger.log_metrics(scalars(report, profile), step=step)
-        if isinstance(logger, tensorboard):
-            log_to_tensorboard(logger.experiment, plan, profile, report, step)
-        logger.save()
-    trainer.print(f"\n{report.table()}\n")
-    rank_zero_info(f"caq: plan, report and figures are in {directory}.")
-
-
-def _directory(trainer: Trainer) -> Path:
-    """Where the outputs go. Every rank has to ask: ``log_dir`` is a collective."""
-    return Path(trainer.log_dir or trainer.default_root_dir) / "caq"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -19,6 +20,7 @@ from lightning_caq.contest import Contest
 from lightning_caq.contexts import Evaluate, InFloat32, curvature_safe
 from lightning_caq.errors import BudgetError, LayerError
 from lightning_caq.evaluation.report import LayerRow, QuantizationReport, Size
+from lightning_caq.evaluation.studies import study
 from lightning_caq.evaluation.tightness import Tightness, output_norm, tightness
 from lightning_caq.evaluation.versions import versions
 from lightning_caq.isolation import preserved
@@ -32,6 +34,8 @@ from lightning_caq.options import QuantizationOptions
 from lightning_caq.plan import QuantizationPlan
 from lightning_caq.progress import Progress, Say, duration, silent
 from lightning_caq.quantizers.swap import quantized_modules
+from lightning_caq.reporting.gallery import draw_gallery
+from lightning_caq.reporting.html import write_html
 
 ALWAYS = frozenset({"kappa", "lipschitz", "inputs"})  # what reports show, whatever the method
 TIGHTNESS_SAMPLES = 64
@@ -52,6 +56,17 @@ class QuantizationResult:
     plan: QuantizationPlan
     profile: CurvatureProfile
     report: QuantizationReport
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write the run as one self-contained HTML file, figures and all.
+
+        Args:
+            path: Where to, such as ``"report.html"``.
+
+        Returns:
+            The path.
+        """
+        return write_html(path, self.report, self.profile, self.plan, draw_gallery(self.report, self.profile))
 
 
 def quantize(
@@ -79,6 +94,7 @@ def quantize(
     profile: CurvatureProfile | None = None,
     compare: Sequence[str] = ("uniform",),
     guard: bool = True,
+    study: bool = False,
     time_budget: float | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
@@ -114,6 +130,7 @@ def quantize(
             that a second budget costs no second measurement.
         compare: Methods to evaluate beside the chosen one.
         guard: Whether uniform bits are taken if they are better on samples held out.
+        study: Whether to compute what only explains the result, see ``QuantizationOptions``.
         time_budget: Seconds that measuring may take.
         include: Shell patterns of the layers to quantize.
         exclude: Shell patterns of the layers to leave in float32.
@@ -158,6 +175,7 @@ def quantize(
         eigenpairs=eigenpairs,
         compare=compare,
         guard=guard,
+        study=study,
         time_budget=time_budget,
         include=include,
         exclude=exclude,
@@ -251,6 +269,20 @@ class _Road:
             samples = take_samples(self.batches, TIGHTNESS_SAMPLES)
             held = tightness(self.model, self.layers, samples, profile, plan.bits)
         report = self._report(contest, metrics, profile, held)
+        if self.options.study:
+            with self.progress.step("studies"):
+                studies = study(
+                    self.model,
+                    self.layers,
+                    self.batches,
+                    profile,
+                    plan,
+                    bits=self.options.bits,
+                    loss_fn=self.loss_fn,
+                    with_energies=True,
+                    with_landscape=True,
+                )
+            report = replace(report, studies=studies)
         plan.apply(self.model)
         return QuantizationResult(self.model, plan, profile, report)
 

@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lit import AtHook, Classifier, blobs, classifier, train_loader, trainer, val_loader
 from torch import nn
 
-from lightning_caq import callback as callback_file
+from lightning_caq import outputs
 from lightning_caq.callback import CurvatureQuantizationCallback
 from lightning_caq.errors import BudgetError, OptionError
 from lightning_caq.plan import QuantizationPlan
@@ -376,7 +376,7 @@ def test_a_full_disk_leaves_the_float_network(tmp_path, monkeypatch):
     def full(*args):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(callback_file, "write_outputs", full)
+    monkeypatch.setattr(outputs, "write_outputs", full)
     module, callback = Classifier(), quantizer()
     with pytest.raises(OSError, match="No space"):
         fit(tmp_path, callback, module)
@@ -388,7 +388,7 @@ def test_a_failure_may_be_a_warning_and_training_ends_as_ever(tmp_path, monkeypa
     def full(*args):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(callback_file, "write_outputs", full)
+    monkeypatch.setattr(outputs, "write_outputs", full)
     ended, callback = AtHook("on_fit_end", lambda t, m: True), quantizer(on_error="warn")
     with pytest.warns(UserWarning, match="quantization failed .OSError: No space left on device"):
         module, pl_trainer = fit(tmp_path, callback, callbacks=[ended])

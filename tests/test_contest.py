@@ -105,11 +105,13 @@ def test_max_drop_finds_a_small_network_that_keeps_the_metric(net):
 
 def test_each_step_of_the_search_is_an_evaluation_and_there_are_no_more_than_allowed(net):
     calls = []
-    evaluate = lambda m: calls.append(bool(quantized_modules(m))) or _accuracy(m)  # noqa: E731
-    quantize(
-        net, _batches(), method="uniform", max_drop=1.0, monitor="acc", max_evaluations=3, evaluate=evaluate, compare=(),
-        **FAST,
-    )  # fmt: skip
+
+    def evaluate(model):
+        calls.append(model)
+        return _accuracy(model)
+
+    options = {"max_drop": 1.0, "monitor": "acc", "max_evaluations": 3, "compare": (), **FAST}
+    quantize(net, _batches(), method="uniform", evaluate=evaluate, **options)
     assert len(calls) <= 1 + 3  # the float network, and three more
 
 

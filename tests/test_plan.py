@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+from dataclasses import replace
 
 import nets
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from lightning_caq import QuantizationPlan, quantize
 from lightning_caq.errors import CAQError, PlanError
 from lightning_caq.fingerprint import fingerprint
+from lightning_caq.quantizers.activations import InputGrid
 from lightning_caq.quantizers.modules import on_grid
 from lightning_caq.quantizers.swap import quantized_modules, restore_modules
 
@@ -266,3 +268,84 @@ def test_fingerprints():
     changed[3, 5] = torch.nextafter(changed[3, 5], torch.tensor(9.0))
     for other in ({"a": changed, "b": w[:2]}, {"a": w, "c": w[:2]}, {"a": w.reshape(6, 4), "b": w[:2]}, {"a": w}):
         assert fingerprint(other) != same
+
+
+@pytest.fixture(scope="module")
+def rounded(done):
+    """The float network, and its plan with the inputs of the last two layers rounded."""
+    net, _, plan = done
+    grids = {"4": InputGrid(4, 0.1, 0), "10": InputGrid(8, 0.02, 100)}
+    layers = tuple(replace(layer, input_grid=grids.get(layer.name)) for layer in plan.layers)
+    return net, replace(plan, layers=layers)
+
+
+def _outputs(net, plan):
+    """What a plain network gives whose inputs are rounded by hand."""
+    values = []
+    for name, module in net.named_children():
+        grid = next((layer.input_grid for layer in plan.layers if layer.name == name), None)
+        values.append(module if grid is None else nn.Sequential(Rounded(grid), module))
+    return nn.Sequential(*values).eval()(X)
+
+
+class Rounded(nn.Module):
+    def __init__(self, grid):
+        super().__init__()
+        self.grid = grid
+
+    def forward(self, x):
+        low = -self.grid.zero_point
+        return (x / self.grid.scale).round().clamp(low, low + 2**self.grid.bits - 1) * self.grid.scale
+
+
+def test_input_grids_are_saved_loaded_and_applied(rounded, tmp_path):
+    net, plan = rounded
+    assert plan.activation_bits == {"4": 4, "10": 8}
+    assert plan.input_grids() == {"4": InputGrid(4, 0.1, 0), "10": InputGrid(8, 0.02, 100)}
+    file = io.BytesIO()
+    torch.save(plan.state_dict(), file)
+    file.seek(0)
+    loaded = [
+        QuantizationPlan.load(plan.save(tmp_path / "plan.json")),
+        QuantizationPlan.from_state_dict(torch.load(file, weights_only=True)),
+        plan.cpu(),
+    ]
+    for other in (plan, *loaded):
+        assert [layer.input_grid for layer in other.layers] == [layer.input_grid for layer in plan.layers]
+        model = copy.deepcopy(net)
+        other.apply(model)
+        plain = copy.deepcopy(model)
+        restore_modules(plain)
+        with torch.no_grad():
+            torch.testing.assert_close(model(X), _outputs(plain, plan))
+            assert not torch.equal(model(X), plain(X))
+
+
+def test_attaching_and_settling_keep_input_grids(rounded):
+    net, plan = rounded
+    model = copy.deepcopy(net)
+    plan.apply(model)
+    y = model(X)
+    restore_modules(model)
+    assert plan.attach(model)
+    assert torch.equal(model(X), y)
+    assert plan.settled(model).input_grids() == plan.input_grids()
+
+
+def test_a_plan_without_input_grids_and_one_of_before_there_were_any(done):
+    net, quantized, plan = done
+    assert (plan.activation_bits, plan.input_grids()) == ({}, {})
+    state = plan.state_dict()
+    for layer in state["layers"]:
+        assert layer.pop("input") is None
+    model = copy.deepcopy(net)
+    QuantizationPlan.from_state_dict(state).apply(model)
+    assert torch.equal(model(X), quantized(X))
+
+
+@pytest.mark.parametrize("wrong", [{"bits": 4}, {"bits": 4, "scale": -1.0, "zero_point": 0}, {"bits": 4, "scale": "a"}])
+def test_damaged_input_grids(rounded, wrong):
+    state = rounded[1].state_dict()
+    state["layers"][1]["input"] = wrong
+    with pytest.raises(PlanError, match="in the checkpoint is damaged"):
+        QuantizationPlan.from_state_dict(state)

@@ -67,8 +67,8 @@ def export_onnx(
 
     Weights are uint4 or uint8 with one scale and zero point a channel (DequantizeLinear); other bit-widths are stored
     in the next larger type that holds them. Dequantized weights equal PyTorch's to the last bit. Inputs that are
-    rounded pass through QuantizeLinear and DequantizeLinear, in uint4 or uint8. The network is exported in eval mode;
-    the first dimension of every input may vary where the network allows it.
+    rounded pass through QuantizeLinear and DequantizeLinear in uint8, after a Clip if their grid has fewer codes. The
+    network is exported in eval mode; the first dimension of every input may vary where the network allows it.
 
     Args:
         model: The quantized network; left as it was.

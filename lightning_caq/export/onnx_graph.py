@@ -60,8 +60,8 @@ def dequantize_input(graph: Any, name: str, stored: Integers) -> None:
 def quantize_rounded(model: Any) -> None:
     """Replace every node that marks the rounding of an input by QuantizeLinear and DequantizeLinear.
 
-    A marking node has the attributes of an ``InputGrid``. Grids of 4 bits are quantized in uint4, all others in uint8,
-    those of fewer bits after a Clip to their range. (ONNX Runtime has no Clip before uint4.)
+    A marking node has the attributes of an ``InputGrid``. All are quantized in uint8, those of fewer bits after a Clip
+    to their range: ONNX Runtime moves uint4 values past operators, such as MaxPool, that do not take them.
 
     Args:
         model: The ``onnx.ModelProto``, changed in place.
@@ -93,20 +93,16 @@ def quantize_rounded(model: Any) -> None:
 
 def _rounding(graph: Any, value: str, name: str, grid: InputGrid) -> list[Any]:
     """Nodes that round ``value`` to a grid and call the result ``name``."""
-    onnx, kind = import_module("onnx"), "uint4" if grid.bits == 4 else "uint8"
-    make = onnx.helper.make_node
-    constants = {"scale": torch.tensor(grid.scale), "zero_point": torch.tensor(grid.zero_point, dtype=torch.int32)}
-    nodes = []
-    if f"uint{grid.bits}" != kind:
-        ends = torch.tensor(grid.codes) * constants["scale"]
-        constants |= dict(zip(("low", "high"), ends.unbind(), strict=True))
-        nodes.append(make("Clip", [value, f"{name}.low", f"{name}.high"], [f"{name}.clipped"], f"{name}.clip"))
-        value = f"{name}.clipped"
-    for part, number in constants.items():
-        key = f"{name}.{part}"
-        stored = _integers(key, number, kind) if part == "zero_point" else _number(key, number)
-        graph.initializer.append(stored)
+    make = import_module("onnx").helper.make_node
+    scale, zero = torch.tensor(grid.scale), torch.tensor(grid.zero_point, dtype=torch.int32)
     parts = [f"{name}.scale", f"{name}.zero_point"]
+    graph.initializer.extend([_number(parts[0], scale), _integers(parts[1], zero, "uint8")])
+    nodes = []
+    if grid.bits < 8:
+        ends = [f"{name}.low", f"{name}.high"]
+        graph.initializer.extend(_number(end, code * scale) for end, code in zip(ends, grid.codes, strict=True))
+        nodes.append(make("Clip", [value, *ends], [f"{name}.clipped"], f"{name}.clip"))
+        value = f"{name}.clipped"
     nodes.append(make("QuantizeLinear", [value, *parts], [f"{name}.codes"], f"{name}.quantize"))
     nodes.append(make("DequantizeLinear", [f"{name}.codes", *parts], [name], f"{name}.dequantize"))
     return nodes

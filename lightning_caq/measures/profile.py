@@ -212,5 +212,5 @@ def _row(item: dict[str, Any]) -> LayerCurvature:
     known = {f.name for f in fields(LayerCurvature)}
     values = {k: v for k, v in item.items() if k in known}
     for name in (f.name for f in fields(LayerCurvature) if f.default_factory is dict):
-        values[name] = {int(bits): value for bits, value in values[name].items()}
+        values[name] = {int(bits): value for bits, value in values.get(name, {}).items()}
     return LayerCurvature(**{**values, "outside": tuple(values["outside"])})

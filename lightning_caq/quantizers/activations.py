@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -76,8 +76,9 @@ class InputGrid:
 def fit_input_grid(values: Tensor, bits: int) -> InputGrid:
     """The grid that rounds a layer's inputs with close to the least squared error.
 
-    The ends of the range are moved towards zero one at a time, each to the best of many places, twice over; with the
-    codes held, the scale then follows by regression, and new codes from it (Lloyd's iteration), as long as that helps.
+    The ends of the range are moved towards zero one at a time, each to the best of many places, twice over. With the
+    codes held, the scale then follows by regression and new codes from it (Lloyd's iteration), as long as that helps;
+    so it does for the two neighbouring zero points where inputs have both signs, and the best of the three is taken.
 
     Args:
         values: A sample of the inputs, with the smallest and the largest of all among them.
@@ -95,23 +96,18 @@ def fit_input_grid(values: Tensor, bits: int) -> InputGrid:
     if low == high:
         return InputGrid(bits, 1.0, 0)
 
-    def error(grid: InputGrid) -> float:
-        return float((grid.nearest(values) - values).square().mean(dtype=torch.float64))
-
     lower, upper = low, high
     for _ in range(2 if low < 0 < high else 1):
         if high > 0:
-            upper = min((f * high for f in _FRACTIONS), key=lambda end: error(_spanning(lower, end, bits)))
+            upper = min((f * high for f in _FRACTIONS), key=lambda end: _error(values, _spanning(lower, end, bits)))
         if low < 0:
-            lower = min((f * low for f in _FRACTIONS), key=lambda end: error(_spanning(end, upper, bits)))
-    best = _spanning(lower, upper, bits)
-    for _ in range(_REFINEMENTS):
-        codes = (values / best.scale).round().clamp(*best.codes)
-        if not codes.any():
-            break
-        slope = float((codes * values).mean(dtype=torch.float64) / codes.square().mean(dtype=torch.float64))
-        best = min(best, InputGrid(bits, _stored(slope), best.zero_point), key=error)
-    return best
+            lower = min((f * low for f in _FRACTIONS), key=lambda end: _error(values, _spanning(end, upper, bits)))
+    found, top = _spanning(lower, upper, bits), 2**bits - 1
+    zeros = [found.zero_point]
+    if low < 0 < high:
+        zeros += [zero for zero in (zeros[0] - 1, zeros[0] + 1) if 0 <= zero <= top]
+    grids = [_refined(values, replace(found, zero_point=zero)) for zero in zeros]
+    return min(grids, key=lambda grid: _error(values, grid))
 
 
 def change_first(
@@ -127,6 +123,22 @@ def change_first(
         return (change(args[0]), *args[1:]), dict(kwargs)
     name = next(iter(kwargs))
     return args, {**kwargs, name: change(kwargs[name])}
+
+
+def _error(values: Tensor, grid: InputGrid) -> float:
+    """Mean squared error of rounding."""
+    return float((grid.nearest(values) - values).square().mean(dtype=torch.float64))
+
+
+def _refined(values: Tensor, grid: InputGrid) -> InputGrid:
+    """The grid with a scale that suits its codes better."""
+    for _ in range(_REFINEMENTS):
+        codes = (values / grid.scale).round().clamp(*grid.codes)
+        if not codes.any():
+            break
+        slope = float((codes * values).mean(dtype=torch.float64) / codes.square().mean(dtype=torch.float64))
+        grid = min(grid, replace(grid, scale=_stored(slope)), key=lambda each: _error(values, each))
+    return grid
 
 
 def _spanning(low: float, high: float, bits: int) -> InputGrid:

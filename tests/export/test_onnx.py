@@ -13,9 +13,11 @@ from lightning_caq import quantize
 from lightning_caq.errors import ExportError, LayerError
 from lightning_caq.export import onnx as onnx_export
 from lightning_caq.export.onnx import export_onnx
-from lightning_caq.layers import quantizable_layers
+from lightning_caq.layers import find_layers, quantizable_layers
+from lightning_caq.quantizers.activations import InputGrid
 from lightning_caq.quantizers.affine import fit_grid
-from lightning_caq.quantizers.swap import swap
+from lightning_caq.quantizers.calibration import calibrate_inputs, input_bits
+from lightning_caq.quantizers.swap import quantized_modules, swap
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -210,3 +212,63 @@ def test_bad_arguments(tmp_path, monkeypatch):
         ExportError, match=r"needs onnx, onnxruntime, onnxscript; run pip install 'lightning-caq\[onnx\]'"
     ):
         export_onnx(net, tmp_path / "f", torch.randn(2, 3))
+
+
+def _with_inputs(net, grids):
+    """The swapped network with the inputs of its modules rounded."""
+    swap(net, {name: m.grid for name, m in quantized_modules(net).items()}, grids)
+    return net
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+def test_rounded_inputs_are_the_very_ones(bits, tmp_path):
+    net = nn.Sequential(nn.Linear(9, 9, bias=False))
+    with torch.no_grad():
+        net[0].weight.copy_(torch.eye(9))  # the output is the rounded input itself
+    grid = InputGrid(bits, 0.25, 1)
+    _with_inputs(_swapped(net, (8,)), {"0": grid})
+    result = export_onnx(net, tmp_path / "net.onnx", torch.randn(4, 9))
+    x = torch.cat([torch.randn(64, 9) * 2, torch.arange(-9, 9).float().view(2, 9) / 8])  # ties too
+    expected = np.clip(np.rint(x.numpy() / 0.25), -1, 2**bits - 2) * 0.25
+    np.testing.assert_allclose(_run(result.path, x)[0], expected, rtol=1e-5, atol=1e-5)
+    graph = onnx.load(result.path)
+    kinds = [node.op_type for node in graph.graph.node]
+    assert kinds.count("QuantizeLinear") == 1
+    assert kinds.count("DequantizeLinear") == 2
+    assert kinds.count("Clip") == (bits < 8)
+    assert [x.domain for x in graph.opset_import] == [""]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_cnn_with_rounded_inputs(bits, tmp_path):
+    net, x = _swapped(nets.small_cnn(), (3, 8)), nets.images(32, 2)[0]
+    layers = find_layers(net, x)
+    grids = calibrate_inputs(net, layers, [x], input_bits(layers, bits))
+    _with_inputs(net, grids)
+    result = export_onnx(net, tmp_path / "net.onnx", x[:4])
+    assert net[0].input_grid == grids["0"]
+    assert net[0].quantizing
+    assert not any(m._forward_pre_hooks for m in net.modules())
+    _agree(net, result.path, x, atol=1e-2, rtol=1e-2)
+
+
+def test_tokens_are_not_rounded(tmp_path):
+    net, tokens = _swapped(nn.Sequential(nn.Embedding(6, 3), nn.Linear(3, 2)), (4,)), torch.randint(0, 6, (5, 4))
+    _with_inputs(net, {"0": InputGrid(4, 0.25, 8), "1": InputGrid(4, 0.25, 8)})
+    result = export_onnx(net, tmp_path / "net.onnx", tokens)
+    _agree(net, result.path, tokens)
+    assert [node.op_type for node in onnx.load(result.path).graph.node].count("QuantizeLinear") == 1
+
+
+def test_rounding_of_inputs_that_is_lost(tmp_path, monkeypatch):
+    net = _with_inputs(_swapped(nn.Sequential(nn.Linear(9, 4)), (4,)), {"0": InputGrid(2, 1.0, 1)})
+    monkeypatch.setattr(onnx_export.InputGrid, "nearest", lambda grid, values: values.float().round())
+    with pytest.raises(ExportError, match="differ from PyTorch's"):
+        export_onnx(net, tmp_path / "net.onnx", 5 * torch.randn(16, 9))
+
+
+def test_a_torch_that_cannot_export_rounded_inputs(tmp_path, monkeypatch):
+    net = _with_inputs(_swapped(nn.Sequential(nn.Linear(9, 4)), (4,)), {"0": InputGrid(4, 1.0, 1)})
+    monkeypatch.delattr(torch.onnx, "ops")
+    with pytest.raises(ExportError, match=r"Rounded activations are exported by torch 2\.8 and later"):
+        export_onnx(net, tmp_path / "net.onnx", torch.randn(2, 9))

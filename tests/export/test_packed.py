@@ -15,6 +15,7 @@ from lightning_caq.errors import LayerError, PlanError
 from lightning_caq.export.packed import load_quantized, save_quantized
 from lightning_caq.export.sealed import read_sealed, write_sealed
 from lightning_caq.layers import quantizable_layers
+from lightning_caq.quantizers.activations import InputGrid
 from lightning_caq.quantizers.affine import Grid, fit_grid
 from lightning_caq.quantizers.swap import quantized_modules, swap
 
@@ -339,3 +340,48 @@ def test_resnet20_in_a_thirteenth(tmp_path, monkeypatch):
     floats = 4 * sum(p.numel() for p in net.parameters() if p.ndim > 1)
     assert stored == plan.bytes <= floats / 13
     assert torch.equal(load_quantized(ResNet(3).eval(), tmp_path / "f", packed=True)(x), net(x))
+
+
+def _with_inputs(net, bits=3):
+    """The network, swapped, the inputs of all its layers rounded."""
+    _swapped(net, bits)
+    grids, modules = {name: m.grid for name, m in quantized_modules(net).items()}, quantized_modules(net)
+    swap(net, grids, {name: InputGrid(4, 0.25, 3 + index) for index, name in enumerate(modules)})
+    return net
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "pixels", "tied", "twice", "dict"])
+def test_inputs_are_rounded_as_in_the_network_that_was_saved(name, packed, tmp_path):
+    case = nets.make_case(name)
+    plain = case.output(_swapped(copy.deepcopy(case.net), 3), case.batches[0])
+    net, batch = _with_inputs(case.net), case.batches[0]
+    if name in ("tied", "twice"):  # one grid a layer: what shares a weight shares it
+        swap(
+            net,
+            {k: m.grid for k, m in quantized_modules(net).items()},
+            dict.fromkeys(_names(net), InputGrid(4, 0.25, 3)),
+        )
+    other = load_quantized(nets.make_case(name).net, save_quantized(net, tmp_path / "f"), packed=packed)
+    assert torch.equal(case.output(other, batch), case.output(net, batch))
+    assert not torch.equal(case.output(other, batch), plain)
+
+
+def _names(net):
+    return [name for layer in quantizable_layers(net) for name in layer.modules]
+
+
+def test_loading_a_file_without_input_grids_takes_inputs_as_they_are(tmp_path):
+    net = _swapped(nets.small_cnn(), 3)
+    other = load_quantized(_with_inputs(nets.small_cnn()), save_quantized(net, tmp_path / "f"))
+    assert all(module.input_grid is None for module in quantized_modules(other).values())
+    assert torch.equal(other(X), net(X))
+
+
+def test_a_damaged_input_grid(tmp_path):
+    path = save_quantized(_with_inputs(nets.small_cnn()), tmp_path / "f")
+    description, tensors = read_sealed(path, 1)
+    del description["version"]
+    description["layers"][0]["input_grid"]["scale"] = 0.0
+    with pytest.raises(PlanError, match="damaged: OptionError"):
+        load_quantized(nets.small_cnn(), write_sealed(path, 1, description, tensors))

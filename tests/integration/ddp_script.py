@@ -133,7 +133,7 @@ def apart(folder: Path, **kwargs: Any) -> dict[str, Any]:
 BROKEN = {
     "reading": (0, bridge, "_first"),
     "rounding": (1, attempt, "round_layer"),
-    "writing": (0, callback, "_write"),
+    "writing": (0, callback, "write"),
 }
 
 

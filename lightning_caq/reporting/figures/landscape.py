@@ -59,7 +59,7 @@ def loss_landscape(found: Landscape) -> Figure:
     drawn = axes.contourf(found.short, found.long, loss, levels=levels, cmap="YlGnBu")
     axes.contour(found.short, found.long, loss, levels=levels, colors="white", linewidths=0.5)
     _path(axes, found)
-    figure.colorbar(drawn, cax=bar, ticks=levels[::3], format=lambda x, _: figure_text(float(f"{x:.2g}")))
+    figure.colorbar(drawn, cax=bar, ticks=levels[::3], format=lambda x, _: _tick(x, high - low))
     bar.tick_params(labelsize=FONT)
     bar.set_title("nat", fontsize=FONT)
     axes.set_xlabel("along the short axis (unit of the weights)", fontsize=FONT)
@@ -78,3 +78,8 @@ def _path(axes: Axes, found: Landscape) -> None:
     axes.plot(places[:, 0], places[:, 1], color=POINT, linewidth=1.2, marker=".", markersize=5)
     axes.plot(*places[0], color="black", marker="o", markerfacecolor="white", markersize=7)
     axes.plot(*places[-1], color=POINT, marker="s", markersize=7)
+
+
+def _tick(value: float, span: float) -> str:
+    """Two digits, and zero for what is zero but for noise."""
+    return figure_text(float(f"{value:.2g}")) if abs(value) > 1e-3 * span else "0"
