@@ -19,7 +19,7 @@ from pathlib import Path
 
 from networks import BLOCKS, DATA, Images, ResNet, accuracy, load_cifar10, load_network
 
-from lightning_caq import quantize
+from lightning_caq import CurvatureProfile, quantize
 from lightning_caq.errors import CAQError
 from lightning_caq.evaluation.report import text_table
 from lightning_caq.options import BATCHNORM, ROUNDINGS, QuantizationOptions
@@ -38,7 +38,7 @@ class Row:
         ratio: Float32 size over quantized size, scales and zero points counted.
         accuracy: Of the quantized network on the test images, in percent.
         float_accuracy: Of the float network on the same images, in percent.
-        seconds: Time that ``quantize`` took, evaluation not counted.
+        seconds: Time that ``quantize`` took; the first budget measures curvature, later ones use its profile.
         peak_mb: Most memory that this process has held so far, in MiB.
         seed: Seed of the calibration subset and of every random number.
     """
@@ -66,7 +66,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = load_network(args.model, args.data)
         float_accuracy = accuracy(model, test)
         calibration = train.sample(args.samples, args.seed)
-        rows = [run(model, options, args.model, calibration, test, float_accuracy) for options in budgets]
+        rows, profile = [], None
+        for options in budgets:
+            row, profile = run(model, options, args.model, calibration, test, float_accuracy, profile)
+            rows.append(row)
     except (CAQError, OSError, ValueError) as error:
         sys.exit(f"ptq.py: {error}")
     command = shlex.join(["python", "benchmarks/ptq.py", *(sys.argv[1:] if argv is None else argv)])
@@ -80,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--method", default="cet", help="how bits are allocated")
     result.add_argument("--rounding", choices=ROUNDINGS, default="error_feedback")
     result.add_argument("--batchnorm", choices=BATCHNORM, default="recentre")
+    result.add_argument("--guard", action="store_true", help="make uniform's network too and keep the better one")
     result.add_argument("--samples", type=int, default=512, help="training images to calibrate on")
     result.add_argument("--seed", type=int, default=0, help="chooses these images, and seeds every random number")
     result.add_argument("--data", type=Path, default=DATA, help="folder with the trained networks and the images")
@@ -96,17 +100,25 @@ def options_of(args: argparse.Namespace, avg_bits: float) -> QuantizationOptions
         batchnorm=args.batchnorm,
         calibration_samples=args.samples,
         compare=(),
+        guard=args.guard,
         seed=args.seed,
     )
 
 
 def run(
-    model: ResNet, options: QuantizationOptions, name: str, calibration: Images, test: Images, float_accuracy: float
-) -> Row:
-    """Quantize a copy of ``model`` to one budget and measure it."""
+    model: ResNet,
+    options: QuantizationOptions,
+    name: str,
+    calibration: Images,
+    test: Images,
+    float_accuracy: float,
+    profile: CurvatureProfile | None,
+) -> tuple[Row, CurvatureProfile]:
+    """Quantize a copy of ``model`` to one budget and measure it; what was measured serves the next budget."""
     progress(f"{name}: {options.method} at {options.budget} ...")
     start = time.perf_counter()
-    result = quantize(copy.deepcopy(model), calibration.batches(64), **asdict(options), say=progress)
+    batches = calibration.batches(64)
+    result = quantize(copy.deepcopy(model), batches, **asdict(options), profile=profile, say=progress)
     seconds = time.perf_counter() - start
     assert options.avg_bits is not None
     row = Row(
@@ -123,7 +135,7 @@ def run(
         seed=options.seed,
     )
     progress(f"{name}: {row.accuracy:.1f} % at {row.avg_bits:.3f} bits in {seconds:.0f} s")
-    return row
+    return row, result.profile
 
 
 def progress(message: str) -> None:
@@ -156,7 +168,8 @@ def as_text(rows: Sequence[Row], images: int, args: argparse.Namespace, command:
     notes = (
         f"Accuracy on n = {images:,} test images of CIFAR-10; s.e. is the binomial standard error of one figure. "
         f"Calibrated on\n{args.samples:,} training images drawn with seed {args.seed}. Average bits count the weights "
-        "alone, the ratio scales and zero points too.\nPeak memory is that of the process, data and all.\n"
+        "alone,\nthe ratio scales and zero points too. The first row's seconds include measuring, the next rows use "
+        "its profile.\nPeak memory is that of the process, data and all.\n"
         f"Command: {command}"
     )
     return f"{text_table(header, cells)}\n\n{notes}"

@@ -1,7 +1,10 @@
 """Curvature-guided mixed-precision quantization for PyTorch Lightning."""
 
+from lightning_caq.allocation.methods import available_methods, register_method
 from lightning_caq.callback import CurvatureQuantizationCallback
 from lightning_caq.evaluation.report import QuantizationReport
+from lightning_caq.export.onnx import OnnxExport, export_onnx
+from lightning_caq.export.packed import load_quantized, save_quantized
 from lightning_caq.measures.measure import measure
 from lightning_caq.measures.profile import CurvatureProfile
 from lightning_caq.pipeline import QuantizationResult, quantize
@@ -10,9 +13,15 @@ from lightning_caq.plan import QuantizationPlan
 __all__ = [
     "CurvatureProfile",
     "CurvatureQuantizationCallback",
+    "OnnxExport",
     "QuantizationPlan",
     "QuantizationReport",
     "QuantizationResult",
+    "available_methods",
+    "export_onnx",
+    "load_quantized",
     "measure",
     "quantize",
+    "register_method",
+    "save_quantized",
 ]

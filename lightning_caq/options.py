@@ -40,9 +40,9 @@ class QuantizationOptions:
         eigenpairs: Eigenpairs of the Hessian to find where they come from Lanczos.
         compare: Methods to evaluate beside the chosen one at the same budget.
         guard: Whether uniform bits are taken instead if they are better on samples held out.
-        study: Whether to compute what only explains the result: each layer's own error at the output, tightness at every
-            bit-width, the share of the error in the steep directions, and the loss landscape. It takes about as long
-            again as measuring.
+        study: Whether to compute what only explains the result: each layer's own error at the output, tightness at
+            every bit-width, the share of the error in the steep directions, and the loss landscape. It takes about as
+            long again as measuring.
         time_budget: Seconds that measuring may take, as far as its estimate goes; ``None`` sets no limit.
         include: Shell patterns of the layers to quantize; all by default.
         exclude: Shell patterns of the layers to leave in float32.
