@@ -111,7 +111,8 @@ def calibrate_inputs(
     Costs about half a forward pass a layer.
 
     Args:
-        model: The network in eval mode, its weights rounded and repaired; left as it was.
+        model: The network in eval mode, its weights rounded; left as it was. Repair comes afterwards, once for what the
+            rounding of weights and that of inputs moved together.
         layers: The layers in order of execution.
         batches: Calibration batches.
         bits: Bit-width of each layer's input, such as from ``input_bits``.
