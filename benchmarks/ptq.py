@@ -83,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--method", default="cet", help="how bits are allocated")
     result.add_argument("--rounding", choices=ROUNDINGS, default="error_feedback")
     result.add_argument("--batchnorm", choices=BATCHNORM, default="recentre")
+    result.add_argument("--activation-bits", type=int, help="bits of the layers' inputs; float32 by default")
     result.add_argument("--guard", action="store_true", help="make uniform's network too and keep the better one")
     result.add_argument("--samples", type=int, default=512, help="training images to calibrate on")
     result.add_argument("--seed", type=int, default=0, help="chooses these images, and seeds every random number")
@@ -101,6 +102,7 @@ def options_of(args: argparse.Namespace, avg_bits: float) -> QuantizationOptions
         calibration_samples=args.samples,
         compare=(),
         guard=args.guard,
+        activation_bits=args.activation_bits,
         seed=args.seed,
     )
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_caq.batches import split_samples
+from lightning_caq.batches import split_samples, take_samples
 from lightning_caq.budget import LayerSizes
 from lightning_caq.layers import Layer, layer_weight
 from lightning_caq.objective import Loss, Objective, make_objective
 from lightning_caq.options import QuantizationOptions
 from lightning_caq.plan import LayerPlan, QuantizationPlan, weights_fingerprint
+from lightning_caq.quantizers.activations import InputGrid
+from lightning_caq.quantizers.calibration import calibrate_inputs, rounded_inputs
 from lightning_caq.quantizers.repair import Repair, prepare_repair
 from lightning_caq.quantizers.rounding import round_layer
+from lightning_caq.quantizers.swap import restore_modules, swap
+
+INPUT_SAMPLES = 128
 
 
 @dataclass(frozen=True)
@@ -68,12 +73,24 @@ class Workshop:
             with torch.no_grad():
                 weight.copy_(grid.values(codes))
             plans.append(LayerPlan(layer.name, layer.modules, grid, codes))
-        repairs, note = self.repair(self.model) if self.repair is not None else ({}, "")
+        inputs = self._input_grids()
+        plans = [replace(plan, input_grid=inputs.get(plan.name)) for plan in plans]
+        with rounded_inputs(self.model, self.layers, inputs):
+            repairs, note = self.repair(self.model) if self.repair is not None else ({}, "")
         plan = QuantizationPlan(method, budget, self.rounding, tuple(plans), self.sizes, made_for, repairs).cpu()
+        swap(self.model, plan.grids(), plan.input_grids())  # what is judged is what the plan makes of the network
         return Attempt(plan, self.held_out.value(self.model), (note,) if note else ())
+
+    def _input_grids(self) -> dict[str, InputGrid]:
+        """Grids of the layers' inputs, for the weights as they are now; none where inputs stay in float32."""
+        if not self.sizes.activation_bits:
+            return {}
+        samples = take_samples(self.fitted, INPUT_SAMPLES)
+        return calibrate_inputs(self.model, self.layers, samples, self.sizes.activation_bits)
 
     def restore(self) -> None:
         """Make the network the float one again."""
+        restore_modules(self.model)
         live = tensors(self.model)
         with torch.no_grad():
             for name, value in self.floats.items():

@@ -68,6 +68,7 @@ class CurvatureQuantizationCallback(Callback):
         monitor: The metric that ``max_drop`` watches, by the name it is logged under.
         monitor_mode: Whether a good network has a large metric or a small one.
         max_evaluations: Networks that may be made and validated in the search for ``max_drop``.
+        activation_bits: Bits of every quantized layer's input, 2 to 8 (the first layer's has 8); float32 by default.
         bits: Candidate bit-widths, from 1 to 8.
         rounding: How weights are rounded to the grid.
         batchnorm: ``recentre`` moves batch-norm statistics and biases by what quantization changed; ``keep`` does not.
@@ -112,6 +113,7 @@ class CurvatureQuantizationCallback(Callback):
         monitor: str | None = None,
         monitor_mode: Literal["max", "min"] = "max",
         max_evaluations: int = 8,
+        activation_bits: int | None = None,
         bits: list[int] | tuple[int, ...] = (2, 3, 4, 5, 6, 8),
         rounding: Literal["error_feedback", "nearest"] = "error_feedback",
         batchnorm: Literal["recentre", "keep"] = "recentre",
@@ -142,6 +144,7 @@ class CurvatureQuantizationCallback(Callback):
             monitor=monitor,
             monitor_mode=monitor_mode,
             max_evaluations=max_evaluations,
+            activation_bits=activation_bits,
             bits=bits,
             rounding=rounding,
             batchnorm=batchnorm,

@@ -30,6 +30,8 @@ class QuantizationOptions:
         monitor: The metric that ``max_drop`` watches, by the name it is logged under.
         monitor_mode: Whether a good network has a large metric (``"max"``) or a small one (``"min"``).
         max_evaluations: Networks that may be made and evaluated in the search for ``max_drop``.
+        activation_bits: Bits of every quantized layer's input, 2 to 8; the first layer's input has 8, words of
+            embeddings are left. ``None`` leaves inputs in float32.
         bits: Candidate bit-widths, from 1 to 8.
         rounding: ``"error_feedback"`` or ``"nearest"``.
         batchnorm: ``"recentre"`` moves the batch-norm statistics, and the biases of layers without batch-norm, by what
@@ -66,6 +68,7 @@ class QuantizationOptions:
     monitor: str | None = None
     monitor_mode: str = "max"
     max_evaluations: int = 8
+    activation_bits: int | None = None
     bits: Sequence[int] = (2, 3, 4, 5, 6, 8)
     rounding: str = "error_feedback"
     batchnorm: str = "recentre"
@@ -99,6 +102,9 @@ class QuantizationOptions:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise OptionError(f"{name}={value!r} is not allowed; give a whole number from 1 up.")
+        a = self.activation_bits
+        if a is not None and (isinstance(a, bool) or not isinstance(a, int) or not 2 <= a <= 8):
+            raise OptionError(f"activation_bits={a!r} is not allowed; give a whole number from 2 to 8, or None.")
         seconds = self.time_budget
         if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, Real) or not seconds > 0):
             raise OptionError(f"time_budget={seconds!r} is not allowed; give a number of seconds above 0.")

@@ -33,6 +33,7 @@ from lightning_caq.objective import Loss, Objective, make_objective
 from lightning_caq.options import QuantizationOptions
 from lightning_caq.plan import QuantizationPlan
 from lightning_caq.progress import Progress, Say, duration, silent
+from lightning_caq.quantizers.calibration import input_bits
 from lightning_caq.quantizers.swap import quantized_modules
 from lightning_caq.reporting.gallery import draw_gallery
 from lightning_caq.reporting.html import write_html
@@ -82,6 +83,7 @@ def quantize(
     monitor: str | None = None,
     monitor_mode: str = "max",
     max_evaluations: int = 8,
+    activation_bits: int | None = None,
     bits: Sequence[int] = (2, 3, 4, 5, 6, 8),
     rounding: str = "error_feedback",
     batchnorm: str = "recentre",
@@ -116,6 +118,7 @@ def quantize(
         monitor: That metric, one that ``evaluate`` returns.
         monitor_mode: ``"max"`` or ``"min"``: how a good network's metric is.
         max_evaluations: Networks that may be tried for ``max_drop``.
+        activation_bits: Bits of the layers' inputs, ``None`` for float32.
         bits: Candidate bit-widths.
         rounding: ``"error_feedback"`` or ``"nearest"``.
         batchnorm: ``"recentre"`` or ``"keep"``.
@@ -166,6 +169,7 @@ def quantize(
         monitor=monitor,
         monitor_mode=monitor_mode,
         max_evaluations=max_evaluations,
+        activation_bits=activation_bits,
         bits=bits,
         rounding=rounding,
         batchnorm=batchnorm,
@@ -218,6 +222,8 @@ def run(
         chosen = {id(layer_weight(model, layer)) for layer in layers}
         left = sum(p.numel() for p in model.parameters() if p.ndim > 1 and id(p) not in chosen)
         sizes = layer_sizes(layers, left)
+        if options.activation_bits is not None:
+            sizes = replace(sizes, activation_bits=input_bits(layers, options.activation_bits))
         check_budget(options.budget, sizes, options.bits)
         return _Road(
             model,

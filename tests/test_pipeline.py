@@ -605,3 +605,29 @@ def test_a_second_budget_costs_no_second_measurement():
     )
     other = quantize(net, [batches[0] + 1], avg_bits=4, profile=fresh.profile, inplace=False, guard=False)
     assert other.profile is not fresh.profile
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_inputs_are_rounded_too_where_asked(net, bits):
+    floats = copy.deepcopy(net).eval()
+    result = quantize(net, _batches(), avg_bits=8, activation_bits=bits, method="uniform", compare=(), **FAST)
+    assert list(result.plan.activation_bits.values()) == [8] + [bits] * (len(result.plan.layers) - 1)
+    seen = {}
+    for name, module in quantized_modules(net).items():
+        module.register_forward_hook(lambda m, x, y, name=name: seen.update({name: m.rounded_input(x[0])}))
+    with torch.no_grad():
+        outputs = result.model.eval()(TEST[0])
+    last = list(seen)[-1]
+    assert len(seen[last].unique()) <= 2**bits
+    assert float(nets.kl(floats(TEST[0]).detach(), outputs)) < (0.5 if bits == 4 else 0.01)
+    assert result.report.metrics["quantized/distill"] > 0
+
+
+@pytest.mark.parametrize("bits", [1, 9, True, "4"])
+def test_bits_of_inputs_must_be_whole_numbers_from_2_to_8(net, bits):
+    _refused(
+        net,
+        lambda: quantize(net, _batches(), avg_bits=3, activation_bits=bits, **FAST),
+        OptionError,
+        "activation_bits=.* is not allowed; give a whole number from 2 to 8",
+    )
