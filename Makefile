@@ -8,7 +8,7 @@ demo: $(VENV)/.examples  ## train two networks on real MNIST images, quantize th
 	$(BIN)/python examples/01_callback.py
 
 test: $(VENV)/.dev  ## every test and every documented example
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(VENV)/.dev  ## style and types
 	$(BIN)/ruff check .
