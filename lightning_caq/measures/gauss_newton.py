@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lightning_caq.batches import batch_size, run_model
 from lightning_caq.errors import CalibrationError
 from lightning_caq.layers import Layer, layer_weight
 from lightning_caq.measures.convolutions import SeparateConvolutions
+from lightning_caq.measures.graph_memory import graph_bytes
 from lightning_caq.objective import divergence
 
 OutputLoss = Callable[[Tensor, Any], Tensor]
@@ -137,7 +138,7 @@ class GaussNewton:
         sizes = [batch_size(batch) for batch in self._batches]
         for index, size in enumerate(sizes):
             if index not in self._kept and self._room > 0:
-                self._room -= self._graph_bytes(index)
+                self._room -= graph_bytes(partial(self._build, index), self._model, self._batches)
                 if self._room >= 0:
                     self._kept[index] = self._build(index)
             yield size / sum(sizes), self._kept[index] if index in self._kept else self._build(index)
@@ -158,22 +159,6 @@ class GaussNewton:
                 )
             (slope,) = torch.autograd.grad(loss, point, create_graph=True)
         return _Graph(outputs, direction, pulled, point, slope)
-
-    def _graph_bytes(self, index: int) -> int:
-        """Bytes of what the graphs of a batch save, each storage once; from graphs that are thrown away."""
-        seen: dict[int, int] = {}
-
-        def note(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            seen[storage.data_ptr()] = storage.nbytes()
-            return tensor.detach()
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            self._build(index)
-        # Weights and samples are there anyway; batches may be views of one large tensor.
-        there = (*self._model.parameters(), *tree_leaves(self._batches))
-        own = {t.untyped_storage().data_ptr() for t in there if isinstance(t, Tensor)}
-        return sum(size for pointer, size in seen.items() if pointer not in own)
 
 
 def _product(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lightning_caq.batches import batch_size, take_samples
 from lightning_caq.layers import Layer, layer_weight
 from lightning_caq.measures.convolutions import SeparateConvolutions
+from lightning_caq.measures.graph_memory import graph_bytes
 from lightning_caq.measures.sharing import ALONE, Sharing
 from lightning_caq.objective import Objective, make_objective
 
@@ -122,7 +123,7 @@ class Hessian:
         """Of every batch of this rank its share, its gradients with their graph, and whether that graph is kept."""
         for index in self._sharing.mine(range(len(self._objective.batches))):
             if index not in self._kept and self._room > 0:
-                self._room -= self._graph_bytes(index)
+                self._room -= graph_bytes(partial(self._build, index), self._model, self._objective.batches)
                 if self._room >= 0:
                     self._kept[index] = self._build(index)
             kept = index in self._kept
@@ -134,22 +135,6 @@ class Hessian:
             return torch.autograd.grad(
                 loss, self._weights, create_graph=True, allow_unused=True, materialize_grads=True
             )
-
-    def _graph_bytes(self, index: int) -> int:
-        """Bytes of what the gradient's graph of a batch saves, each storage once; from a graph that is thrown away."""
-        seen: dict[int, int] = {}
-
-        def note(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            seen[storage.data_ptr()] = storage.nbytes()
-            return tensor.detach()
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            self._build(index)
-        # Weights and samples are there anyway; batches may be views of one large tensor.
-        there = (*self._model.parameters(), *tree_leaves(self._objective.batches))
-        own = {t.untyped_storage().data_ptr() for t in there if isinstance(t, Tensor)}
-        return sum(size for pointer, size in seen.items() if pointer not in own)
 
 
 def _in_parts(objective: Objective, model: nn.Module, ranks: int) -> Objective:
