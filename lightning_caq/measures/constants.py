@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_caq.measures.blocks import FOLLOWERS
-from lightning_caq.measures.lanczos import lanczos
+from lightning_caq.measures.lipschitz import squared_norm
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -83,7 +83,7 @@ def operator_norm(
 ) -> float:
     """σ_max of the linear part of an affine function; out/in.
 
-    σ_max² is the largest eigenvalue of MᵀM, found by Lanczos; the residual is added, so that it is not too small.
+    The residual is added, so that it is not too small.
 
     Args:
         function: The affine function x ↦ M x + c.
@@ -96,16 +96,8 @@ def operator_norm(
         >>> round(operator_norm(lambda x: M @ x + 1, torch.zeros(2), torch.Generator().manual_seed(0)), 3)
         3.0
     """
-    offset = function(torch.zeros_like(like)).detach()
-
-    def gram_product(v: Tensor) -> Tensor:
-        with torch.enable_grad():
-            x = v.reshape(like.shape).detach().requires_grad_()
-            return torch.autograd.grad(0.5 * (function(x) - offset).square().sum(), x)[0].flatten()
-
-    start = torch.randn(like.numel(), generator=generator).to(like)
-    top = lanczos(gram_product, start, 1, tolerance=tolerance, max_steps=200)
-    return math.sqrt(max(float(top.values[0] + top.residuals[0]), 0.0))
+    value, residual = squared_norm(function, like, generator, tolerance)
+    return math.sqrt(value + residual)
 
 
 def _factor(name: str, args: Args, moving: Tensor) -> float | None:

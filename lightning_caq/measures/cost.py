@@ -10,11 +10,13 @@ from torch import nn
 
 from lightning_caq.batches import batch_size
 from lightning_caq.layers import Layer, layer_weight
+from lightning_caq.measures.channel_groups import MOST_GROUPS
 from lightning_caq.measures.output_rows import choose_rows
 from lightning_caq.measures.weight_rows import pair_work
 from lightning_caq.objective import Objective
 
-OF_ROWS = frozenset({"subspace", "trace", "loss_change", "top_eigenvalue", "diagonal", "gradient_norm"})
+OF_SPECTRUM = frozenset({"subspace", "trace", "loss_change", "channel_groups", "top_eigenvalue"})
+OF_ROWS = OF_SPECTRUM | {"diagonal", "gradient_norm"}
 _BLOCK_SAMPLES = 256
 _MATRIX = 512
 
@@ -59,7 +61,7 @@ def estimate_seconds(
         rows=rows,
     )
     seconds = gradients * _gradient_seconds(model, layers, target)
-    if rows and needs & {"subspace", "trace", "loss_change", "top_eigenvalue"}:
+    if rows and needs & OF_SPECTRUM:
         work = sum(pair_work(layer, max(layer.macs // layer.weights, 1)) for layer in layers)
         # Half as much again for what is not a product; an eigendecomposition is about 25 products of its matrices.
         seconds += (1.5 * rows**2 * work + 25 * rows**3) * _multiplication_seconds()
@@ -120,8 +122,11 @@ def gradients_needed(
         "density": 256.0,
     }
     asked = set(needs)
-    if asked & {"trace", "loss_change"}:
+    if asked & {"trace", "loss_change", "channel_groups"}:
         asked.add("subspace")
+    if "channel_groups" in asked:  # groups are told apart by the diagonal, and each is tried alone
+        asked.add("diagonal")
+        costs["loss_change"] *= 1 + MOST_GROUPS
     if "kappa_mean" in asked:
         asked.add("kappa")
     return sum(cost for name, cost in costs.items() if name in asked)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_caq.batches import batch_size, run_model
+from lightning_caq.batches import run_model
 from lightning_caq.errors import CalibrationError
-from lightning_caq.layers import Layer, layer_weight
+from lightning_caq.layers import Layer
 from lightning_caq.measures.convolutions import SeparateConvolutions
-from lightning_caq.measures.graph_memory import graph_bytes
+from lightning_caq.measures.operator import CurvatureOperator, in_parts
+from lightning_caq.measures.sharing import ALONE, Sharing
 from lightning_caq.objective import divergence
 
 OutputLoss = Callable[[Tensor, Any], Tensor]
@@ -49,7 +49,7 @@ class _Graph:
     slope: Tensor
 
 
-class GaussNewton:
+class GaussNewton(CurvatureOperator[_Graph]):
     """G = Σ_b N_b/N · J_bᵀ ∇²ℓ_b(z_b) J_b over the weights of the layers, z_b the outputs for batch b.
 
     The part of the Hessian of ℓ(z(w)) that is left if the network is taken to be linear in its weights (Schraudolph
@@ -68,6 +68,7 @@ class GaussNewton:
         batches: The samples; batches are weighted by their sizes.
         output_loss: Loss of the outputs for a batch, and of that batch, where labels may be: the mean over samples.
         graph_memory: Bytes that graphs may take together.
+        sharing: Who divides the batches; with fewer batches than processes these are cut.
 
     Attributes:
         sizes: Number of weights of each layer, n_i.
@@ -88,60 +89,28 @@ class GaussNewton:
         output_loss: OutputLoss = distill,
         *,
         graph_memory: int = 2**30,
+        sharing: Sharing = ALONE,
     ) -> None:
-        self._model, self._batches, self._loss, self._room = model, batches, output_loss, graph_memory
-        self._weights = [layer_weight(model, layer) for layer in layers]
-        self._kept: dict[int, _Graph] = {}
-        self.sizes = [w.numel() for w in self._weights]
-
-    @property
-    def size(self) -> int:
-        """Number of weights, n."""
-        return sum(self.sizes)
-
-    @property
-    def kept(self) -> int:
-        """Number of batches whose graphs are kept."""
-        return len(self._kept)
-
-    def split(self, vector: Tensor) -> list[Tensor]:
-        """A vector of n numbers as one tensor a layer, in the shapes of the weights."""
-        return [v.reshape(w.shape) for v, w in zip(vector.split(self.sizes), self._weights, strict=True)]
-
-    def like(self, vector: Tensor) -> Tensor:
-        """A vector in the dtype and on the device of the weights."""
-        return vector.to(self._weights[0])
+        super().__init__(model, layers, in_parts(batches, sharing.size), graph_memory, sharing)
+        self._loss = output_loss
 
     def product(self, vector: Tensor) -> Tensor:
         """G v, shape (n,)."""
         parts, total = self.split(vector), torch.zeros_like(vector)
-        for share, graph in self._graphs():
+        for share, graph, _ in self._graphs():
             images = _product(graph, range(len(parts)), parts, self._weights)
             total.add_(torch.cat([image.flatten() for image in images]), alpha=share)
-        return total
+        return self._sharing.sum(total, "Gauss–Newton product")
 
     def layer_products(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """G_ii v_i of every layer, each on the part of the graph behind its own weight."""
-        totals = [torch.zeros_like(w, requires_grad=False) for w in self._weights]
-        for share, graph in self._graphs():
-            for i, (total, weight, v) in enumerate(zip(totals, self._weights, vectors, strict=True)):
-                total.add_(_product(graph, [i], [v], [weight])[0], alpha=share)
-        return totals
-
-    def layer_quadratics(self, vectors: Sequence[Tensor]) -> list[float]:
-        """v_iᵀ G_ii v_i of every layer."""
-        products = self.layer_products(vectors)
-        return [float((p.double() * v.double()).sum()) for p, v in zip(products, vectors, strict=True)]
-
-    def _graphs(self) -> Iterator[tuple[float, _Graph]]:
-        """Of every batch its share and its graphs."""
-        sizes = [batch_size(batch) for batch in self._batches]
-        for index, size in enumerate(sizes):
-            if index not in self._kept and self._room > 0:
-                self._room -= graph_bytes(partial(self._build, index), self._model, self._batches)
-                if self._room >= 0:
-                    self._kept[index] = self._build(index)
-            yield size / sum(sizes), self._kept[index] if index in self._kept else self._build(index)
+        total = self.like(torch.zeros(self.size))
+        parts = self.split(total)
+        for share, graph, _ in self._graphs():
+            for i, (part, weight, v) in enumerate(zip(parts, self._weights, vectors, strict=True)):
+                part.add_(_product(graph, [i], [v], [weight])[0], alpha=share)
+        self._sharing.sum(total, "layers' Gauss–Newton products")
+        return parts
 
     def _build(self, index: int) -> _Graph:
         batch = self._batches[index]

@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_caq.layers import Layer, layer_weight
 from lightning_caq.matrix import to_matrix
 from lightning_caq.measures.output_rows import choose_rows, sampling_error
+from lightning_caq.measures.row_forms import Rows
 from lightning_caq.measures.sharing import ALONE, Sharing
-from lightning_caq.measures.weight_rows import passes, weight_rows
+from lightning_caq.measures.weight_rows import Piece, passes, weight_rows
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class GramSpectrum:
         traces: tr(H_ii) by layer name.
         errors: Their standard errors where rows were drawn at random, else zeros; by layer name.
         projected: By layer name, bits to (u_jᵀ A_i Δ_i)_j = √λ_j v_jᵀ Δ_i, shape (m,).
+        parts: The same of each owner's outputs alone, shape (m, owners), for layers whose outputs have owners.
         kept: Share of the output Hessian's trace in the rows that these were taken or drawn from.
         rows: Number of rows.
         candidates: Number of rows that they were taken or drawn from.
@@ -44,6 +47,7 @@ class GramSpectrum:
     traces: dict[str, float]
     errors: dict[str, float]
     projected: dict[str, dict[int, Tensor]]
+    parts: dict[str, dict[int, Tensor]]
     kept: float
     rows: int
     candidates: int
@@ -56,6 +60,7 @@ def gram_spectrum(
     deltas: Mapping[str, Mapping[int, Tensor]],
     *,
     k: int,
+    owners: Mapping[str, Tensor] | None = None,
     tolerance: float = 3e-6,
     max_rows: int = 2048,
     memory: int = 2**29,
@@ -76,6 +81,7 @@ def gram_spectrum(
         batches: The samples.
         deltas: Layer name to bits to Δ_i(b), whose components along the eigenvectors are wanted.
         k: How many leading pairs span the short-axis subspace S.
+        owners: Layer name to whose the rows of its matrices are, whole numbers from 0, shape (groups, outputs).
         tolerance: Share of the output Hessian's trace that may be dropped with the lightest rows.
         max_rows: Most rows; of more, so many are drawn.
         memory: Bytes that rows may take at a time. As many layers are worked on in one pass as fit; a layer that does
@@ -96,8 +102,11 @@ def gram_spectrum(
     choice = sharing.first(choose_rows(model, batches, tolerance, max_rows, seed=seed), "rows of outputs")
     rows = choice.rows
     grams = {layer.name: torch.zeros(len(rows), len(rows), dtype=torch.float64) for layer in mine}
+    owners = owners or {}
+    counts = {layer.name: int(owners[layer.name].max()) + 1 if layer.name in owners else 1 for layer in mine}
     projections = {
-        layer.name: {b: torch.zeros(len(rows), dtype=torch.float64) for b in deltas[layer.name]} for layer in mine
+        layer.name: {b: torch.zeros(len(rows), counts[layer.name], dtype=torch.float64) for b in deltas[layer.name]}
+        for layer in mine
     }
     for pieces in passes(model, mine, batches, len(rows), memory):
         every = weight_rows(model, pieces, batches, rows)
@@ -105,8 +114,7 @@ def gram_spectrum(
             piece, held = every.popitem()  # let go before the next pass holds its own
             grams[piece.layer.name] += held.gram().double()
             for b, delta in deltas[piece.layer.name].items():
-                part = to_matrix(piece.layer, delta)[:, piece.cut]
-                projections[piece.layer.name][b] += held.project(part).double()
+                projections[piece.layer.name][b] += _project(held, piece, delta, owners)
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64)
     for gram in grams.values():
         total += gram
@@ -123,8 +131,21 @@ def gram_spectrum(
         energies={name: float((lead * (gram @ lead)).sum()) for name, gram in grams.items()},
         traces={name: float(gram.trace()) for name, gram in grams.items()},
         errors={name: sampling_error(rows, gram.diagonal()) for name, gram in grams.items()},
-        projected={name: {b: (vectors.T @ p).cpu() for b, p in each.items()} for name, each in projections.items()},
+        projected={
+            name: {b: (vectors.T @ p.sum(1)).cpu() for b, p in each.items()} for name, each in projections.items()
+        },
+        parts={name: {b: (vectors.T @ p).cpu() for b, p in projections[name].items()} for name in owners},
         kept=choice.kept,
         rows=len(rows),
         candidates=choice.candidates,
     )
+
+
+def _project(held: Rows, piece: Piece, delta: Tensor, owners: Mapping[str, Tensor]) -> Tensor:
+    """A_i Δ, a column for each owner; shape (rows, 1) where outputs have none, float64."""
+    part = to_matrix(piece.layer, delta)[:, piece.cut]
+    if piece.layer.name not in owners:
+        return held.project(part)[:, None].double()
+    owner = owners[piece.layer.name]
+    found = held.project_by(part, owner[:, piece.cut]).double()
+    return F.pad(found, (0, int(owner.max()) + 1 - found.shape[1]))  # the last owners may have nothing in this piece

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -32,15 +34,40 @@ def lipschitz(block: Block, generator: torch.Generator, *, tolerance: float = 1e
     def stretch(x: Tensor) -> Tensor:
         return x @ weight if block.layer.kind == "embedding" else apply_weight(module, weight, x)
 
+    value, residual = squared_norm(stretch, weight.new_zeros(shape), generator, tolerance)
+    return value**0.5 * block.after_lipschitz, residual / value if value > 0 else 0.0
+
+
+def squared_norm(
+    function: Callable[[Tensor], Tensor], like: Tensor, generator: torch.Generator, tolerance: float
+) -> tuple[float, float]:
+    """σ_max² of the linear part of an affine function, the largest eigenvalue of MᵀM, by Lanczos; (out/in)².
+
+    Args:
+        function: The affine function x ↦ M x + c.
+        like: A tensor of the shape, type and device of x.
+        generator: Draws the starting vector.
+        tolerance: Largest relative residual.
+
+    Returns:
+        σ_max², and its residual, in the same unit: an eigenvalue lies that near.
+
+    Example:
+        >>> M = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+        >>> value, _ = squared_norm(lambda x: M @ x + 1, torch.zeros(2), torch.Generator().manual_seed(0), 1e-4)
+        >>> round(value, 3)
+        9.0
+    """
+    offset = function(torch.zeros_like(like)).detach()
+
     def gram_product(v: Tensor) -> Tensor:
         with torch.enable_grad():
-            x = v.reshape(shape).requires_grad_()
-            return torch.autograd.grad(0.5 * stretch(x).square().sum(), x)[0].flatten()
+            x = v.reshape(like.shape).detach().requires_grad_()
+            return torch.autograd.grad(0.5 * (function(x) - offset).square().sum(), x)[0].flatten()
 
-    start = torch.randn(shape.numel(), generator=generator).to(weight)
+    start = torch.randn(like.numel(), generator=generator).to(like)
     top = lanczos(gram_product, start, 1, tolerance=tolerance, max_steps=200)
-    value = float(top.values[0].clamp_min(0))
-    return value**0.5 * block.after_lipschitz, float(top.residuals[0]) / value if value > 0 else 0.0
+    return max(float(top.values[0]), 0.0), float(top.residuals[0])
 
 
 def local_lipschitz(

@@ -18,6 +18,7 @@ from lightning_caq.fingerprint import fingerprint
 from lightning_caq.isolation import preserved
 from lightning_caq.layers import Layer, find_layers, layer_weight
 from lightning_caq.measures import steps
+from lightning_caq.measures.channel_groups import finish_groups
 from lightning_caq.measures.cost import estimate_seconds
 from lightning_caq.measures.profile import CurvatureProfile, LayerCurvature
 from lightning_caq.measures.rounding_errors import nearest_errors
@@ -29,7 +30,7 @@ OF_BLOCKS = frozenset({"kappa", "kappa_mean", "lipschitz", "local_lipschitz"})
 OF_ROUNDING = frozenset(
     {"rounding_error", "output_error", "amplification", "diagonal", "kl", "distribution_distance", "scale_importance"}
 )
-OF_HESSIAN = frozenset({"trace", "subspace", "loss_change"})
+OF_HESSIAN = frozenset({"trace", "subspace", "loss_change", "channel_groups"})
 OF_NETWORK = frozenset({"inputs", "gradient_norm", "top_eigenvalue", "lipschitz_amplification", "density"})
 MEASURES = OF_BLOCKS | OF_ROUNDING | OF_HESSIAN | OF_NETWORK
 
@@ -172,6 +173,9 @@ def _take(
         if "loss_change" in needs:
             with step("validity of the quadratic model"):
                 steps.validity(model, layers, target, deltas, rows, sharing)
+    if "channel_groups" in needs:
+        for layer in mine:
+            rows[layer.name]["groups"] = finish_groups(layer, rows[layer.name])
     own = sharing.gather({layer.name: rows[layer.name] for layer in mine}, "rows")
     return {layer.name: own[layer.name] for layer in layers}, whole
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
+
+from lightning_caq.widths import Width
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class LayerCurvature:
         loss_change: Bits to the loss change measured with only this layer rounded to nearest, ℓ(w + Δ_i) − ℓ(w).
         outside: Bit-widths at which the quadratic model fails (CET Eq. 7): its prediction is off by more than the
             tolerance from ``loss_change``.
+        groups: Groups of its output channels, each with figures of its own; empty where they were not asked for.
     """
 
     name: str
@@ -97,12 +100,28 @@ class LayerCurvature:
     first_order: dict[int, float] = field(default_factory=dict)
     loss_change: dict[int, float] = field(default_factory=dict)
     outside: tuple[int, ...] = ()
+    groups: tuple[ChannelGroup, ...] = ()
 
     @property
     def validity_radius(self) -> float | None:
         """‖Δ_i‖ at the smallest bit-width at which the quadratic model was seen to hold; ``None`` if at none."""
         held = [b for b in sorted(self.loss_change) if b not in self.outside]
         return self.rounding_error[held[0]] ** 0.5 if held else None
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Output channels of a layer that share their bits, as if they were a layer.
+
+    Attributes:
+        channels: Their places along the layer's axis of output channels.
+        row: What was measured of them: ``rounding_error``, ``diagonal_energy``, ``second_order``, ``subspace_energy``,
+            ``first_order``, ``loss_change`` and ``outside`` of the layer's error at these channels alone; ``trace`` and
+            ``subspace_curvature``, the layer's, shared out by the diagonal of the objective's curvature.
+    """
+
+    channels: tuple[int, ...]
+    row: LayerCurvature
 
 
 @dataclass(frozen=True)
@@ -168,22 +187,24 @@ class CurvatureProfile:
         pairs = zip(self.eigenvalue_residuals, self.eigenvalues, strict=True)
         return tuple(residual <= max(1e-3 * abs(value), noise) for residual, value in pairs)
 
-    def predicted_change(self, name: str, bits: int) -> float | None:
+    def by_group(self) -> CurvatureProfile:
+        """The profile with a row for each group of channels in place of one for each layer."""
+        return replace(self, layers=tuple(group.row for row in self.layers for group in row.groups))
+
+    def predicted_change(self, name: str, bits: Width) -> float | None:
         """Loss change with one layer rounded, nat: the quadratic model's, or the measured one outside its range.
 
-        gᵀΔ + ½ ΔᵀHΔ (CET Eq. 7); ``None`` where it was not measured.
+        gᵀΔ + ½ ΔᵀHΔ (CET Eq. 7); ``None`` where it was not measured. Where channels differ in their bits it is the sum
+        over their groups.
         """
         row = self[name]
-        if bits in row.outside:
-            return row.loss_change[bits]
-        if bits not in row.second_order:
-            return None
-        return row.first_order.get(bits, 0.0) + 0.5 * row.second_order[bits]
+        if isinstance(bits, int):
+            return _predicted(row, bits)
+        return _total([_predicted(group.row, bits[group.channels[0]]) for group in row.groups] or [None])
 
-    def predicted_loss(self, bits: Mapping[str, int]) -> float | None:
+    def predicted_loss(self, bits: Mapping[str, Width]) -> float | None:
         """Loss change of a whole network, the sum over layers; ``None`` where it was not measured."""
-        changes = [self.predicted_change(name, b) for name, b in bits.items()]
-        return None if None in changes else sum(x for x in changes if x is not None)
+        return _total([self.predicted_change(name, b) for name, b in bits.items()])
 
     def to_json(self) -> str:
         """The profile as JSON text.
@@ -203,6 +224,20 @@ class CurvatureProfile:
         return cls(layers=rows, **{name: _as_tuple(value) for name, value in data.items()})
 
 
+def _predicted(row: LayerCurvature, bits: int) -> float | None:
+    if bits in row.outside:
+        return row.loss_change[bits]
+    if bits not in row.second_order:
+        return None
+    return row.first_order.get(bits, 0.0) + 0.5 * row.second_order[bits]
+
+
+def _total(changes: Sequence[float | None]) -> float | None:
+    """The sum; ``None`` where a part was not measured."""
+    known = [x for x in changes if x is not None]
+    return sum(known) if len(known) == len(changes) else None
+
+
 def _as_tuple(value: Any) -> Any:
     """JSON's lists as tuples, nested ones too."""
     return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
@@ -213,4 +248,6 @@ def _row(item: dict[str, Any]) -> LayerCurvature:
     values = {k: v for k, v in item.items() if k in known}
     for name in (f.name for f in fields(LayerCurvature) if f.default_factory is dict):
         values[name] = {int(bits): value for bits, value in values.get(name, {}).items()}
-    return LayerCurvature(**{**values, "outside": tuple(values["outside"])})
+    values["outside"] = tuple(values["outside"])
+    values["groups"] = tuple(ChannelGroup(tuple(x["channels"]), _row(x["row"])) for x in values.get("groups", ()))
+    return LayerCurvature(**values)

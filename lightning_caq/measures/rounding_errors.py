@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,12 @@ from lightning_caq.layers import Layer, apply_weight, layer_modules, layer_weigh
 from lightning_caq.objective import Objective
 from lightning_caq.quantizers.affine import fit_grid
 from lightning_caq.visits import visit_modules
+from lightning_caq.widths import Width
+
+W = TypeVar("W", bound=Width)
 
 
-def nearest_errors(model: nn.Module, layer: Layer, bits: Sequence[int]) -> dict[int, Tensor]:
+def nearest_errors(model: nn.Module, layer: Layer, bits: Sequence[W]) -> dict[W, Tensor]:
     """Δ_i(b) = Q_b(W_i) − W_i for every bit-width, in the shape of the weight.
 
     Costs are built from nearest rounding even where error feedback rounds later: feedback makes the error of a single

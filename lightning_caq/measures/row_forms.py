@@ -45,6 +45,19 @@ class DenseRows:
         """A_i Δ for an error given as matrices, shape (groups, outputs, columns); result of shape (rows,)."""
         return self.rows @ delta.flatten().to(self.rows)
 
+    def project_by(self, delta: Tensor, owner: Tensor) -> Tensor:
+        """A_i Δ in parts: one for each owner of outputs.
+
+        Args:
+            delta: The error as matrices, shape (groups, outputs, columns).
+            owner: Whose an output is, whole numbers from 0, shape (groups, outputs).
+
+        Returns:
+            Shape (rows, owners); their sum over owners is ``project(delta)``.
+        """
+        rows = self.rows.unflatten(1, (owner.numel(), -1))
+        return _by_owner(torch.einsum("roc,oc->ro", rows, delta.flatten(0, 1).to(rows)), owner)
+
     def squares(self) -> Tensor:
         """Sum of the squares of the rows, number by number."""
         norms: Tensor = torch.linalg.vector_norm(self.rows, dim=0)
@@ -91,6 +104,11 @@ class FactoredRows:
         """A_i Δ for an error given as matrices, shape (groups, outputs, columns); result of shape (rows,)."""
         moved = self.inputs @ delta.transpose(1, 2).to(self.inputs)  # Δ x_t
         return (moved * self.gradients).sum((1, 2, 3))
+
+    def project_by(self, delta: Tensor, owner: Tensor) -> Tensor:
+        """A_i Δ in parts: one for each owner of outputs; shapes as for dense rows."""
+        moved = self.inputs @ delta.transpose(1, 2).to(self.inputs)
+        return _by_owner((moved * self.gradients).sum(2).flatten(1), owner)
 
     def squares(self) -> Tensor:
         """Sum of the squares of the rows, number by number, shape (groups, outputs, columns)."""
@@ -146,6 +164,13 @@ class WordRows:
         along = (values * delta[0].to(values)[words]).sum(1)
         return values.new_zeros(self._rows).index_add(0, rows, along)
 
+    def project_by(self, delta: Tensor, owner: Tensor) -> Tensor:
+        """A_i Δ in parts: one for each owner of words; shapes as for dense rows."""
+        words, rows, values = self._entries()
+        along = (values * delta[0].to(values)[words]).sum(1)
+        count = int(owner.max()) + 1
+        return values.new_zeros(self._rows * count).index_add(0, rows * count + owner[0, words], along).view(-1, count)
+
     def squares(self) -> Tensor:
         """Sum of the squares of the rows, number by number, shape (words, width)."""
         words, _, values = self._entries()
@@ -161,6 +186,11 @@ class WordRows:
 
 
 Rows = DenseRows | FactoredRows | WordRows
+
+
+def _by_owner(parts: Tensor, owner: Tensor) -> Tensor:
+    """Sums over the outputs of each owner; parts of shape (rows, outputs of all groups)."""
+    return parts.new_zeros(len(parts), int(owner.max()) + 1).index_add(1, owner.flatten(), parts)
 
 
 def _pairs(left: Tensor, right: Tensor) -> Tensor:

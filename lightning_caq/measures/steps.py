@@ -16,6 +16,7 @@ from lightning_caq.batches import take_samples
 from lightning_caq.layers import Layer, layer_weight
 from lightning_caq.measures.blocks import record_blocks
 from lightning_caq.measures.carried import carried_errors
+from lightning_caq.measures.channel_groups import masks, owners, row_owners, start_groups
 from lightning_caq.measures.curvature import rademacher_sensitivity, remainder, second_order_sensitivity
 from lightning_caq.measures.density import spectral_density
 from lightning_caq.measures.distribution import distribution_distance
@@ -137,7 +138,7 @@ def rounding(
         bits = sorted(deltas[mine[0].name])
         for name, scales in scale_importance(model, layers, batches, bits, seed=seed).items():
             rows[name]["scale_importance"] = scales
-    if "diagonal" in needs:
+    if needs & {"diagonal", "channel_groups"}:
         distill = target.name == "distill"
         diagonals = (
             gauss_newton_diagonals(model, mine, batches, seed=seed)[0]
@@ -147,6 +148,9 @@ def rounding(
         for name, diagonal in diagonals.items():
             energies = {b: float((diagonal * d.square()).double().sum()) for b, d in deltas[name].items()}
             rows[name]["diagonal_energy"] = energies
+        if "channel_groups" in needs:
+            for layer in mine:
+                rows[layer.name]["groups"] = start_groups(layer, diagonals[layer.name], deltas[layer.name])
     if "amplification" in needs:
         carried = carried_errors(model, mine, batches, deltas, seed=seed)
         for name, before in carried.errors.items():
@@ -176,13 +180,18 @@ def gram(
     sharing: Sharing,
 ) -> dict[str, Any]:
     """Spectrum, traces and energies of the distill Hessian, by Gram matrices."""
-    spectrum = gram_spectrum(model, layers, target.batches, deltas, k=k, seed=seed, sharing=sharing)
+    split = {x.name: row_owners(x, tuple(groups)) for x in layers if (groups := _groups(rows, x.name))}
+    spectrum = gram_spectrum(model, layers, target.batches, deltas, k=k, owners=split, seed=seed, sharing=sharing)
     for name in deltas:
         row = rows[name]
         row.update(trace=spectrum.traces[name], subspace_curvature=spectrum.energies[name])
         row["trace_stderr"] = spectrum.errors[name]
         row["subspace_energy"] = {b: float(p[:k].square().sum()) for b, p in spectrum.projected[name].items()}
         row["second_order"] = {b: float(p.square().sum()) for b, p in spectrum.projected[name].items()}
+        for i, figures in enumerate(_groups(rows, name).values()):
+            parts = {b: p[:, i].square() for b, p in spectrum.parts[name].items()}
+            figures["subspace_energy"] = {b: float(p[:k].sum()) for b, p in parts.items()}
+            figures["second_order"] = {b: float(p.sum()) for b, p in parts.items()}
     n = sum(layer.weights for layer in layers)
     sampled = (spectrum.rows, spectrum.candidates) if spectrum.rows < spectrum.candidates else None
     return {**_spectrum_fields(spectrum.values[:k], spectrum.trace, n), "kept": spectrum.kept, "sampled": sampled}
@@ -212,11 +221,22 @@ def task_hessian(
         row = rows[layer.name]
         row.update(trace=float(traces.values[i]), trace_stderr=float(traces.errors[i]))
         row["subspace_curvature"] = float((magnitude * part.double().square().sum(0).cpu()).sum())
-        along = {b: (part.T @ d.flatten()).double().square().cpu() for b, d in deltas[layer.name].items()}
-        row["subspace_energy"] = {b: float(magnitude @ p) for b, p in along.items()}
-        rest = {b: whole["residual_curvature"] * (row["rounding_error"][b] - float(p.sum())) for b, p in along.items()}
-        row["second_order"] = {b: float(pairs.values @ p) + rest[b] for b, p in along.items()}
+        groups = _groups(rows, layer.name)
+        split = masks(layer, tuple(groups)) if groups else []
+        for figures, mask in zip((row, *groups.values()), (None, *split), strict=True):
+            figures["subspace_energy"], figures["second_order"] = {}, {}
+            for b, d in deltas[layer.name].items():
+                error = d if mask is None else d * mask.to(d)
+                along = (part.T @ error.flatten()).double().square().cpu()
+                rest = whole["residual_curvature"] * (figures["rounding_error"][b] - float(along.sum()))
+                figures["subspace_energy"][b] = float(magnitude @ along)
+                figures["second_order"][b] = float(pairs.values @ along) + rest
     return {**whole, "eigenvalue_residuals": tuple(pairs.residuals.tolist())}
+
+
+def _groups(rows: Rows, name: str) -> dict[tuple[int, ...], dict[str, Any]]:
+    """Figures by the channels of each group; nothing where a layer is one group or groups were not asked for."""
+    return rows[name].get("groups") or {}
 
 
 def density(
@@ -247,17 +267,34 @@ def validity(
     # The distill objective is at its minimum: its gradient is zero.
     slopes = dict.fromkeys(rows, None) if target.name == "distill" else _gradient(model, layers, target, sharing)
     for layer in (x for x in layers if x.name in deltas):
-        row, errors, slope = rows[layer.name], deltas[layer.name], slopes[layer.name]
-        row["loss_change"], outside = {}, []
-        row["first_order"] = {b: 0.0 if slope is None else float((slope * d).sum()) for b, d in errors.items()}
-        for b in sorted(errors):
-            actual = loss_change(model, layer, target, errors[b], reference)
-            row["loss_change"][b] = actual
-            predicted = row["first_order"][b] + 0.5 * row["second_order"][b]
-            if abs(actual - predicted) <= max(VALIDITY_TOLERANCE * abs(actual), VALIDITY_FLOOR):
-                break
-            outside.append(b)
-        row["outside"] = tuple(outside)
+        errors, slope = deltas[layer.name], slopes[layer.name]
+        _walk(model, layer, target, errors, slope, reference, rows[layer.name])
+        groups = _groups(rows, layer.name)
+        for mask, figures in zip(masks(layer, tuple(groups)) if groups else (), groups.values(), strict=True):
+            masked = {b: d * mask.to(d) for b, d in errors.items()}
+            _walk(model, layer, target, masked, slope, reference, figures)
+
+
+def _walk(
+    model: nn.Module,
+    layer: Layer,
+    target: Objective,
+    errors: Mapping[int, Tensor],
+    slope: Tensor | None,
+    reference: float,
+    row: dict[str, Any],
+) -> None:
+    """Measure the change at one bit-width after the other until the model predicts it."""
+    row["loss_change"], outside = {}, []
+    row["first_order"] = {b: 0.0 if slope is None else float((slope * d).sum()) for b, d in errors.items()}
+    for b in sorted(errors):
+        actual = loss_change(model, layer, target, errors[b], reference)
+        row["loss_change"][b] = actual
+        predicted = row["first_order"][b] + 0.5 * row["second_order"][b]
+        if abs(actual - predicted) <= max(VALIDITY_TOLERANCE * abs(actual), VALIDITY_FLOOR):
+            break
+        outside.append(b)
+    row["outside"] = tuple(outside)
 
 
 def _gradient(model: nn.Module, layers: Sequence[Layer], target: Objective, sharing: Sharing) -> dict[str, Tensor]:

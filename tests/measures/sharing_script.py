@@ -20,6 +20,7 @@ import torch.distributed as dist
 from lightning_caq.batches import run_model
 from lightning_caq.layers import find_layers
 from lightning_caq.measures import steps
+from lightning_caq.measures.gauss_newton import GaussNewton
 from lightning_caq.measures.hessian import Hessian
 from lightning_caq.measures.measure import MEASURES, measure
 from lightning_caq.measures.sharing import ALONE, Sharing, divided
@@ -57,16 +58,21 @@ def profile(name: str, objective: str, sharing: Sharing = ALONE, **kwargs: Any) 
 
 
 def products(name: str, objective: str, sharing: Sharing = ALONE) -> dict[str, list[torch.Tensor]]:
-    """What the Hessian gives for the same vector on every rank."""
+    """What the Hessian and the Gauss–Newton matrix give for the same vector on every rank."""
     found = case(name)
     layers = find_layers(found.net, found.batches[0])
     operator = Hessian(found.net, layers, make_objective(objective, found.net, found.batches, task), sharing=sharing)
     vector = torch.randn(operator.size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    return {
+    results = {
         "product": [operator.product(vector)],
         "layers": operator.layer_products(operator.split(vector)),
         "gradient": operator.gradient(),
     }
+    if objective == "distill":  # its Hessian is a Gauss–Newton matrix
+        outputs = GaussNewton(found.net, layers, found.batches, sharing=sharing)
+        results["product, Gauss–Newton"] = [outputs.product(vector)]
+        results["layers, Gauss–Newton"] = outputs.layer_products(outputs.split(vector))
+    return results
 
 
 def caught(act: Callable[[], Any]) -> tuple[str, str, float]:

@@ -110,7 +110,7 @@ def test_products_are_those_of_the_dense_hessian(found, name, objective):
     for rank in found:
         for kind, parts in rank["products"][name, objective].items():
             flat = torch.cat([part.flatten() for part in parts])
-            torch.testing.assert_close(flat, expected[kind], rtol=1e-8, atol=1e-10)
+            torch.testing.assert_close(flat, expected[kind.split(",")[0]], rtol=1e-8, atol=1e-10)
 
 
 def test_each_rank_does_its_part_only(found):
