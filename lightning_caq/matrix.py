@@ -7,7 +7,6 @@ columns``, then serves everything that looks at a layer from its inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,8 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_caq.layers import Layer
-
-_CHUNK_NUMBERS = 1_000_000  # numbers in one block of columns, 4 MB: larger ones are slower
 
 
 def to_matrix(layer: Layer, weight: Tensor) -> Tensor:
@@ -42,13 +39,14 @@ def from_matrix(layer: Layer, matrix: Tensor) -> Tensor:
     return matrix.reshape(layer.shape)
 
 
-def columns(layer: Layer, module: Any, inputs: Tensor) -> Tensor:
+def columns(layer: Layer, module: Any, inputs: Tensor, chosen: Tensor | None = None) -> Tensor:
     """The columns a layer multiplies, shape (samples, groups, columns, positions).
 
     Args:
         layer: The layer; not an embedding, whose columns are the words themselves.
         module: Its module, for stride, padding and dilation.
         inputs: Its input, samples first.
+        chosen: Which of the positions to give, in what order; all by default.
 
     Returns:
         Columns such that ``to_matrix(layer, weight) @ columns`` is the output without bias, group by group.
@@ -62,30 +60,41 @@ def columns(layer: Layer, module: Any, inputs: Tensor) -> Tensor:
         True
     """
     if layer.kind == "linear":
-        return inputs.reshape(len(inputs), 1, -1, inputs.shape[-1]).transpose(2, 3)
-    if layer.transposed:
-        padded, stride = _spread(module, inputs), (1,) * len(module.stride)
-    else:
-        padded, stride = _pad(module, inputs), module.stride
-    patches = padded
-    for d, (size, step, gap) in enumerate(zip(module.kernel_size, stride, module.dilation, strict=True)):
-        patches = patches.unfold(2 + d, (size - 1) * gap + 1, step)[..., ::gap]
-    n, spatial = len(module.kernel_size), patches.shape[2 : 2 + len(module.kernel_size)]
+        vectors = inputs.reshape(len(inputs), 1, -1, inputs.shape[-1]).transpose(2, 3)
+        return vectors if chosen is None else vectors[..., chosen]
+    patches = _patches(layer, module, inputs)
+    n = len(module.kernel_size)
+    spatial = patches.shape[2 : 2 + n]
+    if chosen is not None:
+        place: tuple[Any, ...] = (slice(None), slice(None), *torch.unravel_index(chosen, spatial))
+        patches = patches[place].movedim(2, -1)
+        return patches.reshape(len(inputs), layer.groups, -1, len(chosen))
     order = (0, 1, *range(2 + n, 2 + 2 * n), *range(2, 2 + n))
     return patches.permute(order).reshape(len(inputs), layer.groups, -1, spatial.numel())
 
 
-def column_chunks(layer: Layer, module: Any, inputs: Tensor) -> Iterator[Tensor]:
-    """``columns`` a few samples at a time, so that a block stays below 4 MB where one sample does."""
-    positions = inputs[0].numel() if layer.kind == "linear" else inputs[0].numel() * _numel(module.kernel_size)
-    step = max(1, _CHUNK_NUMBERS // max(positions, 1))
-    for chunk in inputs.split(step):
-        yield columns(layer, module, chunk)
+def count_positions(layer: Layer, module: Any, inputs: Tensor) -> int:
+    """How many columns of each group a sample has.
+
+    Example:
+        >>> conv = torch.nn.Conv2d(2, 4, 3, stride=2)
+        >>> count_positions(Layer("c", "conv2d", (4, 2, 3, 3)), conv, torch.zeros(5, 2, 7, 7))
+        9
+    """
+    if layer.kind == "linear":
+        return inputs[0].numel() // inputs.shape[-1]
+    return _patches(layer, module, inputs[:1]).shape[2 : 2 + len(module.kernel_size)].numel()
 
 
-def _numel(sizes: tuple[int, ...]) -> int:
-    """Product of sizes."""
-    return int(torch.Size(sizes).numel())
+def _patches(layer: Layer, module: Any, inputs: Tensor) -> Tensor:
+    """What lies under the kernel, shape (samples, channels, *positions, *kernel); only padding makes a copy."""
+    if layer.transposed:
+        patches, stride = _spread(module, inputs), (1,) * len(module.stride)
+    else:
+        patches, stride = _pad(module, inputs), module.stride
+    for d, (size, step, gap) in enumerate(zip(module.kernel_size, stride, module.dilation, strict=True)):
+        patches = patches.unfold(2 + d, (size - 1) * gap + 1, step)[..., ::gap]
+    return patches
 
 
 def _pad(module: Any, inputs: Tensor) -> Tensor:

@@ -5,9 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_caq import matrix as module_under_test
 from lightning_caq.layers import quantizable_layers
-from lightning_caq.matrix import column_chunks, columns, from_matrix, to_matrix
+from lightning_caq.matrix import columns, count_positions, from_matrix, to_matrix
 
 
 def _linear():
@@ -45,9 +44,9 @@ def test_round_trip(setup):
     assert torch.equal(again, module.weight)
 
 
-def test_chunks_are_the_columns(setup, monkeypatch):
+def test_chosen_positions_are_those_of_all(setup):
     module, layer, x = setup
-    monkeypatch.setattr(module_under_test, "_CHUNK_NUMBERS", 1)
-    chunks = list(column_chunks(layer, module, x))
-    assert len(chunks) == 3
-    assert torch.equal(torch.cat(chunks), columns(layer, module, x))
+    whole = columns(layer, module, x)
+    assert count_positions(layer, module, x) == whole.shape[-1]
+    chosen = torch.randperm(whole.shape[-1])[:3]
+    assert torch.equal(columns(layer, module, x, chosen), whole[..., chosen])

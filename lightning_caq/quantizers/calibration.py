@@ -13,6 +13,7 @@ from lightning_caq.batches import batch_size
 from lightning_caq.layers import Layer, layer_modules
 from lightning_caq.quantizers.activations import InputGrid, change_first, fit_input_grid
 from lightning_caq.seeding import generator
+from lightning_caq.stepping import SteppedPasses
 from lightning_caq.visits import visit_modules
 
 FIRST_BITS = 8
@@ -40,7 +41,7 @@ def rounded_inputs(model: nn.Module, layers: Sequence[Layer], grids: Mapping[str
     Args:
         model: The network, its modules of any class.
         layers: The layers.
-        grids: Layer name to grid; layers that are not named take their inputs as they are.
+        grids: Layer name to grid; layers that are not named take their inputs as they are. It may grow meanwhile.
 
     Example:
         >>> net = nn.Identity()
@@ -49,15 +50,17 @@ def rounded_inputs(model: nn.Module, layers: Sequence[Layer], grids: Mapping[str
         tensor([0., 1.])
     """
 
-    def hook(grid: InputGrid) -> Callable[..., Any]:
-        return lambda module, args, kwargs: change_first(grid.round, args, kwargs)
+    def hook(name: str) -> Callable[..., Any]:
+        def rounded(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            return change_first(grids[name].round, args, kwargs) if name in grids else None
+
+        return rounded
 
     with ExitStack() as stack:
         for layer in layers:
-            if layer.name in grids:
-                for module in layer_modules(model, layer):
-                    handle = module.register_forward_pre_hook(hook(grids[layer.name]), with_kwargs=True)
-                    stack.callback(handle.remove)
+            for module in layer_modules(model, layer):
+                handle = module.register_forward_pre_hook(hook(layer.name), with_kwargs=True)
+                stack.callback(handle.remove)
         yield
 
 
@@ -81,26 +84,34 @@ def sample_inputs(model: nn.Module, layers: Sequence[Layer], batches: Sequence[A
         {'': tensor([ 3., -1.])}
     """
     names = {id(module): layer.name for layer in layers for module in layer_modules(model, layer)}
-    calls = {layer.name: layer.calls for layer in layers}
     watched = [module for layer in layers for module in layer_modules(model, layer)]
-    draws = {name: generator(0, f"inputs/{name}") for name in calls}
-    kept: dict[str, list[Tensor]] = {}
-    samples, share = sum(map(batch_size, batches)), 1.0
+    samples = {layer.name: _Sample(layer, sum(map(batch_size, batches))) for layer in layers}
+    for batch in batches:
 
-    def visit(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
+        def visit(module: nn.Module, inputs: Tensor, output: Tensor, size: int = batch_size(batch)) -> None:
+            samples[names[id(module)]].add(inputs, size)
+
+        visit_modules(model, watched, [batch], visit, calls=sum(layer.calls for layer in layers))
+    return {name: torch.cat(sample.values) for name, sample in samples.items() if sample.values}
+
+
+class _Sample:
+    """Values drawn from the inputs of one layer, as many from each batch as its size asks for."""
+
+    def __init__(self, layer: Layer, samples: int) -> None:
+        self._wanted = _VALUES / samples / max(layer.calls, 1)
+        self._draws = generator(0, f"inputs/{layer.name}")
+        self.values: list[Tensor] = []
+
+    def add(self, inputs: Tensor, batch: int) -> None:
+        """Draw from one call's inputs, of a batch of so many samples; tokens are left out."""
         if not inputs.is_floating_point() or not inputs.numel():
             return
-        name, values = names[id(module)], inputs.detach().flatten()
-        wanted = max(1, round(_VALUES * share / calls[name]))
+        values, wanted = inputs.detach().flatten(), max(1, round(self._wanted * batch))
         if wanted < len(values):
-            drawn = values[torch.randint(len(values), (wanted,), generator=draws[name]).to(values.device)]
+            drawn = values[torch.randint(len(values), (wanted,), generator=self._draws).to(values.device)]
             values = torch.cat([drawn, values.amin()[None], values.amax()[None]])
-        kept.setdefault(name, []).append(values.float())
-
-    for batch in batches:
-        share = batch_size(batch) / samples
-        visit_modules(model, watched, [batch], visit, calls=sum(calls.values()))
-    return {name: torch.cat(values) for name, values in kept.items()}
+        self.values.append(values.float())
 
 
 def calibrate_inputs(
@@ -108,7 +119,7 @@ def calibrate_inputs(
 ) -> dict[str, InputGrid]:
     """A grid for the input of every layer, found layer by layer, the inputs before it rounded already.
 
-    Costs about half a forward pass a layer.
+    Costs one forward pass.
 
     Args:
         model: The network in eval mode, its weights rounded; left as it was. Repair comes afterwards, once for what the
@@ -126,8 +137,15 @@ def calibrate_inputs(
         {'': InputGrid(bits=2, scale=1.0, zero_point=0)}
     """
     grids: dict[str, InputGrid] = {}
-    for layer, b in zip(layers, bits, strict=True):
-        with rounded_inputs(model, layers, grids):
-            for name, values in sample_inputs(model, [layer], batches).items():
-                grids[name] = fit_input_grid(values, b)
+    modules = [module for layer in layers for module in layer_modules(model, layer)]
+    # Passes wait ahead of the rounding: they see inputs as they come, and go on with rounded ones.
+    with SteppedPasses(model, modules, batches) as passes, rounded_inputs(model, layers, grids):
+        for layer, b in zip(layers, bits, strict=True):
+            sample = _Sample(layer, sum(map(batch_size, batches)))
+            found = passes.calls(layer_modules(model, layer), layer.calls)
+            for batch, calls in zip(batches, found, strict=True):
+                for call in calls:
+                    sample.add(call.inputs, batch_size(batch))
+            if sample.values:
+                grids[layer.name] = fit_input_grid(torch.cat(sample.values), b)
     return grids

@@ -7,7 +7,7 @@ more data, and its augmentation (theory: rounding and repair).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_caq.layers import Layer, layer_module
 from lightning_caq.objective import Objective
+from lightning_caq.stepping import SteppedPasses
 from lightning_caq.visits import visit_modules
 
 
@@ -66,16 +67,13 @@ def repairable(model: nn.Module, layers: Sequence[Layer]) -> dict[str, nn.Module
     return found
 
 
-def measure_moments(
-    model: nn.Module, modules: Mapping[str, nn.Module], batches: Sequence[Any], *, calls: int | None = None
-) -> dict[str, Moments]:
+def measure_moments(model: nn.Module, modules: Mapping[str, nn.Module], batches: Sequence[Any]) -> dict[str, Moments]:
     """Moments of what enters each batch-norm and of what leaves each layer, in order of execution; one pass.
 
     Args:
         model: The network, in eval mode.
         modules: The modules by name.
         batches: Calibration batches.
-        calls: Calls to see in each batch before the rest of the network is skipped.
 
     Returns:
         Name to moments; a module that no batch reaches is missing.
@@ -84,12 +82,15 @@ def measure_moments(
     moments: dict[str, Moments] = {}
 
     def visit(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
-        seen = inputs if isinstance(module, _BatchNorm) else output
-        axis = -1 if isinstance(module, nn.Linear) else 1
-        moments.setdefault(names[id(module)], Moments()).add(seen, axis)
+        moments.setdefault(names[id(module)], Moments()).add(*_seen(module, inputs, lambda: output))
 
-    visit_modules(model, modules.values(), batches, visit, calls=calls)
+    visit_modules(model, modules.values(), batches, visit)
     return moments
+
+
+def _seen(module: nn.Module, inputs: Tensor, output: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """What moments are taken of, and the axis of its channels: the input of a batch-norm, the output of a layer."""
+    return inputs if isinstance(module, _BatchNorm) else output(), -1 if isinstance(module, nn.Linear) else 1
 
 
 def _is_batchnorm(module: nn.Module) -> bool:
@@ -114,10 +115,13 @@ def move_statistics(
         State-dict key to the repaired tensor.
     """
     changed: dict[str, Tensor] = {}
-    with torch.no_grad():
+    with SteppedPasses(model, modules.values(), batches) as passes, torch.no_grad():
         for name, before in reference.items():
             module: Any = modules[name]
-            after = measure_moments(model, {name: module}, batches, calls=before.calls // len(batches))[name]
+            after = Moments()
+            for calls in passes.calls([module], before.calls // len(batches)):
+                for call in calls:
+                    after.add(*_seen(module, call.inputs, call.output))
             shift = after.mean - before.mean
             if _is_batchnorm(module):
                 ratio = torch.where(before.var > 0, after.var / before.var.clamp_min(1e-30), 1.0)
