@@ -17,9 +17,12 @@ from lightning_caq.options import QuantizationOptions
 from lightning_caq.plan import LayerPlan, QuantizationPlan, weights_fingerprint
 from lightning_caq.quantizers.activations import InputGrid
 from lightning_caq.quantizers.calibration import calibrate_inputs, rounded_inputs
+from lightning_caq.quantizers.passes import PairedPasses
 from lightning_caq.quantizers.repair import Repair, prepare_repair
 from lightning_caq.quantizers.rounding import round_layer
 from lightning_caq.quantizers.swap import restore_modules, swap
+from lightning_caq.quantizers.values import Quantizer
+from lightning_caq.widths import Width, width_bits
 
 INPUT_SAMPLES = 128
 
@@ -48,6 +51,7 @@ class Workshop:
         layers: Its layers.
         sizes: Their sizes.
         rounding: How weights are rounded.
+        quantizer: How the values are chosen that they may take.
         fitted: The samples that rounding and repair are fitted to.
         held_out: The objective on other samples.
         repair: What to repair after rounding, if anything.
@@ -58,26 +62,28 @@ class Workshop:
     layers: Sequence[Layer]
     sizes: LayerSizes
     rounding: str
+    quantizer: Quantizer
     fitted: Sequence[Any]
     held_out: Objective
     repair: Repair | None
     floats: Mapping[str, Tensor]
 
-    def attempt(self, method: str, budget: str, bits: Sequence[int]) -> Attempt:
+    def attempt(self, method: str, budget: str, bits: Sequence[Width]) -> Attempt:
         """Write the rounded weights into the network, layer by layer, and repair what that moved."""
         made_for = weights_fingerprint(self.model, [layer.name for layer in self.layers])
         plans = []
-        for layer, b in zip(self.layers, bits, strict=True):
-            weight = layer_weight(self.model, layer)
-            grid, codes = round_layer(self.model, layer, b, self.rounding, self.fitted, self.floats)
-            with torch.no_grad():
-                weight.copy_(grid.values(codes))
-            plans.append(LayerPlan(layer.name, layer.modules, grid, codes))
+        with PairedPasses(self.model, self.layers, self.fitted, self.floats) as passes:
+            for layer, b in zip(self.layers, bits, strict=True):
+                grid, codes = round_layer(self.model, layer, b, self.rounding, passes, self.quantizer)
+                with torch.no_grad():
+                    layer_weight(self.model, layer).copy_(grid.values(codes))
+                plans.append(LayerPlan(layer.name, layer.modules, grid, codes))
         inputs = self._input_grids()
         plans = [replace(plan, input_grid=inputs.get(plan.name)) for plan in plans]
         with rounded_inputs(self.model, self.layers, inputs):
             repairs, note = self.repair(self.model) if self.repair is not None else ({}, "")
-        plan = QuantizationPlan(method, budget, self.rounding, tuple(plans), self.sizes, made_for, repairs).cpu()
+        sizes = replace(self.sizes, widths=sum(map(width_bits, bits)))
+        plan = QuantizationPlan(method, budget, self.rounding, tuple(plans), sizes, made_for, repairs).cpu()
         swap(self.model, plan.grids(), plan.input_grids())  # what is judged is what the plan makes of the network
         return Attempt(plan, self.held_out.value(self.model), (note,) if note else ())
 
@@ -110,7 +116,8 @@ def open_workshop(
     judge = make_objective(options.objective, model, held_out, loss_fn)
     repair = prepare_repair(model, layers, fitted, judge) if options.batchnorm == "recentre" else None
     floats = {name: tensor.detach().clone() for name, tensor in tensors(model).items()}
-    return Workshop(model, layers, sizes, options.rounding, fitted, judge, repair, floats)
+    quantizer = Quantizer(options.quantizer, options.range, options.symmetry)
+    return Workshop(model, layers, sizes, options.rounding, quantizer, fitted, judge, repair, floats)
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:

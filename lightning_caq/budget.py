@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 
 import numpy as np
 
 from lightning_caq.allocation.constraint import Constraint, bops_limit, size_limit
 from lightning_caq.errors import BudgetError
+from lightning_caq.quantizers.levels import stored_numbers
 
 FLOAT_BITS = 32
 SCALE_BITS = 32
@@ -38,6 +39,8 @@ class LayerSizes:
             layers among them. Biases and the scales of norms count as no weights.
         macs: Multiply–accumulates of each layer for one sample, m_i; empty where they are not known.
         activation_bits: Bits of each layer's input, b_a,i; empty where inputs stay in float32.
+        widths: Bits that say which channel has which bit-width, where channels of a layer differ.
+        quantizer: What weights are rounded to: evenly spaced values, or those of a table.
     """
 
     weights: tuple[int, ...]
@@ -45,22 +48,36 @@ class LayerSizes:
     unquantized: int = 0
     macs: tuple[int, ...] = ()
     activation_bits: tuple[int, ...] = ()
+    widths: int = 0
+    quantizer: str = "affine"
 
     @property
     def overhead(self) -> int:
-        """Bits of all scales and zero points."""
-        return sum(overhead_bits(c) for c in self.channels)
+        """Bits of all scales, zero points and widths of channels; quantizers with tables have none."""
+        return sum(overhead_bits(c) for c in self.channels) + self.widths if self.quantizer == "affine" else 0
+
+    def tables(self, bits: Sequence[float]) -> int:
+        """Bits of the numbers that tables are made of; evenly spaced values have none.
+
+        Example:
+            >>> LayerSizes((100, 300), (10, 20), quantizer="lq_nets").tables([2, 3]) == 32 * (10 * 2 + 20 * 3)
+            True
+        """
+        if self.quantizer == "affine":
+            return 0
+        pairs = zip(bits, self.channels, strict=True)
+        return sum(FLOAT_BITS * stored_numbers(self.quantizer, int(b), c) for b, c in pairs)
 
     @property
     def input_bits(self) -> tuple[int, ...]:
         """Bits of each layer's input, 32 for float32."""
         return self.activation_bits or (FLOAT_BITS,) * len(self.weights)
 
-    def payload(self, bits: Sequence[int]) -> int:
-        """Bits of the weights alone, Σ n_i b_i."""
-        return sum(n * b for n, b in zip(self.weights, bits, strict=True))
+    def payload(self, bits: Sequence[float]) -> int:
+        """Bits of the weights alone, Σ n_i b_i; whole, where b_i are averages over channels too."""
+        return sum(round(n * b) for n, b in zip(self.weights, bits, strict=True))
 
-    def avg_bits(self, bits: Sequence[int]) -> float:
+    def avg_bits(self, bits: Sequence[float]) -> float:
         """Average bits of a quantized weight, Σ n_i b_i / Σ n_i; scales are not counted.
 
         Example:
@@ -69,10 +86,10 @@ class LayerSizes:
         """
         return self.payload(bits) / sum(self.weights)
 
-    def ratio(self, bits: Sequence[int]) -> float:
-        """Float32 size over quantized size of all weights, with scales, zero points and excluded layers counted."""
+    def ratio(self, bits: Sequence[float]) -> float:
+        """Float32 size over quantized size of all weights; scales, zero points, tables and excluded layers count."""
         left = FLOAT_BITS * self.unquantized
-        return (FLOAT_BITS * sum(self.weights) + left) / (self.payload(bits) + self.overhead + left)
+        return (FLOAT_BITS * sum(self.weights) + left) / (self.payload(bits) + self.overhead + self.tables(bits) + left)
 
     def bops(self, bits: Sequence[int]) -> float:
         """Bit operations of one sample in the quantized layers, Σ m_i b_i b_a,i, in billions.
@@ -117,8 +134,13 @@ class Ratio:
         return total / self.value - sizes.overhead - FLOAT_BITS * sizes.unquantized
 
     def constraints(self, sizes: LayerSizes, bits: Sequence[int]) -> tuple[Constraint, ...]:
-        """The limit on the size."""
-        return (size_limit(sizes.weights, bits, self.limit(sizes)),)
+        """The limit on the size, that of tables among it."""
+        weights = size_limit(sizes.weights, bits, self.limit(sizes))
+        if sizes.quantizer == "affine":
+            return (weights,)
+        one = [replace(sizes, weights=(n,), channels=(c,)) for n, c in zip(sizes.weights, sizes.channels, strict=True)]
+        tables = [[layer.tables([b]) for b in bits] for layer in one]
+        return (replace(weights, usage=weights.usage + tables),)
 
 
 @dataclass(frozen=True)
@@ -313,13 +335,14 @@ def check_budget(budget: Budget, sizes: LayerSizes, bits: Sequence[int]) -> None
             )
     elif isinstance(budget, (AvgBits, Ratio)):
         limit = budget.limit(sizes)
-        if limit < sizes.payload(smallest) - 1e-6:
+        tables = sizes.tables if isinstance(budget, Ratio) else lambda bits: 0
+        if limit < sizes.payload(smallest) + tables(smallest) - 1e-6:
             raise BudgetError(
                 f"{budget} cannot be met: with every layer at {min(bits)} bits the network has "
                 f"avg_bits={sizes.avg_bits(smallest):g} and ratio={sizes.ratio(smallest):.4g}, the most that "
                 f"bits={tuple(bits)} allow; ask for less compression or add smaller bit-widths."
             )
-        if limit > sizes.payload(largest) * (1 + 1e-9) and isinstance(budget, Ratio):
+        if limit > (sizes.payload(largest) + tables(largest)) * (1 + 1e-9) and isinstance(budget, Ratio):
             raise BudgetError(
                 f"{budget} is already met with every layer at {max(bits)} bits (ratio={sizes.ratio(largest):.4g}); "
                 f"ask for more compression or add larger bit-widths."

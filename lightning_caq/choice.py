@@ -1,20 +1,47 @@
-"""Choice: the bits that a method gives every layer within a budget."""
+"""Choice: the bits that a method gives every layer, or every group of channels, within a budget."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from lightning_caq.allocation.knapsack import smallest, solve
-from lightning_caq.allocation.methods import get_method, is_search
+from lightning_caq.allocation.methods import available_methods, get_method, is_search
 from lightning_caq.allocation.search import search_space
 from lightning_caq.budget import Budget, ErrorBudget, LayerSizes
-from lightning_caq.errors import BudgetError
-from lightning_caq.measures.profile import CurvatureProfile
+from lightning_caq.errors import BudgetError, OptionError
+from lightning_caq.measures.profile import ChannelGroup, CurvatureProfile
+from lightning_caq.widths import Width, width_bits
 
 Bits = tuple[int, ...]
+Choice = tuple[Width, ...]
+
+GRANULARITIES = ("layer", "channel_group")
+_OF_GROUPS = frozenset({"rounding_error", "diagonal", "subspace", "loss_change"})
+
+
+def check_separable(method: str) -> None:
+    """Check that a method can allocate bits to groups of channels: it needs only what is measured of groups.
+
+    Raises:
+        OptionError: If it cannot; the message says which methods can.
+
+    Example:
+        >>> check_separable("cet")
+    """
+    if not _separable(method):
+        able = ", ".join(repr(name) for name in available_methods() if _separable(name))
+        raise OptionError(
+            f"granularity='channel_group' cannot be had with method {method!r}, whose costs are those of whole layers; "
+            f"choose from {able}, or granularity='layer'."
+        )
+
+
+def _separable(method: str) -> bool:
+    found = get_method(method)
+    return not is_search(found) and found.needs <= _OF_GROUPS
 
 
 @dataclass(frozen=True)
@@ -28,6 +55,7 @@ class Chooser:
         output_norm: Root mean square norm of the network's outputs, by which an error budget is counted.
         evaluate: The calibration objective of an allocation with nearest rounding, for methods that search.
         seed: Seed of a search.
+        granularity: What gets bits of its own, ``"layer"`` or ``"channel_group"``.
     """
 
     profile: CurvatureProfile
@@ -36,8 +64,9 @@ class Chooser:
     output_norm: float
     evaluate: Callable[[Bits], float]
     seed: int
+    granularity: str = "layer"
 
-    def choose(self, method: str, budget: Budget) -> Bits:
+    def choose(self, method: str, budget: Budget) -> Choice:
         """Bits of every layer, in order.
 
         Args:
@@ -45,10 +74,11 @@ class Chooser:
             budget: The budget; not a ``MaxDrop``, which is met by a search over size budgets.
 
         Returns:
-            The bits.
+            The bits; with groups of channels, one bit-width for each channel of a layer in which they differ.
 
         Raises:
             BudgetError: If no choice meets the budget, or the method cannot work within an error budget.
+            OptionError: If the method cannot allocate to groups of channels, where these are asked for.
 
         Example:
             >>> from lightning_caq.budget import AvgBits
@@ -58,8 +88,18 @@ class Chooser:
             >>> Chooser(CurvatureProfile(rows), sizes, (2, 4), 1.0, lambda bits: 0.0, 0).choose("uniform", AvgBits(4))
             (4, 4)
         """
-        found, names = get_method(method), [row.name for row in self.profile.layers]
-        constraints = budget.constraints(self.sizes, self.bits)
+        if self.granularity == "channel_group":
+            check_separable(method)
+        if self.granularity == "layer" or not get_method(method).needs:  # what measures nothing tells no groups apart
+            return self._choose(method, budget, self.profile, self.sizes)
+        groups = [row.groups for row in self.profile.layers]
+        bits = iter(self._choose(method, budget, self.profile.by_group(), group_sizes(self.sizes, groups)))
+        return tuple(_width(each, [next(bits) for _ in each]) for each in groups)
+
+    def _choose(self, method: str, budget: Budget, profile: CurvatureProfile, sizes: LayerSizes) -> Bits:
+        """Bits of every row of a profile, of layers or of groups."""
+        found, names = get_method(method), [row.name for row in profile.layers]
+        constraints = budget.constraints(sizes, self.bits)
         if isinstance(budget, ErrorBudget):
             floors = getattr(found, "floors", None)
             if is_search(found) or floors is None:
@@ -67,13 +107,47 @@ class Chooser:
             epsilon = budget.value * self.output_norm
             # These costs are squares of output errors: their sum is Φ_rss².
             return smallest(
-                found.costs(self.profile, self.bits),
+                found.costs(profile, self.bits),
                 self.bits,
-                np.multiply.outer(np.asarray(self.sizes.weights), np.asarray(self.bits)),
+                np.multiply.outer(np.asarray(sizes.weights), np.asarray(self.bits)),
                 epsilon**2,
-                floors=np.minimum(floors(self.profile, epsilon), max(self.bits)),
+                floors=np.minimum(floors(profile, epsilon), max(self.bits)),
                 names=names,
             ).bits
         if is_search(found):
-            return found.search(self.profile, search_space(constraints, self.bits), self.evaluate, self.seed)
-        return solve(found.costs(self.profile, self.bits), self.bits, constraints, names=names).bits
+            return found.search(profile, search_space(constraints, self.bits), self.evaluate, self.seed)
+        return solve(found.costs(profile, self.bits), self.bits, constraints, names=names).bits
+
+
+def group_sizes(sizes: LayerSizes, groups: Sequence[Sequence[ChannelGroup]]) -> LayerSizes:
+    """Sizes of the groups of channels, and what it takes to say which channel has which bits.
+
+    Args:
+        sizes: Sizes of the layers.
+        groups: The groups of each layer.
+
+    Example:
+        >>> from lightning_caq.measures.profile import LayerCurvature
+        >>> groups = [ChannelGroup((i,), LayerCurvature(f"fc/{i}", 5, 1, 5)) for i in range(2)]
+        >>> found = group_sizes(LayerSizes((10,), (2,)), [groups])
+        >>> found.weights, found.channels, found.widths
+        ((5, 5), (1, 1), 8)
+    """
+    rows = [group.row for each in groups for group in each]
+    inputs = zip(sizes.activation_bits, groups, strict=True) if sizes.activation_bits else ()
+    return replace(
+        sizes,
+        weights=tuple(row.weights for row in rows),
+        channels=tuple(row.channels for row in rows),
+        macs=tuple(row.macs for row in rows) if sizes.macs else (),
+        activation_bits=tuple(b for b, each in inputs for _ in each),
+        widths=sum(width_bits((0,) * c) for c, each in zip(sizes.channels, groups, strict=True) if len(each) > 1),
+    )
+
+
+def _width(groups: Sequence[ChannelGroup], bits: Sequence[int]) -> Width:
+    """The bits of a layer from those of its groups."""
+    if len(set(bits)) == 1:
+        return bits[0]
+    by_channel = {channel: b for group, b in zip(groups, bits, strict=True) for channel in group.channels}
+    return tuple(by_channel[channel] for channel in sorted(by_channel))

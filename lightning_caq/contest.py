@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from lightning_caq.allocation.bisection import smallest_passing
 from lightning_caq.attempt import Attempt, Workshop
 from lightning_caq.budget import AvgBits, Budget, ErrorBudget, MaxDrop
-from lightning_caq.choice import Chooser
+from lightning_caq.choice import Choice, Chooser
 from lightning_caq.errors import BudgetError
 from lightning_caq.options import QuantizationOptions
 from lightning_caq.progress import Progress
@@ -74,7 +74,7 @@ class Contest:
     def _within_drop(self, budget: MaxDrop) -> None:
         """The smallest network that loses no more of a metric than allowed, by bisection over the average bits."""
         sign = 1 if self.options.monitor_mode == "max" else -1
-        made: dict[tuple[int, ...], tuple[float, Attempt, dict[str, float]]] = {}
+        made: dict[Choice, tuple[float, Attempt, dict[str, float]]] = {}
 
         def passes(avg_bits: float) -> bool:
             bits = self.chooser.choose(self.options.method, AvgBits(avg_bits))
@@ -99,7 +99,7 @@ class Contest:
     def _guard(self, budget: Budget) -> None:
         """Keep uniform bits instead, if they are better on the samples held out."""
         method, chosen = self.options.method, self.attempts[CHOSEN]
-        if self.chooser.choose(GUARD, budget) == tuple(chosen.plan.bits.values()):
+        if self.chooser.choose(GUARD, budget) == tuple(chosen.plan.widths.values()):
             return
         asked = GUARD in self.attempts
         if not asked:

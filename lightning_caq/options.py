@@ -7,13 +7,18 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from lightning_caq.allocation.methods import available_methods
+from lightning_caq.allocation.methods import available_methods, get_method
 from lightning_caq.budget import Budget, make_budget
+from lightning_caq.choice import GRANULARITIES, check_separable
 from lightning_caq.errors import OptionError
+from lightning_caq.quantizers.ranges import RANGES, SYMMETRIES
+from lightning_caq.quantizers.values import QUANTIZERS
 
 ROUNDINGS = ("nearest", "error_feedback")
 BATCHNORM = ("recentre", "keep")
 OBJECTIVES = ("distill", "task")
+ALWAYS = frozenset({"kappa", "lipschitz", "inputs"})  # what reports show, whatever the method
+STUDIED = frozenset({"amplification", "output_error", "subspace", "loss_change"})  # what the figures of a study show
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,14 @@ class QuantizationOptions:
         activation_bits: Bits of every quantized layer's input, 2 to 8; the first layer's input has 8, words of
             embeddings are left. ``None`` leaves inputs in float32.
         bits: Candidate bit-widths, from 1 to 8.
+        granularity: What gets bits of its own: a whole ``"layer"``, or a ``"channel_group"``, up to 16 groups of
+            output channels in each layer. Groups take a method whose costs were measured of them, such as ``"cet"``.
         rounding: ``"error_feedback"`` or ``"nearest"``.
+        quantizer: The values that weights may take: ``"affine"`` (evenly spaced), ``"codebook"``, ``"lq_nets"``,
+            ``"abc_net"``, ``"series"`` or ``"dorefa"``.
+        range: Where an affine grid begins and ends: ``"mse"``, ``"minmax"``, ``"percentile"``, ``"aciq"`` or
+            ``"curvature"``.
+        symmetry: Where the zero of an affine grid lies: ``"asymmetric"``, ``"symmetric"`` or ``"mid_rise"``.
         batchnorm: ``"recentre"`` moves the batch-norm statistics, and the biases of layers without batch-norm, by what
             quantization changed; ``"keep"`` leaves them.
         objective: ``"distill"`` (KL divergence from the float outputs, no labels needed) or ``"task"`` (the loss).
@@ -70,7 +82,11 @@ class QuantizationOptions:
     max_evaluations: int = 8
     activation_bits: int | None = None
     bits: Sequence[int] = (2, 3, 4, 5, 6, 8)
+    granularity: str = "layer"
     rounding: str = "error_feedback"
+    quantizer: str = "affine"
+    range: str = "mse"
+    symmetry: str = "asymmetric"
     batchnorm: str = "recentre"
     objective: str = "distill"
     calibration_samples: int = 512
@@ -90,6 +106,7 @@ class QuantizationOptions:
             _one_of("compare", name, available_methods())
         _one_of("rounding", self.rounding, ROUNDINGS)
         _one_of("batchnorm", self.batchnorm, BATCHNORM)
+        self._check_quantizer()
         _one_of("objective", self.objective, OBJECTIVES)
         bits = tuple(self.bits) if isinstance(self.bits, (list, tuple)) else ()
         if not bits or any(isinstance(b, bool) or not isinstance(b, int) or not 1 <= b <= 8 for b in bits):
@@ -97,6 +114,7 @@ class QuantizationOptions:
                 f"bits={self.bits!r} is not allowed; give whole numbers from 1 to 8, such as (2, 3, 4, 8)."
             )
         object.__setattr__(self, "bits", tuple(sorted(set(bits))))
+        self._check_granularity()
         _one_of("monitor_mode", self.monitor_mode, ("max", "min"))
         for name in ("calibration_samples", "curvature_samples", "eigenpairs", "max_evaluations"):
             value = getattr(self, name)
@@ -113,6 +131,28 @@ class QuantizationOptions:
                 _names(name, getattr(self, name))
         _ = self.budget
 
+    def _check_quantizer(self) -> None:
+        _one_of("quantizer", self.quantizer, QUANTIZERS)
+        _one_of("range", self.range, RANGES)
+        _one_of("symmetry", self.symmetry, SYMMETRIES)
+        if self.quantizer == "affine":
+            return
+        for name, default in (("range", "mse"), ("symmetry", "asymmetric"), ("granularity", "layer")):
+            if getattr(self, name) != default:
+                raise OptionError(
+                    f"{name}={getattr(self, name)!r} is for quantizer='affine'; {self.quantizer!r} finds its values by "
+                    f"itself. Leave {name}={default!r}."
+                )
+
+    def _check_granularity(self) -> None:
+        _one_of("granularity", self.granularity, GRANULARITIES)
+        if self.granularity == "layer":
+            return
+        if self.error is not None:
+            raise OptionError("error= needs a method that composes errors of whole layers; leave granularity='layer'.")
+        for name in self.methods:
+            check_separable(name)
+
     @property
     def budget(self) -> Budget:
         """The one budget that was given."""
@@ -125,6 +165,13 @@ class QuantizationOptions:
             max_drop=self.max_drop,
             monitor=self.monitor,
         )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The measures that the methods and the report ask for."""
+        groups = {"channel_groups"} if self.granularity == "channel_group" else set()
+        studied = STUDIED if self.study else frozenset()
+        return ALWAYS.union(groups, studied, *(get_method(name).needs for name in self.methods))
 
     @property
     def methods(self) -> tuple[str, ...]:

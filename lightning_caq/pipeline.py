@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import nn
 
-from lightning_caq.allocation.methods import get_method
 from lightning_caq.attempt import Workshop, open_workshop
 from lightning_caq.batches import calibration_batches, take_samples
 from lightning_caq.budget import FLOAT_BITS, LayerSizes, MaxDrop, check_budget
@@ -20,9 +19,9 @@ from lightning_caq.contest import Contest
 from lightning_caq.contexts import Evaluate, InFloat32, curvature_safe
 from lightning_caq.errors import BudgetError, LayerError
 from lightning_caq.evaluation.report import LayerRow, QuantizationReport, Size
-from lightning_caq.evaluation.studies import study
 from lightning_caq.evaluation.tightness import Tightness, output_norm, tightness
 from lightning_caq.evaluation.versions import versions
+from lightning_caq.explain import explain
 from lightning_caq.isolation import preserved
 from lightning_caq.layers import Layer, find_layers, layer_sizes, layer_weight
 from lightning_caq.measures.measure import measure
@@ -38,7 +37,6 @@ from lightning_caq.quantizers.swap import quantized_modules
 from lightning_caq.reporting.gallery import draw_gallery
 from lightning_caq.reporting.html import write_html
 
-ALWAYS = frozenset({"kappa", "lipschitz", "inputs"})  # what reports show, whatever the method
 TIGHTNESS_SAMPLES = 64
 
 
@@ -85,7 +83,11 @@ def quantize(
     max_evaluations: int = 8,
     activation_bits: int | None = None,
     bits: Sequence[int] = (2, 3, 4, 5, 6, 8),
+    granularity: str = "layer",
     rounding: str = "error_feedback",
+    quantizer: str = "affine",
+    range: str = "mse",
+    symmetry: str = "asymmetric",
     batchnorm: str = "recentre",
     objective: str = "distill",
     calibration_samples: int = 512,
@@ -120,7 +122,11 @@ def quantize(
         max_evaluations: Networks that may be tried for ``max_drop``.
         activation_bits: Bits of the layers' inputs, ``None`` for float32.
         bits: Candidate bit-widths.
+        granularity: What gets bits of its own: ``"layer"`` or ``"channel_group"``.
         rounding: ``"error_feedback"`` or ``"nearest"``.
+        quantizer: The values that weights may take, evenly spaced by default.
+        range: Where an affine grid begins and ends.
+        symmetry: Where the zero of an affine grid lies.
         batchnorm: ``"recentre"`` or ``"keep"``.
         objective: ``"distill"`` or ``"task"``.
         calibration_samples: Samples used to round and to repair.
@@ -171,7 +177,11 @@ def quantize(
         max_evaluations=max_evaluations,
         activation_bits=activation_bits,
         bits=bits,
+        granularity=granularity,
         rounding=rounding,
+        quantizer=quantizer,
+        range=range,
+        symmetry=symmetry,
         batchnorm=batchnorm,
         objective=objective,
         calibration_samples=calibration_samples,
@@ -221,7 +231,7 @@ def run(
             raise LayerError("No calibration batch calls any of the layers to quantize; check the batches or include.")
         chosen = {id(layer_weight(model, layer)) for layer in layers}
         left = sum(p.numel() for p in model.parameters() if p.ndim > 1 and id(p) not in chosen)
-        sizes = layer_sizes(layers, left)
+        sizes = replace(layer_sizes(layers, left), quantizer=options.quantizer)
         if options.activation_bits is not None:
             sizes = replace(sizes, activation_bits=input_bits(layers, options.activation_bits))
         check_budget(options.budget, sizes, options.bits)
@@ -273,22 +283,11 @@ class _Road:
         plan = contest.hold().plan
         with self.progress.step("tightness of the prediction"):
             samples = take_samples(self.batches, TIGHTNESS_SAMPLES)
-            held = tightness(self.model, self.layers, samples, profile, plan.bits)
+            held = tightness(self.model, self.layers, samples, profile, plan.widths)
         report = self._report(contest, metrics, profile, held)
-        if self.options.study:
+        if self.options.study and self.sharing.rank == 0:  # nothing is drawn on the other ranks
             with self.progress.step("studies"):
-                studies = study(
-                    self.model,
-                    self.layers,
-                    self.batches,
-                    profile,
-                    plan,
-                    bits=self.options.bits,
-                    loss_fn=self.loss_fn,
-                    with_energies=True,
-                    with_landscape=True,
-                )
-            report = replace(report, studies=studies)
+                report = replace(report, studies=explain(contest, plan, self.batches, self.loss_fn))
         plan.apply(self.model)
         return QuantizationResult(self.model, plan, profile, report)
 
@@ -329,7 +328,7 @@ class _Road:
             layers=self.layers,
             objective=self.options.objective,
             loss_fn=self.loss_fn,
-            needs=ALWAYS.union(*(get_method(name).needs for name in self.options.methods)),
+            needs=self.options.needs,
             bits=self.options.bits,
             samples=self.options.curvature_samples,
             eigenpairs=self.options.eigenpairs,
@@ -345,7 +344,8 @@ class _Road:
         objective = make_objective(self.options.objective, self.model, samples, self.loss_fn)
         loss = rounded_loss(self.model, self.layers, objective, self.options.bits)
         norm = output_norm(self.model, samples)
-        return Chooser(profile, self.sizes, self.options.bits, norm, loss, self.options.seed)
+        o = self.options
+        return Chooser(profile, self.sizes, o.bits, norm, loss, o.seed, o.granularity)
 
     def _workshop(self) -> Workshop:
         return open_workshop(self.model, self.layers, self.sizes, self.options, self.batches, self.loss_fn)
@@ -375,7 +375,7 @@ class _Road:
             layers=tuple(rows),
             sizes=sizes,
             metrics={f"{variant}/{name}": x for variant, found in every.items() for name, x in found.items()},
-            predicted_loss={v: x for v, p in plans.items() if (x := profile.predicted_loss(p.bits)) is not None},
+            predicted_loss={v: x for v, p in plans.items() if (x := profile.predicted_loss(p.widths)) is not None},
             options={k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.options).items()},
             versions=versions(),
             seconds=dict(self.progress.seconds),

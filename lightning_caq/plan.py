@@ -18,9 +18,10 @@ from lightning_caq.budget import LayerSizes
 from lightning_caq.errors import OptionError, PlanError
 from lightning_caq.fingerprint import fingerprint
 from lightning_caq.quantizers.activations import InputGrid
-from lightning_caq.quantizers.affine import Grid
-from lightning_caq.quantizers.modules import on_grid
+from lightning_caq.quantizers.modules import FakeQuant, on_grid
 from lightning_caq.quantizers.swap import swap
+from lightning_caq.quantizers.values import NUMBERS, Values, from_numbers, numbers
+from lightning_caq.widths import Width, average_bits, code_bytes
 
 VERSION = 1
 SCHEME = "affine, per output channel"
@@ -33,14 +34,14 @@ class LayerPlan:
     Attributes:
         name: Module name of the layer.
         modules: Every module name under which the weight is reached.
-        grid: Bit-width, scales and zero points.
+        grid: Bit-width, scales and zero points, or a codebook.
         codes: Codes of the weights, uint8 in the shape of the weight.
         input_grid: Grid that the layer's input is rounded to, or ``None``.
     """
 
     name: str
     modules: tuple[str, ...]
-    grid: Grid
+    grid: Values
     codes: Tensor
     input_grid: InputGrid | None = None
 
@@ -48,6 +49,11 @@ class LayerPlan:
     def values(self) -> Tensor:
         """The rounded weight, float32."""
         return self.grid.values(self.codes)
+
+    @property
+    def scales(self) -> int:
+        """Number of scales, or of the numbers that a table is made of."""
+        return next(iter(numbers(self.grid).values())).numel()
 
 
 @dataclass(frozen=True)
@@ -73,9 +79,14 @@ class QuantizationPlan:
     repairs: dict[str, Tensor] = field(default_factory=dict)
 
     @property
-    def bits(self) -> dict[str, int]:
-        """Layer name to bit-width."""
-        return {layer.name: layer.grid.bits for layer in self.layers}
+    def widths(self) -> dict[str, Width]:
+        """Layer name to bit-width, or to the bit-width of each of its channels where these differ."""
+        return {layer.name: layer.grid.width for layer in self.layers}
+
+    @property
+    def bits(self) -> dict[str, int | float]:
+        """Layer name to bit-width; to their average where its channels differ."""
+        return {name: average_bits(width) for name, width in self.widths.items()}
 
     @property
     def activation_bits(self) -> dict[str, int]:
@@ -94,12 +105,14 @@ class QuantizationPlan:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the weights, scales and zero points, excluded layers in float32 counted.
+        """Bytes of the weights, scales and zero points or tables, excluded layers in float32 counted.
 
-        They are those of the file that ``save_quantized`` writes: the weights of each layer begin with a new byte.
+        They are those of the file that ``save_quantized`` writes: the weights of each layer begin with a new byte, and
+        so do those of each bit-width in it.
         """
-        weights = sum(-(-n * b // 8) for n, b in zip(self.sizes.weights, self.bits.values(), strict=True))
-        return weights + self.sizes.overhead // 8 + 4 * self.sizes.unquantized
+        weights = sum(code_bytes(w, n) for n, w in zip(self.sizes.weights, self.widths.values(), strict=True))
+        values = self.sizes.overhead + self.sizes.tables(list(self.bits.values()))
+        return weights + values // 8 + 4 * self.sizes.unquantized
 
     def apply(self, model: nn.Module) -> None:
         """Make a network quantized: write the rounded weights and the repairs, and swap in fake-quant modules.
@@ -144,17 +157,19 @@ class QuantizationPlan:
         """The plan after the swapped network was trained on: its weights are snapped to their grids, in place.
 
         Returns:
-            A plan with the new codes, for the same scales and bits, made for the weights it now holds.
+            A plan with the new codes for the same bits, and the scales if they were learned, made for the weights that
+            the network now holds.
         """
         self._check_architecture(model)
         layers = []
         with torch.no_grad():
             for layer in self.layers:
                 weight = _weight(model, layer)
-                grid = layer.grid.to(weight.device)
+                grid, input_grid = _learned(model, layer)
                 codes = grid.codes(weight)
                 weight.copy_(grid.values(codes))
-                layers.append(replace(layer, codes=codes.to("cpu", torch.uint8)))
+                codes = codes.to("cpu", torch.uint8)
+                layers.append(replace(layer, grid=grid.to("cpu"), codes=codes, input_grid=input_grid))
         repairs = {name: tensor.detach().cpu().clone() for name, tensor in _entries(model, self.repairs)}
         return replace(self, layers=tuple(layers), repairs=repairs, fingerprint=self._fingerprint_of(model))
 
@@ -163,7 +178,7 @@ class QuantizationPlan:
         layers = tuple(replace(x, grid=x.grid.to("cpu"), codes=x.codes.cpu()) for x in self.layers)
         return replace(self, layers=layers, repairs={name: tensor.cpu() for name, tensor in self.repairs.items()})
 
-    def grids(self) -> dict[str, Grid]:
+    def grids(self) -> dict[str, Values]:
         """Module name to grid, tied modules included."""
         return {name: layer.grid for layer in self.layers for name in layer.modules}
 
@@ -221,7 +236,7 @@ class QuantizationPlan:
     def _description(self) -> dict[str, Any]:
         return {
             "version": VERSION,
-            "scheme": SCHEME,
+            "scheme": SCHEME if self.sizes.quantizer == "affine" else self.sizes.quantizer,
             "method": self.method,
             "budget": self.budget,
             "rounding": self.rounding,
@@ -238,8 +253,7 @@ class QuantizationPlan:
         tensors = {f"repair/{name}": tensor for name, tensor in self.repairs.items()}
         for layer in self.layers:
             tensors[f"codes/{layer.name}"] = layer.codes
-            tensors[f"scale/{layer.name}"] = layer.grid.scale
-            tensors[f"zero_point/{layer.name}"] = layer.grid.zero_point
+            tensors |= {f"{part}/{layer.name}": tensor for part, tensor in numbers(layer.grid).items()}
         return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
     @classmethod
@@ -256,7 +270,7 @@ class QuantizationPlan:
                 LayerPlan(
                     x["name"],
                     tuple(x["modules"]),
-                    Grid(x["bits"], tensors[f"scale/{x['name']}"], tensors[f"zero_point/{x['name']}"]),
+                    from_numbers(x.get("quantizer", "affine"), x["bits"], _stored(tensors, x["name"])),
                     tensors[f"codes/{x['name']}"],
                     InputGrid(**x["input"]) if x.get("input") else None,
                 )
@@ -269,6 +283,8 @@ class QuantizationPlan:
                 counts["unquantized"],
                 macs=tuple(counts.get("macs", ())),  # plans of earlier versions do not have these
                 activation_bits=tuple(counts.get("activation_bits", ())),
+                widths=counts.get("widths", 0),
+                quantizer=counts.get("quantizer", "affine"),
             )
             repairs = {name: tensors[f"repair/{name}"] for name in data["repairs"]}
             return cls(data["method"], data["budget"], data["rounding"], layers, sizes, data["fingerprint"], repairs)
@@ -309,9 +325,15 @@ def _describe(layer: LayerPlan) -> dict[str, Any]:
         "name": layer.name,
         "modules": list(layer.modules),
         "bits": layer.grid.bits,
+        "quantizer": layer.grid.quantizer,
         "shape": list(layer.codes.shape),
         "input": None if layer.input_grid is None else asdict(layer.input_grid),
     }
+
+
+def _stored(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The tensors of a layer's values."""
+    return {part: tensors[f"{part}/{name}"] for part in NUMBERS if f"{part}/{name}" in tensors}
 
 
 def weights_fingerprint(model: nn.Module, names: list[str]) -> str:
@@ -334,6 +356,14 @@ def _weight(model: nn.Module, layer: LayerPlan) -> Tensor:
     weight = model.get_submodule(layer.name).weight
     assert isinstance(weight, Tensor)
     return weight
+
+
+def _learned(model: nn.Module, layer: LayerPlan) -> tuple[Values, InputGrid | None]:
+    """The values and the grid of the input of a layer, as its module has them if it is swapped."""
+    module = model.get_submodule(layer.name)
+    if not isinstance(module, FakeQuant):
+        return layer.grid.to(_weight(model, layer).device), layer.input_grid
+    return module.grid, None if layer.input_grid is None else module.learned_input_grid(layer.input_grid)
 
 
 def _entries(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:

@@ -22,7 +22,7 @@ class LayerRow:
         macs: Multiply–accumulates a sample.
         kappa: κ_i, or ``None``.
         lipschitz: L_i, or ``None``.
-        bits: Bit-width by variant: ``"quantized"`` and each compared method.
+        bits: Bit-width by variant, ``"quantized"`` and each compared method; an average where channels differ.
     """
 
     name: str
@@ -31,7 +31,7 @@ class LayerRow:
     macs: int
     kappa: float | None
     lipschitz: float | None
-    bits: dict[str, int]
+    bits: dict[str, int | float]
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class QuantizationReport:
                 f"{r.weights:,}",
                 _figure(r.kappa),
                 _figure(r.lipschitz),
-                *(str(r.bits.get(v, "–")) for v in quantized),
+                *(_bits(r.bits.get(v)) for v in quantized),
             ]
             for r in self.layers
         ]
@@ -155,6 +155,10 @@ class QuantizationReport:
 
 def _figure(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
+
+
+def _bits(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
 
 
 def text_table(header: list[str], rows: Iterable[list[str]]) -> str:

@@ -26,20 +26,20 @@ class ErrorShare:
 
     Attributes:
         name: The layer.
-        bits: Its bit-width b_i.
+        bits: Its bit-width b_i, on average where its channels differ.
         predicted: A_i e_i(b_i), in the unit of the network's output; ``None`` where it was not measured.
         observed: Root mean square over samples of the output's change with only this layer rounded, same unit;
             ``None`` where it was not measured.
     """
 
     name: str
-    bits: int
+    bits: int | float
     predicted: float | None
     observed: float | None = None
 
 
 def error_shares(
-    profile: CurvatureProfile, bits: Mapping[str, int], observed: Mapping[str, float] | None = None
+    profile: CurvatureProfile, bits: Mapping[str, int | float], observed: Mapping[str, float] | None = None
 ) -> tuple[ErrorShare, ...]:
     """Every layer's part of Φ, for nearest rounding; layers that the profile does not know are left out.
 
@@ -63,7 +63,8 @@ def error_shares(
     for row in profile.layers:
         if row.name in bits:
             b = bits[row.name]
-            shares.append(ErrorShare(row.name, b, row.carried_error.get(b), (observed or {}).get(row.name)))
+            predicted = row.carried_error.get(b) if isinstance(b, int) else None  # an average was not measured
+            shares.append(ErrorShare(row.name, b, predicted, (observed or {}).get(row.name)))
     return tuple(shares)
 
 
@@ -140,19 +141,19 @@ class SubspaceShare:
 
     Attributes:
         name: The layer.
-        bits: Its bit-width.
+        bits: Its bit-width, on average where its channels differ.
         nearest: With nearest rounding; ``None`` where it was not measured.
         chosen: With the plan's rounding; ``None`` where it was not measured.
     """
 
     name: str
-    bits: int
+    bits: int | float
     nearest: Energy | None
     chosen: Energy | None = None
 
 
 def subspace_shares(
-    profile: CurvatureProfile, bits: Mapping[str, int], chosen: Mapping[str, Energy] | None = None
+    profile: CurvatureProfile, bits: Mapping[str, int | float], chosen: Mapping[str, Energy] | None = None
 ) -> tuple[SubspaceShare, ...]:
     """Every layer's energies; layers that the profile does not know are left out.
 
@@ -228,7 +229,7 @@ def rounding_energies(
     return energies
 
 
-def _energy(short: Mapping[int, float], whole: Mapping[int, float], bits: int) -> Energy | None:
-    if bits not in short or bits not in whole:
+def _energy(short: Mapping[int, float], whole: Mapping[int, float], bits: int | float) -> Energy | None:
+    if not isinstance(bits, int) or bits not in short or bits not in whole:
         return None
     return Energy(0.5 * short[bits], 0.5 * (whole[bits] - short[bits]))

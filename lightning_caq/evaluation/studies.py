@@ -109,7 +109,7 @@ def study(
     with curvature_safe(model), preserved(model), differentiable(model, layers):
         nearest, rounded = {}, {}
         for layer in layers:
-            weight, width = layer_weight(model, layer).detach(), chosen[layer.name].grid.bits
+            weight, width = layer_weight(model, layer).detach(), plan.widths[layer.name]
             nearest[layer.name] = nearest_errors(model, layer, [width])[width]
             rounded[layer.name] = chosen[layer.name].values.to(weight) - weight
         energies: dict[str, Energy] = {}

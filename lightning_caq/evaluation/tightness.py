@@ -20,6 +20,7 @@ from lightning_caq.layers import Layer, layer_weight
 from lightning_caq.measures.carried import carried_errors
 from lightning_caq.measures.profile import CurvatureProfile
 from lightning_caq.measures.rounding_errors import nearest_errors
+from lightning_caq.widths import Width
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def tightness(
     layers: Sequence[Layer],
     batches: Sequence[Any],
     profile: CurvatureProfile,
-    bits: Mapping[str, int],
+    bits: Mapping[str, Width],
 ) -> Tightness:
     """Compare the predicted with the observed error of a network whose weights are rounded to nearest.
 
@@ -74,7 +75,7 @@ def tightness(
         layers: The layers that are rounded.
         batches: The samples.
         profile: Where it holds ``lipschitz_amplification`` of every layer, that bound is given too.
-        bits: Layer name to bit-width, for every layer.
+        bits: Layer name to bit-width, or to one a channel, for every layer.
 
     Returns:
         The errors.

@@ -60,7 +60,7 @@ def to_integers(weight: Tensor, grid: Grid) -> Integers:
     doubled = bool((grid.zero_point != grid.zero_point.round()).any())
     factor = 2 if doubled else 1
     zero = (grid.zero_point * factor).to(torch.int32)
-    low, high = zero.clamp(max=0), zero.clamp(min=factor * (2**grid.bits - 1))
+    low, high = zero.clamp(max=0), zero.maximum((factor * grid.top).to(torch.int32))
     span = int((high - low).max())
     values = grid.codes(weight.detach()).to(torch.int32) * factor - low
     shape = grid.scale.numel() if axes else ()

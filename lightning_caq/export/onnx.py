@@ -32,6 +32,7 @@ from lightning_caq.export.onnx_graph import DOMAIN, ROUND_INPUT, dequantize_inpu
 from lightning_caq.export.packed_modules import check_quantized
 from lightning_caq.isolation import preserved
 from lightning_caq.quantizers.activations import InputGrid, change_first
+from lightning_caq.quantizers.affine import Grid
 from lightning_caq.quantizers.modules import FakeQuant
 
 OPSET = 21  # the first with 4-bit types
@@ -101,7 +102,7 @@ def export_onnx(
         raise ExportError("Rounded activations are exported by torch 2.8 and later; install a newer torch.")
     args, kwargs, names = _arguments(model, example_input)
     weights = _weights(model, modules)
-    integers = {key: to_integers(module.quantized_weight(), module.grid) for key, module in weights.items()}
+    integers = {key: to_integers(module.quantized_weight(), _affine(key, module)) for key, module in weights.items()}
     with preserved(model), torch.no_grad():
         output = _output(model, args, kwargs)
         expected = _tensors(output)
@@ -141,6 +142,17 @@ def _weights(model: nn.Module, modules: Mapping[str, FakeQuant]) -> dict[str, Fa
             seen[id(module.weight)] = None
             found[f"{name}.weight".lstrip(".")] = module
     return found
+
+
+def _affine(key: str, module: FakeQuant) -> Grid:
+    """The grid of a module, which must be an affine one."""
+    grid = module.grid
+    if not isinstance(grid, Grid):
+        raise ExportError(
+            f"'{key}' was quantized by {grid.quantizer!r}, whose values are not evenly spaced: ONNX's DequantizeLinear "
+            "cannot hold them. Quantize with quantizer='affine', or use save_quantized."
+        )
+    return grid
 
 
 @contextmanager

@@ -12,24 +12,34 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_caq.errors import LayerError, OptionError, PlanError
-from lightning_caq.export.packed_modules import PackedWeight, check_quantized, pack_modules
-from lightning_caq.export.packing import packed_bytes
+from lightning_caq.export.packed_modules import AnyPacked, check_quantized, pack_modules, pack_weight, packed_weight
+from lightning_caq.export.packed_table import PackedTable
 from lightning_caq.export.sealed import read_sealed, write_sealed
 from lightning_caq.layers import kind_of
 from lightning_caq.quantizers.activations import InputGrid
+from lightning_caq.quantizers.levels import levels
 from lightning_caq.quantizers.modules import on_grid
 from lightning_caq.quantizers.swap import restore_modules, swap
+from lightning_caq.quantizers.values import QUANTIZERS
+from lightning_caq.widths import Width, code_bytes
 
 VERSION = 1
-_PARTS = ("codes", "scale", "doubled_zero_point")
+_TYPES = {
+    "codes": torch.uint8,
+    "scale": torch.float32,
+    "doubled_zero_point": torch.int16,
+    "widths": torch.uint8,
+    "basis": torch.float32,
+}
 
 
 def save_quantized(model: nn.Module, path: str | Path) -> Path:
     """Write a quantized network into one file, its weights packed at their bit-width.
 
     The file holds, for every quantized weight, ⌈n b / 8⌉ bytes of codes, a float32 scale and a 16-bit zero point a
-    channel; every other parameter and buffer of the state dict as it is; and in its header the bit-widths, the grids of
-    inputs and a fingerprint of the whole file. Tied weights are stored once. Nothing is pickled.
+    channel (and three bits where channels differ in their bits), or the float32 numbers that its table is made of;
+    every other parameter and buffer of the state dict as it is; and in its header the bit-widths, the grids of inputs
+    and a fingerprint of the whole file. Tied weights are stored once. Nothing is pickled.
 
     Args:
         model: The quantized network.
@@ -67,10 +77,11 @@ def save_quantized(model: nn.Module, path: str | Path) -> Path:
     layers, tensors = [], {key: x for key, x in state.items() if key not in tied and key not in names}
     for key, tied_modules in names.items():
         module = modules[tied_modules[0]]
-        packed = PackedWeight.of(module.weight, module.grid)
+        packed = pack_weight(module.weight, module.grid)
         dtype = str(module.weight.dtype)
-        layers.append(_Layer(key, tuple(tied_modules), packed.bits, packed.shape, dtype, module.input_grid))
-        tensors |= {f"{key}.{part}": getattr(packed, part) for part in _PARTS}
+        layer = _Layer(key, tuple(tied_modules), packed.bits, packed.shape, dtype, module.input_grid, packed.quantizer)
+        layers.append(layer)
+        tensors |= {f"{key}.{part}": getattr(packed, part) for part in packed.parts}
     description = {"network": type(model).__name__, "layers": [asdict(x) for x in layers], "tied": tied}
     return write_sealed(path, VERSION, description, tensors)
 
@@ -97,7 +108,7 @@ def load_quantized(model: nn.Module, path: str | Path, *, packed: bool = False) 
         layers = [_Layer.read(x) for x in description["layers"]]
         weights = {x.key: _take(tensors, x) for x in layers}
         tied = dict(description["tied"])
-    except (KeyError, TypeError, OptionError) as error:
+    except (KeyError, TypeError, ValueError, OptionError) as error:
         raise PlanError(f"{path} is damaged: {type(error).__name__} {error}. Save it again.") from error
     live = _checked(model, layers, tied, tensors, path)
     weights = {key: weight.to(live[key].device) for key, weight in weights.items()}
@@ -124,6 +135,7 @@ class _Layer:
     shape: tuple[int, ...]
     dtype: str
     input_grid: InputGrid | None = None
+    quantizer: str = "affine"
 
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> _Layer:
@@ -135,19 +147,33 @@ class _Layer:
         )
 
 
-def _take(tensors: dict[str, Tensor], layer: _Layer) -> PackedWeight:
-    """Take the three tensors of a layer out of the file's."""
-    codes, scale, zero = (tensors.pop(f"{layer.key}.{part}") for part in _PARTS)
+def _take(tensors: dict[str, Tensor], layer: _Layer) -> AnyPacked:
+    """Take the tensors of a layer out of the file's."""
+    if layer.quantizer not in QUANTIZERS:
+        raise TypeError(f"'{layer.key}' was quantized by {layer.quantizer!r}, which is not known")
+    names = [part for part in _TYPES if f"{layer.key}.{part}" in tensors]
+    parts = {part: tensors.pop(f"{layer.key}.{part}") for part in names}
+    try:
+        packed = packed_weight(layer.quantizer, layer.bits, layer.shape, parts)
+    except KeyError as error:
+        raise KeyError(f"{layer.key}.{error.args[0]}") from error
     count = int(torch.Size(layer.shape).numel())
+    if isinstance(packed, PackedTable):
+        width: Width = packed.bits
+        *channels, columns = packed.basis.shape
+        fits = columns == len(levels(packed.quantizer, packed.bits))
+    else:
+        width = packed.grid.width
+        channels, fits = list(packed.scale.shape), packed.scale.shape == packed.doubled_zero_point.shape
     if (
-        codes.shape != (packed_bytes(count, layer.bits),)
-        or scale.shape != zero.shape
-        or len(scale.shape) != len(layer.shape)
-        or any(size not in (1, whole) for size, whole in zip(scale.shape, layer.shape, strict=True))
-        or (codes.dtype, scale.dtype, zero.dtype) != (torch.uint8, torch.float32, torch.int16)
+        not fits
+        or packed.codes.shape != (code_bytes(width, count),)
+        or len(channels) != len(layer.shape)
+        or any(size not in (1, whole) for size, whole in zip(channels, layer.shape, strict=True))
+        or any(tensor.dtype != _TYPES[part] for part, tensor in parts.items())
     ):
         raise TypeError(f"the tensors of '{layer.key}' do not fit its shape {list(layer.shape)}")
-    return PackedWeight(layer.bits, layer.shape, codes, scale, zero)
+    return packed
 
 
 def _checked(

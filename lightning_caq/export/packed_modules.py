@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_caq.errors import LayerError
+from lightning_caq.export.channel_packing import pack_channels, pack_widths, unpack_channels, unpack_widths
+from lightning_caq.export.packed_table import PackedTable
 from lightning_caq.export.packing import pack, unpack
 from lightning_caq.quantizers.activations import InputGrid
 from lightning_caq.quantizers.affine import Grid
 from lightning_caq.quantizers.modules import FakeQuant, rounding_forward
 from lightning_caq.quantizers.swap import quantized_modules
+from lightning_caq.quantizers.values import Values
 
 
 @dataclass(frozen=True)
@@ -22,18 +25,26 @@ class PackedWeight:
     """A weight in the bytes that are counted.
 
     Attributes:
-        bits: Bit-width.
+        bits: Bit-width; the largest one where channels differ.
         shape: Shape of the weight.
-        codes: Packed codes, uint8, ⌈n · bits / 8⌉ bytes.
+        codes: Packed codes, uint8, ⌈n · bits / 8⌉ bytes for the n codes of each width.
         scale: Step of the grid, float32, in a shape that broadcasts to the weight.
         doubled_zero_point: Twice the code of zero, int16, same shape: zero points are multiples of one half.
+        widths: Packed bit-widths of the channels, uint8, or ``None`` where all have ``bits``.
     """
 
+    quantizer: ClassVar[str] = "affine"
     bits: int
     shape: tuple[int, ...]
     codes: Tensor
     scale: Tensor
     doubled_zero_point: Tensor
+    widths: Tensor | None = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of its tensors."""
+        return ("codes", "scale", "doubled_zero_point", *(() if self.widths is None else ("widths",)))
 
     @classmethod
     def of(cls, weight: Tensor, grid: Grid) -> PackedWeight:
@@ -57,23 +68,47 @@ class PackedWeight:
             raise LayerError(
                 "A zero point cannot be stored: it must be a multiple of one half between -16384 and 16383.5."
             )
-        codes = pack(grid.codes(weight.detach()), grid.bits)
-        return cls(grid.bits, tuple(weight.shape), codes, grid.scale, doubled.to(torch.int16))
+        codes, each = grid.codes(weight.detach()), grid.channel_bits
+        packed = pack(codes, grid.bits) if each is None else pack_channels(codes, each)
+        widths = None if each is None else pack_widths(each)
+        return cls(grid.bits, tuple(weight.shape), packed, grid.scale, doubled.to(torch.int16), widths)
 
     @property
     def grid(self) -> Grid:
         """The grid."""
-        return Grid(self.bits, self.scale, self.doubled_zero_point / 2)
+        each = None if self.widths is None else unpack_widths(self.widths, self.scale.shape)
+        return Grid(self.bits, self.scale, self.doubled_zero_point / 2, each)
 
     def values(self) -> Tensor:
         """The weight, float32."""
-        count = int(torch.Size(self.shape).numel())
-        return self.grid.values(unpack(self.codes, self.bits, count).view(self.shape))
+        grid = self.grid
+        if grid.channel_bits is not None:
+            return grid.values(unpack_channels(self.codes, grid.channel_bits, self.shape))
+        return grid.values(unpack(self.codes, self.bits, int(torch.Size(self.shape).numel())).view(self.shape))
 
     def to(self, device: torch.device) -> PackedWeight:
         """The same on another device."""
-        tensors = (x.to(device) for x in (self.codes, self.scale, self.doubled_zero_point))
-        return PackedWeight(self.bits, self.shape, *tensors)
+        return replace(self, **{part: getattr(self, part).to(device) for part in self.parts})
+
+
+AnyPacked = PackedWeight | PackedTable
+
+
+def pack_weight(weight: Tensor, values: Values) -> AnyPacked:
+    """A weight, packed with what its values are made of."""
+    return PackedWeight.of(weight, values) if isinstance(values, Grid) else PackedTable.of(weight, values)
+
+
+def packed_weight(quantizer: str, bits: int, shape: tuple[int, ...], parts: Mapping[str, Tensor]) -> AnyPacked:
+    """A packed weight from its parts.
+
+    Raises:
+        KeyError: If a part is missing.
+    """
+    if quantizer == "affine":
+        codes, scale, zero = (parts[name] for name in ("codes", "scale", "doubled_zero_point"))
+        return PackedWeight(bits, shape, codes, scale, zero, parts.get("widths"))
+    return PackedTable(quantizer, bits, shape, *(parts[name] for name in PackedTable.parts))
 
 
 class Packed:
@@ -83,23 +118,21 @@ class Packed:
 
     Attributes:
         plain_class: The class it replaces.
-        codes: As in ``PackedWeight``, a buffer; ``scale`` and ``doubled_zero_point`` too.
-        layout: Bit-width, shape and floating-point type of the weight.
+        layout: Quantizer, bit-width, shape and floating-point type of the weight. The parts of the packed weight are
+            buffers by their own names, such as ``codes``.
         input_grid: Grid of the input, or ``None``.
     """
 
     plain_class: ClassVar[type[nn.Module]]
-    codes: Tensor
-    scale: Tensor
-    doubled_zero_point: Tensor
-    layout: tuple[int, tuple[int, ...], torch.dtype]
+    layout: tuple[str, int, tuple[int, ...], torch.dtype]
     input_grid: InputGrid | None
 
     @property
     def weight(self) -> Tensor:
         """The weight, made anew from its codes."""
-        bits, shape, dtype = self.layout
-        return PackedWeight(bits, shape, self.codes, self.scale, self.doubled_zero_point).values().to(dtype)
+        this: Any = self
+        quantizer, bits, shape, dtype = self.layout
+        return packed_weight(quantizer, bits, shape, this._buffers).values().to(dtype)
 
     def rounded_input(self, input: Tensor) -> Tensor:
         """The input on its grid, if it has one."""
@@ -132,7 +165,7 @@ def _rebuild(base: type[nn.Module]) -> nn.Module:
 
 
 def pack_modules(
-    model: nn.Module, weights: Mapping[str, PackedWeight], inputs: Mapping[str, InputGrid] | None = None
+    model: nn.Module, weights: Mapping[str, AnyPacked], inputs: Mapping[str, InputGrid] | None = None
 ) -> None:
     """Turn modules into packed ones, in place; their float weights are let go.
 
@@ -152,9 +185,9 @@ def pack_modules(
         module: Any = model.get_submodule(name)
         weight = module._parameters.pop("weight")
         module.__class__ = packed_class(type(module))
-        module.layout = (packed.bits, packed.shape, weight.dtype)
+        module.layout = (packed.quantizer, packed.bits, packed.shape, weight.dtype)
         module.input_grid = (inputs or {}).get(name)
-        for part in ("codes", "scale", "doubled_zero_point"):
+        for part in packed.parts:
             module.register_buffer(part, getattr(packed, part))
 
 

@@ -14,6 +14,7 @@ from lightning_caq.batches import batch_size, run_model, take_samples
 from lightning_caq.layers import Layer, apply_weight, layer_modules
 from lightning_caq.seeding import generator
 from lightning_caq.visits import watching
+from lightning_caq.widths import W, Width
 
 _MOST_PROBES = 16
 
@@ -25,21 +26,21 @@ class CarriedErrors:
     """Errors of layers, to first order, where they arise and where they arrive.
 
     Attributes:
-        components: Layer name to bits to J_i Δ_i(b) z_i, one row a sample, its components along the probes: the
-            network's outputs themselves, or random directions that keep squared norms and inner products in the mean.
-            Shape (N, probes), float64, on the CPU.
+        components: Layer name to bits (one width, or one a channel) to J_i Δ_i(b) z_i, one row a sample, its components
+            along the probes: the network's outputs themselves, or random directions that keep squared norms and inner
+            products in the mean. Shape (N, probes), float64, on the CPU.
         errors: Layer name to bits to e_i(b), root mean square of ‖Δ_i(b) z_i‖ over samples.
     """
 
-    components: dict[str, dict[int, Tensor]]
-    errors: dict[str, dict[int, float]]
+    components: dict[str, dict[Width, Tensor]]
+    errors: dict[str, dict[Width, float]]
 
-    def at_output(self, name: str, bits: int) -> float:
+    def at_output(self, name: str, bits: Width) -> float:
         """A_i(b) e_i(b), root mean square of ‖J_i Δ_i(b) z_i‖ over samples."""
         rows = self.components[name][bits]
         return math.sqrt(float(rows.square().sum()) / len(rows))
 
-    def gram(self, bits: Mapping[str, int]) -> Tensor:
+    def gram(self, bits: Mapping[str, Width]) -> Tensor:
         """G_ij, mean over samples of ⟨J_i u_i, J_j u_j⟩ with u_i = Δ_i(b_i) z_i; shape (k, k), in the order of bits."""
         rows = torch.stack([self.components[name][b] for name, b in bits.items()]).flatten(1)
         return rows @ rows.T / len(next(iter(self.components[next(iter(bits))].values())))
@@ -49,7 +50,7 @@ def carried_errors(
     model: nn.Module,
     layers: Sequence[Layer],
     batches: Sequence[Any],
-    deltas: Mapping[str, Mapping[int, Tensor]],
+    deltas: Mapping[str, Mapping[W, Tensor]],
     *,
     seed: int = 0,
     memory: int = 2**28,
@@ -81,8 +82,8 @@ def carried_errors(
         >>> found.errors["0"][2], found.at_output("0", 2)
         (0.5, 1.5)
     """
-    components: dict[str, dict[int, list[Tensor]]] = {x.name: {b: [] for b in deltas[x.name]} for x in layers}
-    squares = {x.name: dict.fromkeys(deltas[x.name], 0.0) for x in layers}
+    components: dict[str, dict[Width, list[Tensor]]] = {x.name: {b: [] for b in deltas[x.name]} for x in layers}
+    squares: dict[str, dict[Width, float]] = {x.name: dict.fromkeys(deltas[x.name], 0.0) for x in layers}
     first = 0
     for batch in _parts(model, layers, batches, deltas, memory):
         calls, output = _run(model, layers, batch)
@@ -94,7 +95,7 @@ def carried_errors(
         }
         for (name, b), errors in us.items():
             squares[name][b] += sum(float(u.double().square().sum()) for u in errors)
-        found: dict[tuple[str, int], list[Tensor]] = {key: [] for key in us}
+        found: dict[tuple[str, W], list[Tensor]] = {key: [] for key in us}
         rows = output.reshape(count, -1)
         for probe in _probes(rows, [generator(seed, f"carried/{i}") for i in range(first, first + count)]):
             pulled = _pull(rows, probe, calls)
@@ -157,7 +158,7 @@ def _parts(
     model: nn.Module,
     layers: Sequence[Layer],
     batches: Sequence[Any],
-    deltas: Mapping[str, Mapping[int, Tensor]],
+    deltas: Mapping[str, Mapping[W, Tensor]],
     memory: int,
 ) -> Iterator[Any]:
     """The batches, cut to what fits in memory; one sample at a time where samples do not lie along the first axis."""

@@ -11,14 +11,14 @@ from torch import Tensor
 from lightning_caq.layers import Layer
 from lightning_caq.measures.profile import ChannelGroup, LayerCurvature
 
-MOST_GROUPS, LEAST_CHANNELS = 8, 4
+MOST_GROUPS, LEAST_CHANNELS = 16, 4
 
 Channels = tuple[int, ...]
 Figures = dict[str, Any]
 
 
 def group_channels(sensitivity: Tensor) -> tuple[Channels, ...]:
-    """Channels of like sensitivity, in groups of equal size: up to 8 groups of 4 channels or more.
+    """Channels of like sensitivity, in groups of equal size: up to 16 groups of 4 channels or more.
 
     Args:
         sensitivity: What rounding costs each channel, shape (channels,).
@@ -36,7 +36,7 @@ def group_channels(sensitivity: Tensor) -> tuple[Channels, ...]:
 
 
 def start_groups(layer: Layer, diagonal: Tensor, deltas: Mapping[int, Tensor]) -> dict[Channels, Figures]:
-    """The groups of a layer with what is known before the Hessian is: sizes, ‖Δ‖² and Σ_j D_jj Δ_j².
+    """The groups of a layer with what is known before the Hessian is: sizes, ‖Δ‖², Σ_j D_jj Δ_j² and their share of D.
 
     Channels are sorted by Σ_j D_jj Δ_j² at the smallest bit-width.
 
@@ -62,26 +62,20 @@ def start_groups(layer: Layer, diagonal: Tensor, deltas: Mapping[int, Tensor]) -
     owner = owners(groups)
     errors = {b: _sums(channel_sums(layer, delta.square()), owner) for b, delta in deltas.items()}
     energies = {b: _sums(each, owner) for b, each in energies.items()}
+    curvature = _sums(channel_sums(layer, diagonal), owner)
+    whole = float(curvature.sum())
     found: dict[Channels, Figures] = {}
     for i, channels in enumerate(groups):
         found[channels] = {
             "name": f"{layer.name}/{i}",
             "weights": layer.weights // layer.channels * len(channels),
             "channels": len(channels),
-            "macs": layer.macs * len(channels) // layer.channels,
+            "macs": -(-layer.macs * len(channels) // layer.channels),
             "rounding_error": {b: float(each[i]) for b, each in errors.items()},
             "diagonal_energy": {b: float(each[i]) for b, each in energies.items()},
+            "share": float(curvature[i]) / whole if whole > 0 else len(channels) / layer.channels,
         }
-    _share(layer, diagonal, found)
     return found
-
-
-def _share(layer: Layer, diagonal: Tensor, groups: Mapping[Channels, Figures]) -> None:
-    """Note the part of the layer's curvature that is each group's."""
-    curvature = _sums(channel_sums(layer, diagonal), owners(tuple(groups)))
-    whole = float(curvature.sum())
-    for figures, own in zip(groups.values(), curvature.tolist(), strict=True):
-        figures["share"] = own / whole if whole > 0 else figures["weights"] / layer.weights
 
 
 def finish_groups(layer: Layer, row: Figures) -> tuple[ChannelGroup, ...]:

@@ -29,7 +29,7 @@ def estimate_seconds(
     *,
     bits: int,
     eigenpairs: int,
-    tolerance: float = 3e-6,
+    tolerance: float = 1e-5,
     max_rows: int = 2048,
 ) -> float:
     """About how many seconds the measures take; costs two gradients of the first batch and one forward pass of all.

@@ -61,9 +61,9 @@ def gram_spectrum(
     *,
     k: int,
     owners: Mapping[str, Tensor] | None = None,
-    tolerance: float = 3e-6,
+    tolerance: float = 1e-5,
     max_rows: int = 2048,
-    memory: int = 2**29,
+    memory: int = 3 * 2**27,
     seed: int = 0,
     sharing: Sharing = ALONE,
 ) -> GramSpectrum:
@@ -101,7 +101,9 @@ def gram_spectrum(
     mine = sharing.mine(layers)
     choice = sharing.first(choose_rows(model, batches, tolerance, max_rows, seed=seed), "rows of outputs")
     rows = choice.rows
-    grams = {layer.name: torch.zeros(len(rows), len(rows), dtype=torch.float64) for layer in mine}
+    # In the precision of the rows: with many layers these matrices are what takes the room.
+    dtype = layer_weight(model, layers[0]).dtype
+    grams = {layer.name: torch.zeros(len(rows), len(rows), dtype=dtype) for layer in mine}
     owners = owners or {}
     counts = {layer.name: int(owners[layer.name].max()) + 1 if layer.name in owners else 1 for layer in mine}
     projections = {
@@ -112,7 +114,7 @@ def gram_spectrum(
         every = weight_rows(model, pieces, batches, rows)
         while every:
             piece, held = every.popitem()  # let go before the next pass holds its own
-            grams[piece.layer.name] += held.gram().double()
+            grams[piece.layer.name] += held.gram()
             for b, delta in deltas[piece.layer.name].items():
                 projections[piece.layer.name][b] += _project(held, piece, delta, owners)
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64)
@@ -122,14 +124,14 @@ def gram_spectrum(
     values, vectors = torch.linalg.eigh(total)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     # What is left of zero eigenvalues is the rounding noise of the rows.
-    solid = values > 10 * torch.finfo(layer_weight(model, layers[0]).dtype).eps * values[:1]
+    solid = values > 10 * torch.finfo(dtype).eps * values[:1]
     values, vectors = values[solid], vectors[:, solid]
     lead = vectors[:, :k]
     return GramSpectrum(
         values=values.cpu(),
         trace=float(total.trace()),
-        energies={name: float((lead * (gram @ lead)).sum()) for name, gram in grams.items()},
-        traces={name: float(gram.trace()) for name, gram in grams.items()},
+        energies={name: float((lead * (gram.double() @ lead)).sum()) for name, gram in grams.items()},
+        traces={name: float(gram.diagonal().double().sum()) for name, gram in grams.items()},
         errors={name: sampling_error(rows, gram.diagonal()) for name, gram in grams.items()},
         projected={
             name: {b: (vectors.T @ p.sum(1)).cpu() for b, p in each.items()} for name, each in projections.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,7 @@ from lightning_caq.layers import Layer, apply_weight, layer_modules, layer_weigh
 from lightning_caq.objective import Objective
 from lightning_caq.quantizers.affine import fit_grid
 from lightning_caq.visits import visit_modules
-from lightning_caq.widths import Width
-
-W = TypeVar("W", bound=Width)
+from lightning_caq.widths import W
 
 
 def nearest_errors(model: nn.Module, layer: Layer, bits: Sequence[W]) -> dict[W, Tensor]:

@@ -16,7 +16,7 @@ from lightning_caq.batches import take_samples
 from lightning_caq.layers import Layer, layer_weight
 from lightning_caq.measures.blocks import record_blocks
 from lightning_caq.measures.carried import carried_errors
-from lightning_caq.measures.channel_groups import masks, owners, row_owners, start_groups
+from lightning_caq.measures.channel_groups import masks, row_owners, start_groups
 from lightning_caq.measures.curvature import rademacher_sensitivity, remainder, second_order_sensitivity
 from lightning_caq.measures.density import spectral_density
 from lightning_caq.measures.distribution import distribution_distance

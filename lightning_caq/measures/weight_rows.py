@@ -18,7 +18,7 @@ from lightning_caq.measures.row_forms import DenseRows, FactoredRows, Rows, Word
 from lightning_caq.seeding import generator
 from lightning_caq.visits import visit_modules, watching
 
-_ROWS_AT_ONCE = 64
+_ROWS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -150,15 +150,17 @@ def weight_rows(
             output = run_model(model, batch)
         seed = output_seed(output.detach(), chunk, axis)
         gradients = torch.autograd.grad(output, [y for _, _, _, y in calls], grad_outputs=seed, allow_unused=True)
-        found: dict[str, list[Factors]] = {}
+        found: dict[str, list[tuple[Layer, nn.Module, Tensor, Tensor]]] = {}
         for (layer, module, x, _), g, d in zip(calls, gradients, axes or [0] * len(calls), strict=True):
             if g is not None:
-                factors = _factors(layer, module, x.movedim(d, 0), g.movedim(d, 0), len(chunk))
-                found.setdefault(layer.name, []).append(factors)
+                found.setdefault(layer.name, []).append((layer, module, x.movedim(d, 0), g.movedim(d, 0)))
+        del calls, output, gradients  # with the graph
         place = slice(start, start + len(chunk))
-        for name, each in found.items():
+        while found:
+            name, each = found.popitem()
+            factors = [_factors(*call, len(chunk)) for call in each]  # of one layer at a time: columns are large
             for piece in by_layer[name]:
-                _put(held[piece], place, piece, each)
+                _put(held[piece], place, piece, factors)
     return held
 
 

@@ -5,6 +5,8 @@ The error is the damped squared error of the layer's outputs, Σ over output cha
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -60,26 +62,26 @@ def improve(layer: Layer, weight: Tensor, grid: Grid, codes: Tensor, curvature: 
         to_matrix(layer, x.float().expand(layer.shape)).transpose(1, 2).contiguous()
         for x in (weight.detach(), codes, grid.zero_point)
     )
-    scale = grid.scale
+    scale, top = grid.scale, to_matrix(layer, grid.top.expand(layer.shape))[:, :, 0]
     for _ in range(_ROUNDS):
         s = to_matrix(layer, scale.expand(layer.shape))[:, :, 0]
         for _ in range(_SWEEPS):
-            if not _sweep(w, c, s, z, 2**grid.bits - 1, h):
+            if not _sweep(w, c, s, z, top, h):
                 break
         scale = _fit_scale(layer, w, c - z, h, scale)
-    return Grid(grid.bits, scale, grid.zero_point), from_matrix(layer, c.transpose(1, 2)).to(torch.uint8).contiguous()
+    return replace(grid, scale=scale), from_matrix(layer, c.transpose(1, 2)).to(torch.uint8).contiguous()
 
 
-def _sweep(w: Tensor, c: Tensor, s: Tensor, z: Tensor, top: int, h: Tensor) -> bool:
+def _sweep(w: Tensor, c: Tensor, s: Tensor, z: Tensor, top: Tensor, h: Tensor) -> bool:
     """Visit every column once and change ``c`` in place; whether anything changed.
 
-    Shapes: w, c and z (groups, columns, outputs), s (groups, outputs), h (groups, columns, columns).
+    Shapes: w, c and z (groups, columns, outputs), s and top (groups, outputs), h (groups, columns, columns).
     """
     slope = h @ (s[:, None] * (c - z) - w)  # half the gradient of the error
-    changed = False
+    changed, low = False, torch.zeros_like(top)
     for j in range(w.shape[1]):
         best = c[:, j] - slope[:, j] / (h[:, j, j, None] * s)
-        step = best.round_().clamp_(0, top) - c[:, j]
+        step = best.round_().clamp_(low, top) - c[:, j]
         if bool(step.any()):
             changed = True
             c[:, j] += step

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,11 @@ from torch import Tensor, nn
 
 from lightning_caq.quantizers.activations import InputGrid, change_first
 from lightning_caq.quantizers.affine import Grid
+from lightning_caq.quantizers.codebook import Codebook
+from lightning_caq.quantizers.learned import lsq_round, pact_round, stretched
+from lightning_caq.quantizers.values import Values
+
+LEARNED = ("scale_factor", "clip_factor")  # Parameters while scales are learned, in no state dict
 
 
 class FakeQuant:
@@ -25,30 +31,51 @@ class FakeQuant:
     Attributes:
         plain_class: The class it replaces.
         bits: Bit-width.
+        quantizer: Name of the quantizer. Of its numbers, buffers that are not saved, an affine grid has the first
+            three and a codebook the last two.
         scale: Step of the grid, float32, a buffer that is not saved.
         zero_point: Code of zero, float32, a buffer that is not saved.
+        channel_bits: Bit-width of each channel, a buffer that is not saved, or ``None`` where all have ``bits``.
+        basis: Numbers that the table is made of, float32.
+        table: Its values, float32.
         input_grid: Grid of the input, or ``None`` where inputs stay as they are.
+        scale_factor: What the scale is multiplied by while it is learned, a Parameter that is not saved, else ``None``.
+        clip_factor: The same for the clip of the input.
         quantizing: Whether the forward pass snaps to the grid. Turned off, with a warning, when a state dict brings
             weights that are not on the grid: they run as the float weights they are.
     """
 
     plain_class: ClassVar[type[nn.Module]]
     bits: int
+    quantizer: str
     scale: Tensor
     zero_point: Tensor
+    channel_bits: Tensor | None
+    basis: Tensor
+    table: Tensor
     input_grid: InputGrid | None
+    scale_factor: nn.Parameter | None
+    clip_factor: nn.Parameter | None
     quantizing: bool
     weight: Tensor
 
     @property
-    def grid(self) -> Grid:
-        """The grid."""
-        return Grid(self.bits, self.scale, self.zero_point)
+    def grid(self) -> Values:
+        """The values that the weight may take."""
+        if self.quantizer != "affine":
+            return Codebook(self.quantizer, self.bits, self.basis, self.table)
+        grid = self._calibrated()
+        return grid if self.scale_factor is None else stretched(grid, self.scale_factor.detach())
+
+    def _calibrated(self) -> Grid:
+        return Grid(self.bits, self.scale, self.zero_point, self.channel_bits)
 
     def quantized_weight(self) -> Tensor:
         """The weight on the grid, in its own dtype; its gradient passes straight through (Bengio et al. 2013)."""
         if not self.quantizing:
             return self.weight
+        if self.scale_factor is not None and torch.is_grad_enabled():
+            return lsq_round(self.weight, self._calibrated(), self.scale_factor)
         snapped = self.grid.nearest(self.weight.detach()).to(self.weight.dtype)
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return snapped
@@ -58,10 +85,27 @@ class FakeQuant:
         """The input on its grid, if it has one, in its own dtype; its gradient passes straight through."""
         if self.input_grid is None or not self.quantizing:
             return input
-        return self.input_grid.round(input)
+        if self.clip_factor is None:
+            return self.input_grid.round(input)
+        if torch.is_grad_enabled():
+            return pact_round(input, self.input_grid, self.clip_factor)
+        return self.learned_input_grid(self.input_grid).round(input)
+
+    def learned_input_grid(self, grid: InputGrid) -> InputGrid:
+        """The grid of the input with what was learned of it."""
+        if self.clip_factor is None:
+            return grid
+        return replace(grid, scale=float(self.clip_factor.detach().float().clamp_min(1e-3) * grid.scale))
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._save_to_state_dict(destination, prefix, *args)  # type: ignore[misc]
+        for name in LEARNED:
+            destination.pop(prefix + name, None)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+        missing: list[str] = args[2]
+        missing[:] = [key for key in missing if key not in [prefix + name for name in LEARNED]]
         if prefix + "weight" not in state_dict:
             return
         self.quantizing = on_grid(self.weight, self.grid)
@@ -166,10 +210,10 @@ def _rebuild(base: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def on_grid(weight: Tensor, grid: Grid) -> bool:
-    """Whether every weight lies on a value of the grid, up to the rounding of the weight's own dtype."""
+def on_grid(weight: Tensor, grid: Values) -> bool:
+    """Whether every weight lies on one of the values, up to the rounding of the weight's own dtype."""
     weight = weight.detach()
     nearest = grid.nearest(weight)
     if torch.finfo(weight.dtype).bits < 32:  # its values are coarse, and a value of the grid is rounded to one of them
         return bool(torch.equal(nearest.to(weight.dtype), weight))
-    return bool(((nearest - weight.float()).abs() <= 1e-5 * 2**grid.bits * grid.scale).all())
+    return bool(((nearest - weight.float()).abs() <= grid.tolerance).all())

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from lightning_caq.layers import Layer, layer_weight
 from lightning_caq.matrix import from_matrix, to_matrix
-from lightning_caq.quantizers.affine import Grid, fit_grid
+from lightning_caq.quantizers.affine import Grid
+from lightning_caq.quantizers.codebook import nearest_codes
 from lightning_caq.quantizers.descent import improve
 from lightning_caq.quantizers.moments import InputMoments, damped, input_moments
+from lightning_caq.quantizers.passes import PairedPasses
+from lightning_caq.quantizers.values import Quantizer, Values
+from lightning_caq.widths import Width
 
 _BLOCK = 64
 
 
-def round_nearest(weight: Tensor, grid: Grid) -> Tensor:
+def round_nearest(weight: Tensor, grid: Values) -> Tensor:
     """Codes of the nearest values, uint8 in the shape of the weight."""
     return grid.codes(weight).to(torch.uint8)
 
 
-def round_error_feedback(layer: Layer, weight: Tensor, grid: Grid, curvature: Tensor | None) -> Tensor:
+def round_error_feedback(layer: Layer, weight: Tensor, grid: Values, curvature: Tensor | None) -> Tensor:
     """Round one input column at a time; columns not yet rounded absorb the error.
 
     Column j is rounded to q_j; the error e = (w_j − q_j) / (H⁻¹)_jj is then taken from the columns that are left,
@@ -49,29 +52,61 @@ def round_error_feedback(layer: Layer, weight: Tensor, grid: Grid, curvature: Te
     """
     if curvature is None:
         return round_nearest(weight, grid)
-    matrices = (
+    groups = zip(
         to_matrix(layer, weight.detach().float()),
-        to_matrix(layer, grid.scale.expand(layer.shape)),
-        to_matrix(layer, grid.zero_point.expand(layer.shape)),
+        _column_roundings(layer, grid),
+        curvature.to(weight.device),
+        strict=True,
     )
-    groups = zip(*matrices, curvature.to(weight.device), strict=True)
-    codes = torch.stack([_feedback(w, s, z, 2**grid.bits - 1, h) for w, s, z, h in groups])
+    codes = torch.stack([_feedback(w, rounding, h) for w, rounding, h in groups])
     return from_matrix(layer, codes.to(torch.uint8)).contiguous()
 
 
-def _feedback(matrix: Tensor, scale: Tensor, zero: Tensor, top: int, curvature: Tensor) -> Tensor:
-    """Codes of one group; matrix, scale and zero have shape (outputs, columns)."""
+ColumnRounding = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""A column, one weight an output, to its codes and values."""
+
+
+def _column_roundings(layer: Layer, grid: Values) -> list[ColumnRounding]:
+    """How each group rounds a column to the nearest values."""
+
+    def outputs(of_channel: Tensor) -> Tensor:
+        return to_matrix(layer, of_channel.expand(layer.shape))[:, :, 0]
+
+    def affine(s: Tensor, z: Tensor, top: Tensor) -> ColumnRounding:
+        low = torch.zeros_like(top)
+
+        def rounding(column: Tensor) -> tuple[Tensor, Tensor]:
+            code = (column / s + z).round_().clamp_(low, top)
+            return code, s * (code - z)
+
+        return rounding
+
+    def table(values: Tensor) -> ColumnRounding:
+        def rounding(column: Tensor) -> tuple[Tensor, Tensor]:
+            code = nearest_codes(values, column[:, None])
+            return code[:, 0].float(), values.gather(1, code)[:, 0]
+
+        return rounding
+
+    if isinstance(grid, Grid):
+        return [affine(*x) for x in zip(outputs(grid.scale), outputs(grid.zero_point), outputs(grid.top), strict=True)]
+    tables = grid.table.flatten(0, -2)
+    channel = torch.arange(len(tables), device=tables.device).reshape(grid.table.shape[:-1])
+    return [table(tables[index]) for index in outputs(channel)]
+
+
+def _feedback(matrix: Tensor, rounding: ColumnRounding, curvature: Tensor) -> Tensor:
+    """Codes of one group; the matrix has shape (outputs, columns)."""
     order = curvature.diagonal().argsort(descending=True, stable=True)
-    # Columns become rows: what the loop touches then lies together in memory.
-    w, s, z = (x[:, order].T.contiguous() for x in (matrix, scale, zero))
+    w = matrix[:, order].T.contiguous()  # columns become rows: what the loop touches then lies together in memory
     factor = _inverse_factor(curvature[order][:, order])
     codes = torch.empty_like(w)
     for start in range(0, len(w), _BLOCK):
         stop = min(start + _BLOCK, len(w))
         errors = torch.empty_like(w[start:stop])
         for j in range(start, stop):
-            code = (w[j] / s[j] + z[j]).round_().clamp_(0, top)
-            error = (w[j] - s[j] * (code - z[j])) / factor[j, j]
+            code, value = rounding(w[j])
+            error = (w[j] - value) / factor[j, j]
             w[j:stop].addr_(factor[j, j:stop], error, alpha=-1)
             codes[j], errors[j - start] = code, error
         w[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
@@ -113,34 +148,43 @@ def corrected_weight(layer: Layer, weight: Tensor, moments: InputMoments) -> Ten
 def round_layer(
     model: nn.Module,
     layer: Layer,
-    bits: int,
+    bits: Width,
     rounding: str,
-    batches: Sequence[Any],
-    floats: Mapping[str, Tensor],
-) -> tuple[Grid, Tensor]:
-    """Grid and codes of one layer; the network is left as it is.
+    passes: PairedPasses,
+    quantizer: Quantizer = Quantizer(),  # noqa: B008 - frozen
+) -> tuple[Values, Tensor]:
+    """Values and codes of one layer; the network is left as it is.
 
     With ``"error_feedback"`` the layer is rounded for the inputs that reach it in the network as it is, such that its
     outputs come near those of the float network: the weight is corrected for the drift of its inputs, rounded with
-    error feedback, and its codes and scales are improved by descent.
+    error feedback, and on an affine grid its codes and scales are improved by descent.
 
     Args:
         model: The network, the layers before this one rounded.
         layer: The layer.
-        bits: Its bit-width.
+        bits: Its bit-width, or one for each of its output channels.
         rounding: ``"nearest"`` or ``"error_feedback"``.
-        batches: Calibration batches.
-        floats: The float network's tensors by state-dict key; those that were not changed may be left out.
+        passes: The calibration batches in the network as it is and in the float one.
+        quantizer: How the values are chosen that weights may take.
 
     Returns:
-        The grid, and codes, uint8 in the shape of the weight.
+        The values, and codes, uint8 in the shape of the weight.
     """
     weight = layer_weight(model, layer).detach()
-    moments = input_moments(model, layer, batches, floats) if rounding == "error_feedback" else None
-    if moments is None:
-        grid = fit_grid(weight, bits, layer.channel_shape)
-        return grid, round_nearest(weight, grid)
+    looks = rounding == "error_feedback" or quantizer.range == "curvature"
+    moments = input_moments(layer, passes) if looks else None
+    importance = None if moments is None else _importance(layer, moments.curvature)
+    if moments is None or rounding == "nearest":
+        values = quantizer.fit(weight, bits, layer.channel_shape, importance)
+        return values, round_nearest(weight, values)
     target = corrected_weight(layer, weight, moments)
-    grid = fit_grid(target, bits, layer.channel_shape)
-    codes = round_error_feedback(layer, target, grid, moments.curvature)
-    return improve(layer, target, grid, codes, moments.curvature)
+    values = quantizer.fit(target, bits, layer.channel_shape, importance)
+    codes = round_error_feedback(layer, target, values, moments.curvature)
+    return improve(layer, target, values, codes, moments.curvature) if isinstance(values, Grid) else (values, codes)
+
+
+def _importance(layer: Layer, curvature: Tensor) -> Tensor:
+    """The diagonal of the input curvature, in the shape of the weight: what a squared error of each weight costs."""
+    diagonal = curvature.diagonal(dim1=1, dim2=2)
+    outputs = layer.weights // diagonal.numel()
+    return from_matrix(layer, diagonal[:, None].expand(-1, outputs, -1))

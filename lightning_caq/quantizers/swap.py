@@ -8,11 +8,13 @@ from typing import Any
 from torch import nn
 
 from lightning_caq.quantizers.activations import InputGrid
-from lightning_caq.quantizers.affine import Grid
-from lightning_caq.quantizers.modules import FakeQuant, fake_quant_class
+from lightning_caq.quantizers.modules import LEARNED, FakeQuant, fake_quant_class
+from lightning_caq.quantizers.values import Values
+
+NUMBERS = ("scale", "zero_point", "channel_bits", "basis", "table")  # of grids and of codebooks
 
 
-def swap(model: nn.Module, grids: Mapping[str, Grid], inputs: Mapping[str, InputGrid] | None = None) -> None:
+def swap(model: nn.Module, grids: Mapping[str, Values], inputs: Mapping[str, InputGrid] | None = None) -> None:
     """Turn modules into fake-quant modules, in place.
 
     The class of each module changes; the module stays the same object with the same Parameters, hooks and state-dict
@@ -20,11 +22,12 @@ def swap(model: nn.Module, grids: Mapping[str, Grid], inputs: Mapping[str, Input
 
     Args:
         model: The network; its weights are not touched.
-        grids: Module name to grid.
+        grids: Module name to grid or codebook.
         inputs: Module name to the grid of its input; other modules take their inputs as they are.
 
     Example:
         >>> import torch
+        >>> from lightning_caq.quantizers.affine import Grid
         >>> net = nn.Sequential(nn.Linear(2, 2))
         >>> swap(net, {"0": Grid(4, torch.ones(2, 1), torch.zeros(2, 1))})
         >>> net, list(net.state_dict())
@@ -42,18 +45,21 @@ def swap(model: nn.Module, grids: Mapping[str, Grid], inputs: Mapping[str, Input
         module: Any = each
         if not isinstance(module, FakeQuant):
             module.__class__ = fake_quant_class(type(module))
-        module.bits = grid.bits
+        module.bits, module.quantizer = grid.bits, grid.quantizer
         module.input_grid = (inputs or {}).get(name)
         module.quantizing = True
-        module.register_buffer("scale", grid.scale.to(module.weight.device), persistent=False)
-        module.register_buffer("zero_point", grid.zero_point.to(module.weight.device), persistent=False)
+        here = grid.to(module.weight.device)
+        for learned in LEARNED:
+            module.register_parameter(learned, None)
+        for part in NUMBERS:
+            module.register_buffer(part, getattr(here, part, None), persistent=False)
 
 
 def restore_modules(model: nn.Module) -> None:
     """Turn every fake-quant module back into the class it was; weights stay as they are."""
     for module in quantized_modules(model).values():
         module.__class__ = module.plain_class
-        for name in ("bits", "input_grid", "quantizing", "scale", "zero_point"):
+        for name in ("bits", "quantizer", "input_grid", "quantizing", *NUMBERS, *LEARNED):
             delattr(module, name)
 
 

@@ -177,7 +177,8 @@ def test_each_measure_can_be_asked_for_alone(need):
     case = nets.make_case("mlp")
     profile = _measure(case, needs=frozenset({need}))
     row = profile if need == "density" else profile.layers[0]
-    given = {"inputs": "input_norm", "subspace": "subspace_energy", "diagonal": "diagonal_energy"}.get(need, need)
+    named = {"inputs": "input_norm", "subspace": "subspace_energy", "diagonal": "diagonal_energy"}
+    given = {**named, "channel_groups": "groups"}.get(need, need)
     assert getattr(row, given)
 
 

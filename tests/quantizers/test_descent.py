@@ -12,7 +12,7 @@ from lightning_caq.layers import Layer, find_layers
 from lightning_caq.quantizers import descent as module_under_test
 from lightning_caq.quantizers.affine import Grid, fit_grid
 from lightning_caq.quantizers.descent import improve, output_error
-from lightning_caq.quantizers.moments import damped, input_moments
+from lightning_caq.quantizers.moments import damped
 from lightning_caq.quantizers.rounding import round_error_feedback, round_nearest
 
 LAYERS = {
@@ -32,7 +32,7 @@ def _layer(name):
     )
     net = nn.Sequential(module)
     (layer,) = find_layers(net, x)
-    return layer, module.weight.detach(), input_moments(net, layer, [x], {}).curvature
+    return layer, module.weight.detach(), nets.moments(net, layer, [x], {}).curvature
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
