@@ -1,7 +1,8 @@
 """Curvature-guided mixed-precision quantization for PyTorch Lightning."""
 
+from typing import TYPE_CHECKING, Any
+
 from lightning_caq.allocation.methods import available_methods, register_method
-from lightning_caq.callback import CurvatureQuantizationCallback
 from lightning_caq.evaluation.report import QuantizationReport
 from lightning_caq.export.onnx import OnnxExport, export_onnx
 from lightning_caq.export.packed import load_quantized, save_quantized
@@ -9,6 +10,9 @@ from lightning_caq.measures.measure import measure
 from lightning_caq.measures.profile import CurvatureProfile
 from lightning_caq.pipeline import QuantizationResult, quantize
 from lightning_caq.plan import QuantizationPlan
+
+if TYPE_CHECKING:
+    from lightning_caq.callback import CurvatureQuantizationCallback
 
 __all__ = [
     "CurvatureProfile",
@@ -25,3 +29,12 @@ __all__ = [
     "register_method",
     "save_quantized",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Lightning takes seconds and 200 MB to import; ``quantize()`` works without it.
+    if name == "CurvatureQuantizationCallback":
+        from lightning_caq.callback import CurvatureQuantizationCallback
+
+        return CurvatureQuantizationCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,7 +23,7 @@ from torch.utils.data.distributed import DistributedSampler
 from torchmetrics import Metric
 
 from lightning_caq._compat import every
-from lightning_caq.batches import batch_size, describe
+from lightning_caq.batches import batch_size, check_model_takes, describe
 from lightning_caq.errors import CalibrationError, OptionError
 from lightning_caq.isolation import seeded
 from lightning_caq.objective import Loss
@@ -37,7 +37,9 @@ _MODULES = every("core", "LightningModule")
 # ---------------------------------------------------------------------------------------------- calibration batches
 
 
-def training_batches(trainer: Trainer, pl_module: LightningModule, samples: int, seed: int) -> list[Any]:
+def training_batches(
+    trainer: Trainer, pl_module: LightningModule, samples: int, seed: int, *, whole: bool = True
+) -> list[Any]:
     """Read training data afresh, on the device and in the precision of the module.
 
     A plain loader over a map-style dataset is not read from its start, where sorted data would show one class only:
@@ -49,6 +51,8 @@ def training_batches(trainer: Trainer, pl_module: LightningModule, samples: int,
         pl_module: The module being trained or validated.
         samples: How many samples are wanted; fewer come back if there are no more.
         seed: Seed of the draw and of the data's own random transforms.
+        whole: Whether collections of batches, as training reads them from several loaders side by side, stay together
+            as ``training_step`` needs them; otherwise each batch comes alone unless ``forward`` takes the collection.
 
     Returns:
         The batches, as the module's ``training_step`` would get them.
@@ -60,7 +64,8 @@ def training_batches(trainer: Trainer, pl_module: LightningModule, samples: int,
             batches = _first(_batches(fresh, mode), samples)
             sharing(trainer).meet("calibration batches")
             batches = trainer.strategy.broadcast(batches, src=0)
-        return [_to_device(trainer, pl_module, batch) for batch in batches]
+        batches = [_to_device(trainer, pl_module, batch) for batch in batches]
+        return batches if whole or not isinstance(loaders, (dict, list, tuple)) else _taken(pl_module, batches)
 
 
 def _training_loaders(trainer: Trainer, pl_module: LightningModule) -> tuple[Any, str]:
@@ -129,6 +134,15 @@ def _first(batches: Iterable[Any], samples: int) -> list[Any]:
         if samples <= 0:
             break
     return kept
+
+
+def _taken(model: nn.Module, collections: list[Any]) -> list[Any]:
+    """Collections of batches if the network takes them, else the batches in them."""
+    try:
+        check_model_takes(model, collections[0])
+    except CalibrationError:
+        return [batch for each in collections for batch in (each.values() if isinstance(each, dict) else each)]
+    return collections
 
 
 def _to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
@@ -289,6 +303,32 @@ def _figures(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {k: float(v) for k, v in metrics.items() if k not in forks and isinstance(v, (Tensor, float, int))}
 
 
+# ------------------------------------------------------------------------------------------------ averaged weights
+
+
+@contextmanager
+def averages_settled(trainer: Trainer, callback: Any, pl_module: LightningModule) -> Iterator[None]:
+    """Let the network hold its averaged weights, and let go of the averages once that is the network to keep.
+
+    ``WeightAveraging`` keeps its average after ``fit``. It would put it in the place of the quantized network in every
+    later ``validate`` and every checkpoint.
+
+    Args:
+        trainer: The trainer, inside a hook.
+        callback: Only averaging callbacks ahead of this one in the list have finished their work.
+        pl_module: Its module.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    earlier = callbacks[: next((i for i, other in enumerate(callbacks) if other is callback), 0)]
+    kinds = every("callbacks", "WeightAveraging")
+    averaging = [x for x in earlier if isinstance(x, kinds) and x._average_model is not None]
+    for each in averaging:
+        each._copy_average_to_current(pl_module)
+    yield
+    for each in averaging:
+        each._average_model = None
+
+
 # ---------------------------------------------------------------------------------------------- leaving no trace
 
 
@@ -341,59 +381,3 @@ def _own_iterators(loaders: Iterable[Any]) -> Iterator[None]:
     finally:
         for loader, iterator in live:
             loader._iterator = iterator
-
-
-# ------------------------------------------------------------------------------------------------ the trainer, asked
-
-
-def is_trial(trainer: Trainer) -> bool:
-    """Whether the run only tries the code out, with ``fast_dev_run``."""
-    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-
-
-def refuse_sharded(trainer: Trainer) -> None:
-    """Refuse strategies that spread the weights of a layer over processes.
-
-    Args:
-        trainer: The trainer.
-
-    Raises:
-        OptionError: If the weights are sharded.
-    """
-    for name in ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"):
-        if isinstance(trainer.strategy, every("strategies", name)):
-            raise OptionError(
-                f"{name} shards the weights, so no process sees a whole layer to quantize; train without "
-                "this callback, then load the checkpoint on one device and run trainer.validate with it."
-            )
-
-
-def is_superseded(trainer: Trainer, callback: Any) -> bool:
-    """Whether another callback of the same class comes later: the one from the command line follows those of YAML.
-
-    Args:
-        trainer: The trainer.
-        callback: The callback.
-    """
-    return any(isinstance(later, type(callback)) for later in _later(trainer, callback))
-
-
-def _later(trainer: Any, callback: Any) -> list[Any]:
-    place = next((i for i, other in enumerate(trainer.callbacks) if other is callback), len(trainer.callbacks))
-    return list(trainer.callbacks[place + 1 :])
-
-
-def warn_of_late_averaging(trainer: Trainer, callback: Any) -> None:
-    """Warn of callbacks that still change the weights after ``callback`` has quantized them.
-
-    Args:
-        trainer: The trainer.
-        callback: The callback whose place in the list matters.
-    """
-    for name in ("WeightAveraging", "StochasticWeightAveraging", "ModelPruning"):
-        kinds = every("callbacks", name)
-        if any(isinstance(later, kinds) for later in _later(trainer, callback)):
-            rank_zero_warn(
-                f"caq: {name} comes after {type(callback).__name__} in the list of callbacks and changes the weights "
-                f"once they are quantized; put {name} first."
-            )

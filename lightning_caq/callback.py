@@ -14,24 +14,21 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
-from lightning_caq import bridge, pipeline, ranks
+from lightning_caq import bridge, pipeline, ranks, trainers
 from lightning_caq._compat import Callback
+from lightning_caq.checkpoints import put_on_grid, restore, state_of
 from lightning_caq.contexts import curvature_safe
 from lightning_caq.errors import OptionError, PlanError
 from lightning_caq.evaluation.report import QuantizationReport
 from lightning_caq.isolation import preserved
-from lightning_caq.layers import find_layers
-from lightning_caq.measures.measure import measure
 from lightning_caq.measures.profile import CurvatureProfile
+from lightning_caq.monitoring import training_figures
 from lightning_caq.options import QuantizationOptions
 from lightning_caq.outputs import Outcome, float_weights, output_directory, write
 from lightning_caq.plan import QuantizationPlan
 from lightning_caq.progress import Progress
 from lightning_caq.quantizers.swap import quantized_modules, restore_modules
 from lightning_caq.reporting.files import read_profile
-
-LATENT = "caq_latent_weights"
-MONITORED = frozenset({"kappa", "lipschitz", "trace", "top_eigenvalue"})  # what is logged during training
 
 
 class CurvatureQuantizationCallback(Callback):
@@ -70,7 +67,12 @@ class CurvatureQuantizationCallback(Callback):
         max_evaluations: Networks that may be made and validated in the search for ``max_drop``.
         activation_bits: Bits of every quantized layer's input, 2 to 8 (the first layer's has 8); float32 by default.
         bits: Candidate bit-widths, from 1 to 8.
+        granularity: What gets bits of its own: a whole ``layer``, or a ``channel_group``, up to 16 groups of output
+            channels in each layer.
         rounding: How weights are rounded to the grid.
+        quantizer: The values that weights may take: evenly spaced (``affine``), or those of a table.
+        range: Where an affine grid begins and ends.
+        symmetry: Where the zero of an affine grid lies.
         batchnorm: ``recentre`` moves batch-norm statistics and biases by what quantization changed; ``keep`` does not.
         objective: ``distill`` (divergence from the float outputs, no labels needed) or ``task`` (the module's loss).
         calibration_samples: Training samples used to round weights and to repair statistics.
@@ -115,7 +117,11 @@ class CurvatureQuantizationCallback(Callback):
         max_evaluations: int = 8,
         activation_bits: int | None = None,
         bits: list[int] | tuple[int, ...] = (2, 3, 4, 5, 6, 8),
+        granularity: Literal["layer", "channel_group"] = "layer",
         rounding: Literal["error_feedback", "nearest"] = "error_feedback",
+        quantizer: Literal["affine", "codebook", "lq_nets", "abc_net", "series", "dorefa"] = "affine",
+        range: Literal["mse", "minmax", "percentile", "aciq", "curvature"] = "mse",
+        symmetry: Literal["asymmetric", "symmetric", "mid_rise"] = "asymmetric",
         batchnorm: Literal["recentre", "keep"] = "recentre",
         objective: Literal["distill", "task"] = "distill",
         calibration_samples: int = 512,
@@ -146,7 +152,11 @@ class CurvatureQuantizationCallback(Callback):
             max_evaluations=max_evaluations,
             activation_bits=activation_bits,
             bits=bits,
+            granularity=granularity,
             rounding=rounding,
+            quantizer=quantizer,
+            range=range,
+            symmetry=symmetry,
             batchnorm=batchnorm,
             objective=objective,
             calibration_samples=calibration_samples,
@@ -204,21 +214,21 @@ class CurvatureQuantizationCallback(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called before a run starts; refuses what cannot work and warns of what would spoil the result."""
-        if bridge.is_superseded(trainer, self):
+        if trainers.is_superseded(trainer, self):
             rank_zero_warn(
                 f"caq: {self.state_key} does nothing, because another {type(self).__name__} follows it in the list of "
                 "callbacks; only the last one quantizes."
             )
         if stage in ("fit", "validate"):
-            bridge.refuse_sharded(trainer)
+            trainers.refuse_sharded(trainer)
         if stage == "fit":
-            bridge.warn_of_late_averaging(trainer, self)
+            trainers.warn_of_late_averaging(trainer, self)
             self._monitored = None
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when validation starts; quantizes before a stand-alone one, measures curvature during training."""
-        if trainer.sanity_checking or bridge.is_trial(trainer) or bridge.is_superseded(trainer, self):
+        if trainer.sanity_checking or trainers.is_trial(trainer) or trainers.is_superseded(trainer, self):
             return
         if trainer.state.fn == "fit":
             self._monitor(trainer, pl_module)
@@ -238,9 +248,9 @@ class CurvatureQuantizationCallback(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when training ends; quantizes, or settles a quantized network that was trained on."""
-        if bridge.is_superseded(trainer, self):
+        if trainers.is_superseded(trainer, self):
             return
-        if bridge.is_trial(trainer):
+        if trainers.is_trial(trainer):
             rank_zero_info("caq: nothing is quantized under fast_dev_run.")
             return
         swapped = quantized_modules(pl_module).values()
@@ -256,10 +266,7 @@ class CurvatureQuantizationCallback(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: plain containers and tensors, and nothing before a run."""
-        if self._outcome is None:
-            return {}
-        plan, profile, report = self._outcome
-        return {"version": 1, "plan": plan.state_dict(), "profile": profile.to_json(), "report": report.to_json()}
+        return {} if self._outcome is None else state_of(self._outcome)
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -268,14 +275,7 @@ class CurvatureQuantizationCallback(Callback):
         While such a network trains on, its parameters are off the grid. The checkpoint gets the values that the network
         computes with, so that it is the network that was validated, and the parameters under a key of their own.
         """
-        latent = {}
-        for name, module in quantized_modules(pl_module).items():
-            key = f"{name}.weight"
-            if module.quantizing and key in checkpoint["state_dict"]:
-                latent[key] = checkpoint["state_dict"][key]
-                checkpoint["state_dict"][key] = module.quantized_weight().detach()
-        if any(not torch.equal(weight, checkpoint["state_dict"][key]) for key, weight in latent.items()):
-            checkpoint[LATENT] = latent
+        put_on_grid(pl_module, checkpoint)
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -283,38 +283,25 @@ class CurvatureQuantizationCallback(Callback):
 
         The plan is used whatever the options of this callback are: it tells what the weights in the checkpoint are.
         """
-        kind = type(self).__qualname__
-        states = [state for key, state in checkpoint["callbacks"].items() if key.startswith(kind) and state]
-        if not states or bridge.is_superseded(trainer, self):
+        if trainers.is_superseded(trainer, self):
             return
-        state = states[-1]
-        if state["version"] != 1:
-            raise PlanError(f"The checkpoint holds a quantization of version {state['version']}; version 1 is known.")
-        plan = QuantizationPlan.from_state_dict(state["plan"])
-        if not plan.attach(pl_module):
-            rank_zero_warn(
-                "caq: the checkpoint holds a quantization plan, but its weights do not lie on the plan's grid; the "
-                "network runs as the float network they are."
-            )
-            return
-        if trainer.state.fn == "fit":
-            weights = dict(pl_module.named_parameters(remove_duplicate=False))
-            with torch.no_grad():
-                for key, value in checkpoint.get(LATENT, {}).items():
-                    weights[key].copy_(value)
-        profile, report = CurvatureProfile.from_json(state["profile"]), QuantizationReport.from_json(state["report"])
-        self._keep(pl_module, Outcome(plan, profile, report))
+        outcome = restore(pl_module, checkpoint, type(self).__qualname__, resuming=trainer.state.fn == "fit")
+        if outcome is not None:
+            self._keep(pl_module, outcome)
 
     # ----------------------------------------------------------------------------------------------------- workers
 
     def _quantize(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The whole road; whatever goes wrong on it, the float network is left."""
         directory, options, sharing = output_directory(trainer), self.options, ranks.sharing(trainer)
-        with self._failure_told(), curvature_safe(pl_module), preserved(pl_module), sharing.agreed("quantization"):
+        with self._working(trainer, pl_module), sharing.agreed("quantization"):
             ranks.share_buffers(trainer, pl_module)
             floats = float_weights(trainer, pl_module)
             float_state = ranks.float_values(trainer, pl_module)
-            batches = bridge.training_batches(trainer, pl_module, options.calibration_samples, options.seed)
+            whole = options.objective == "task"
+            batches = bridge.training_batches(
+                trainer, pl_module, options.calibration_samples, options.seed, whole=whole
+            )
             loss = bridge.quiet_loss(pl_module, self.loss_fn) if options.objective == "task" else None
             validate = bridge.isolated_validation(trainer, pl_module) if self.evaluate else None
             progress = Progress(rank_zero_info)
@@ -336,7 +323,7 @@ class CurvatureQuantizationCallback(Callback):
     def _settle(self, trainer: Trainer, pl_module: LightningModule, before: Outcome) -> None:
         """Snap a network that was trained on to its grid, and validate it again."""
         directory, sharing = output_directory(trainer), ranks.sharing(trainer)
-        with self._failure_told(), curvature_safe(pl_module), preserved(pl_module), sharing.agreed("settling"):
+        with self._working(trainer, pl_module), sharing.agreed("settling"):
             ranks.share_buffers(trainer, pl_module)
             plan = before.plan.settled(pl_module)
             sharing.meet("validation")
@@ -350,6 +337,13 @@ class CurvatureQuantizationCallback(Callback):
             outcome = Outcome(plan, before.profile, report)
             write(trainer, directory, outcome, {})
             self._keep(pl_module, outcome)
+
+    @contextmanager
+    def _working(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+        """The surroundings of any work on the network; if it fails, the network is put back whole and that is said."""
+        averaged = bridge.averages_settled(trainer, self, pl_module)
+        with self._failure_told(), curvature_safe(pl_module), preserved(pl_module), averaged:
+            yield
 
     @contextmanager
     def _failure_told(self) -> Iterator[None]:
@@ -394,24 +388,6 @@ class CurvatureQuantizationCallback(Callback):
         if not every_n or (self._monitored is not None and epoch - self._monitored < every_n):
             return
         self._monitored = epoch
-        options, sharing = self.options, ranks.sharing(trainer)
-        with curvature_safe(pl_module), preserved(pl_module), sharing.agreed("monitoring"):
-            batches = bridge.training_batches(trainer, pl_module, options.curvature_samples, options.seed)
-            layers = find_layers(pl_module, batches[0], include=options.include, exclude=options.exclude)
-            profile = measure(
-                pl_module,
-                batches,
-                layers=layers,
-                needs=MONITORED,
-                samples=options.curvature_samples,
-                seed=options.seed,
-                sharing=sharing,
-            )
-        figures = {
-            f"caq/training/{measure}/{row.name}": value
-            for row in profile.layers
-            for measure in MONITORED
-            if (value := getattr(row, measure)) is not None
-        }
+        figures = training_figures(trainer, pl_module, self.options)
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=trainer.global_step)

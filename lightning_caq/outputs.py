@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_caq._compat import every
 from lightning_caq.evaluation.report import QuantizationReport
+from lightning_caq.loggers import log_pictures
 from lightning_caq.measures.profile import CurvatureProfile
 from lightning_caq.plan import QuantizationPlan
 from lightning_caq.reporting.files import scalars, write_outputs
@@ -52,7 +53,8 @@ def write(trainer: Trainer, directory: Path, outcome: Outcome, floats: Mapping[s
         return
     plan, profile, report = outcome
     gallery = draw_gallery(report, profile)
-    write_outputs(directory, plan, profile, report, gallery)
+    written = write_outputs(directory, plan, profile, report, gallery)
+    pictures = [path for path in written if path.suffix == ".png"]
     step, tensorboard = trainer.global_step, every("loggers", "TensorBoardLogger")
     size, loggers = report.sizes["quantized"], list[Any](trainer.loggers)
     for logger in loggers:
@@ -63,6 +65,7 @@ def write(trainer: Trainer, directory: Path, outcome: Outcome, floats: Mapping[s
             figures = {"caq/avg_bits": size.avg_bits, "caq/ratio": size.ratio}
             logger.log_hyperparams({"caq": report.options}, figures)
         else:
+            log_pictures(logger, pictures, step)
             logger.log_hyperparams({"caq": report.options})
         logger.save()
     trainer.print(f"\n{report.table()}\n")

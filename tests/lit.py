@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import lightning.pytorch
 import torch
@@ -12,6 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_caq import outputs
+from lightning_caq._compat import Callback
+from lightning_caq.reporting.gallery import Gallery
 
 FEATURES, CLASSES = 8, 3
 
@@ -81,7 +87,7 @@ def classifier(package: ModuleType = lightning.pytorch) -> type:
 Classifier = classifier()
 
 
-class AtHook(lightning.pytorch.Callback):
+class AtHook(Callback):
     """Calls a function in one hook and keeps what it returns, every time but in the sanity check."""
 
     def __init__(self, hook: str, act: Callable[[Any, Any], Any]) -> None:
@@ -101,3 +107,8 @@ def trainer(folder: Any, package: ModuleType = lightning.pytorch, **kwargs: Any)
         "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": folder, "log_every_n_steps": 1,
     }  # fmt: skip
     return package.Trainer(**{**defaults, **kwargs})
+
+
+def without_figures() -> AbstractContextManager[Any]:
+    """Runs of the callback draw nothing: figures take seconds, everything else of a tiny network a fraction of one."""
+    return mock.patch.object(outputs, "draw_gallery", return_value=Gallery())

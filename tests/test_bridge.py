@@ -15,7 +15,7 @@ from lit import AtHook, Classifier, blobs, classifier, train_loader, trainer, va
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler
 from torchmetrics import CatMetric, MeanMetric
 
-from lightning_caq import bridge
+from lightning_caq import bridge, trainers
 from lightning_caq.contexts import curvature_safe
 from lightning_caq.errors import CalibrationError, OptionError
 
@@ -533,8 +533,8 @@ def test_an_error_in_validation_restores_the_trainer(tmp_path):
 @BOTH
 def test_late_averaging_is_warned_of(tmp_path, package):
     swa = package.callbacks.StochasticWeightAveraging(swa_lrs=0.1)
-    callback = lightning.pytorch.Callback()
+    callback = package.Callback()
     late = trainer(tmp_path, package, callbacks=[callback, swa])
     with pytest.warns(UserWarning, match="StochasticWeightAveraging comes after"):
-        bridge.warn_of_late_averaging(late, callback)
-    bridge.warn_of_late_averaging(trainer(tmp_path, package, callbacks=[swa, callback]), callback)
+        trainers.warn_of_late_averaging(late, callback)
+    trainers.warn_of_late_averaging(trainer(tmp_path, package, callbacks=[swa, callback]), callback)
