@@ -10,6 +10,7 @@ By default a ResNet-20 that was trained on CIFAR-10 is measured, quantized at se
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +21,7 @@ from networks import DATA, accuracy, load_cifar10, load_network
 
 from lightning_caq import measure, quantize
 from lightning_caq.evaluation.report import QuantizationReport
-from lightning_caq.evaluation.studies import study
-from lightning_caq.evaluation.sweep import eigenpair_sweep, sweep_points
-from lightning_caq.layers import find_layers
+from lightning_caq.evaluation.sweep import sweep_points
 from lightning_caq.measures.profile import CurvatureProfile
 from lightning_caq.pipeline import QuantizationResult
 from lightning_caq.progress import Progress
@@ -32,33 +31,36 @@ from lightning_caq.reporting.runs import read_run
 DOCS = Path(__file__).resolve().parent
 IMAGES = DOCS / "images/gallery"
 BITS = (2, 3, 4, 5, 6, 8)
+OTHER_BUDGETS = (2.25, 3.0, 4.0)
+# What the methods and a studied run need, and the spectral density, which takes longer than all else.
 NEEDS = frozenset(
-    {"kappa", "lipschitz", "inputs", "trace", "subspace", "loss_change", "output_error", "amplification", "density"}
-)
+    {
+        "kappa", "lipschitz", "inputs", "trace", "rounding_error", "output_error", "amplification", "subspace",
+        "loss_change", "density",
+    }
+)  # fmt: skip
 
 
-def resnet20(data: Path, samples: int, avg_bits: float) -> tuple[QuantizationReport, CurvatureProfile]:
-    """Measure and quantize a ResNet-20, at other budgets and with other numbers of eigenpairs too, and study it."""
+def resnet20(
+    data: Path, samples: int, calibration: int, avg_bits: float
+) -> tuple[QuantizationReport, CurvatureProfile]:
+    """Quantize a ResNet-20 and study it, and quantize it at other budgets too."""
     model, (train, test) = load_network("resnet20", data), load_cifar10(data)
-    batches = train.sample(512, seed=0).batches(128)
+    batches = train.sample(calibration, seed=0).batches(128)
 
-    def run(bits: float, eigenpairs: int = 64, known: CurvatureProfile | None = None) -> QuantizationResult:
+    profile = measure(model, batches, needs=NEEDS, bits=BITS, samples=samples, progress=Progress(print))
+
+    def run(bits: float, study: bool = False) -> QuantizationResult:
         return quantize(
-            model, batches, avg_bits=bits, eigenpairs=eigenpairs, profile=known, curvature_samples=samples,
-            evaluate=lambda net: {"test_acc": accuracy(net, test)}, inplace=False, say=print,
+            model, batches, avg_bits=bits, calibration_samples=calibration, curvature_samples=samples, study=study,
+            compare=("uniform", "caq"), profile=profile, evaluate=lambda net: {"test_acc": accuracy(net, test)},
+            inplace=False, say=print,
         )  # fmt: skip
 
-    profile = measure(
-        model, batches, needs=NEEDS, bits=BITS, samples=samples, eigenpairs=64, seed=0, progress=Progress(print)
-    )
-    result = run(avg_bits, known=profile)
-    others = [run(bits, known=profile).report for bits in (2.1, 2.25, 3, 4)]
-    layers = find_layers(model, batches[0])
-    studies = replace(
-        study(model, layers, batches, profile, result.plan, bits=BITS, with_energies=True, with_landscape=True),
-        points=tuple(replace(p, chosen=False) for report in others for p in sweep_points(report)),
-        eigenpairs=eigenpair_sweep(lambda k: run(avg_bits, k).report, (4, 16, 64, 256)),
-    )
+    result = run(avg_bits, study=True)
+    others = [run(bits).report for bits in OTHER_BUDGETS]
+    points = tuple(replace(point, chosen=False) for report in others for point in sweep_points(report))
+    studies = replace(result.report.studies, points=points)
     return replace(result.report, studies=studies), profile
 
 
@@ -84,6 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA, help="folder of cifar10_small.npz and resnet20_cifar10.th")
     parser.add_argument("--samples", type=int, default=64, help="images that curvature is measured on")
+    parser.add_argument("--calibration", type=int, default=512, help="images that weights are rounded on")
     parser.add_argument("--avg-bits", type=float, default=2.5)
     parser.add_argument("--log-dir", type=Path, help="draw this run instead")
     options = parser.parse_args()
@@ -92,15 +95,19 @@ def main() -> None:
             run = read_run(options.log_dir)
             report, profile, what = run.report, run.profile, f"the run in `{options.log_dir}`"
         else:
-            report, profile = resnet20(options.data, options.samples, options.avg_bits)
-            what = f"a ResNet-20 trained on CIFAR-10, curvature measured on {profile.samples} training images"
+            report, profile = resnet20(options.data, options.samples, options.calibration, options.avg_bits)
+            what = (
+                f"a ResNet-20 trained on CIFAR-10, curvature measured on {profile.samples} training images and weights "
+                f"rounded on {options.calibration}"
+            )
     except FileNotFoundError as error:
         sys.exit(str(error))
+    command = shlex.join(["python", "docs/gallery.py", *sys.argv[1:]])
     gallery = draw_gallery(report, profile)
     IMAGES.mkdir(parents=True, exist_ok=True)
     for tag, figure in gallery.figures.items():
         figure.savefig(IMAGES / f"{tag}.png")
-    (DOCS / "gallery.md").write_text(page(gallery, f"All pictures are of {what} (`python docs/gallery.py`)."))
+    (DOCS / "gallery.md").write_text(page(gallery, f"All pictures are of {what} (`{command}`)."))
     print(f"{len(gallery.figures)} figures in {IMAGES}; not drawn: {gallery.missing or 'none'}")
 
 

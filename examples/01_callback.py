@@ -1,10 +1,10 @@
 """Quantize while you train: one callback, two networks, real digits.
 
 Trains the MLP 784-256-10 and a small CNN with batch-norm on 4,000 MNIST images, and quantizes each when its training
-ends. For each network the console shows the layers with their curvature and bits, then the float, the quantized and the
-uniformly quantized network side by side; figures and scalars go to TensorBoard.
+ends. For each network the console shows the layers with their curvature and bits, then the float network and three
+quantized ones side by side; figures and scalars go to TensorBoard. ``study=True`` is for the figures that explain more.
 
-Run it (under a minute on two CPU cores)::
+Run it (about a minute on two CPU cores)::
 
     python examples/01_callback.py
     python examples/01_callback.py --network mlp --avg-bits 2.25 --method caq
@@ -45,7 +45,9 @@ def main() -> None:
             args.method,
             avg_bits=args.avg_bits,
             curvature_samples=args.curvature_samples,
+            compare=("uniform", "caq"),
             monitor_every_n_epochs=2,
+            study=True,
         )
         trainer = Trainer(
             max_epochs=args.epochs,

@@ -11,7 +11,6 @@ from lightning_caq.errors import CAQError
 from lightning_caq.evaluation.report import QuantizationReport, text_table
 from lightning_caq.evaluation.sweep import SweepPoint, sweep_points, variant_metrics
 from lightning_caq.export.packed import VERSION
-from lightning_caq.export.packing import packed_bytes
 from lightning_caq.export.sealed import read_sealed
 from lightning_caq.reporting.figures.pareto import pareto
 from lightning_caq.reporting.gallery import draw_gallery
@@ -80,9 +79,11 @@ def inspect(file: Path) -> None:
         for side in layer["shape"]:
             count *= side
         size = sum(x.nbytes for name, x in tensors.items() if name.rpartition(".")[0] == layer["key"])
-        codes, total = codes + packed_bytes(count, layer["bits"]), total + count
+        own = tensors[f"{layer['key']}.codes"].nbytes
+        bits = 8 * own / count if f"{layer['key']}.widths" in tensors else layer["bits"]
+        codes, total = codes + own, total + count
         shape = "x".join(map(str, layer["shape"]))
-        rows.append([layer["key"], str(layer["bits"]), f"{count:,}", shape, f"{size:,}"])
+        rows.append([layer["key"], f"{bits:.3g}", f"{count:,}", shape, f"{size:,}"])
     print(text_table(["weight", "bits", "numbers", "shape", "bytes with scales"], rows))
     stored = sum(x.nbytes for x in tensors.values())
     print(

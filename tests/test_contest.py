@@ -76,7 +76,7 @@ def test_the_guard_decides_by_the_samples_held_out(held_out, kept, compare):
 
     def attempt(method, budget, bits):
         made.append(method)
-        return Attempt(SimpleNamespace(method=method, bits=dict(enumerate(bits)), avg_bits=3.0), losses[method])
+        return Attempt(SimpleNamespace(method=method, widths=dict(enumerate(bits)), avg_bits=3.0), losses[method])
 
     contest = Contest(
         chooser=SimpleNamespace(choose=lambda method, budget: (2, 4) if method == "cet" else (3, 3)),

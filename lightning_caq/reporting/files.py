@@ -121,7 +121,7 @@ def _write_layers(path: Path, profile: CurvatureProfile, report: QuantizationRep
 def _cells(row: LayerCurvature) -> dict[str, Any]:
     """What was measured of a layer, column by column; an empty cell where it was not."""
     cells: dict[str, Any] = {}
-    for name in (f.name for f in fields(row) if f.name not in ("name", "weights", "macs")):
+    for name in (f.name for f in fields(row) if f.name not in ("name", "weights", "macs", "groups")):
         value = getattr(row, name)
         if isinstance(value, dict):
             cells.update({f"{name}_{bits}bit": figure for bits, figure in value.items()})

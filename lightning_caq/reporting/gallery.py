@@ -91,7 +91,7 @@ _NO_REPORT = QuantizationReport("", "", (), {}, {})
 _NO_PROFILE = CurvatureProfile(())
 
 
-def _bits(report: QuantizationReport) -> dict[str, int]:
+def _bits(report: QuantizationReport) -> dict[str, int | float]:
     return {row.name: row.bits["quantized"] for row in report.layers if "quantized" in row.bits}
 
 

@@ -6,17 +6,16 @@ import json
 from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from lightning_caq.evaluation.report import QuantizationReport
 from lightning_caq.measures.profile import CurvatureProfile
 from lightning_caq.reporting.gallery import ENTRIES, Gallery
 from lightning_caq.reporting.page import page
+from lightning_caq.reporting.vectors import svg
 from lightning_caq.reporting.words import comparison, in_words, layer_columns, reproduce
 
 if TYPE_CHECKING:
@@ -115,7 +114,8 @@ def _cell(value: Cell) -> str:
     if value is None or value != value:
         return '<td class="number">–</td>'
     text = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-    return f'<td class="number" data-value="{value!r}">{text}</td>'
+    key = repr(value).replace("inf", "Infinity")  # as JavaScript reads it
+    return f'<td class="number" data-value="{key}">{text}</td>'
 
 
 def picture(figure: Figure, title: str) -> str:
@@ -129,10 +129,7 @@ def picture(figure: Figure, title: str) -> str:
         >>> picture(Figure(figsize=(2, 1)), "Nothing")[:43]
         '<img src="data:image/svg+xml;base64,PD94bWw'
     """
-    vectors = BytesIO()
-    with mpl.rc_context({"svg.hashsalt": "caq"}):  # the same figure gives the same file
-        figure.savefig(vectors, format="svg", metadata={"Date": None})
-    source = f"data:image/svg+xml;base64,{b64encode(vectors.getvalue()).decode()}"
+    source = f"data:image/svg+xml;base64,{b64encode(svg(figure).encode()).decode()}"
     return f'<img src="{source}" alt="{escape(title)}" width="{96 * figure.get_figwidth():.0f}">'
 
 
@@ -194,7 +191,13 @@ def _plan(plan: QuantizationPlan | None) -> list[str]:
         f"weights with fingerprint {plan.fingerprint}."
     )
     rows: list[list[Cell]] = [
-        [x.name, x.grid.bits, x.codes.numel(), x.grid.scale.numel(), "×".join(map(str, x.codes.shape))]
+        [
+            x.name,
+            plan.bits[x.name],
+            x.codes.numel(),
+            x.scales,
+            "×".join(map(str, x.codes.shape)),
+        ]
         for x in plan.layers
     ]
     return [section("Plan", f"<p>{escape(text)}</p>", "<details><summary>Every layer of the plan</summary>",

@@ -26,15 +26,18 @@ th { text-align: left; position: sticky; top: 0; background: var(--field); borde
 th button { all: unset; cursor: pointer; padding: .35rem .6rem; display: block; font-weight: 600; white-space: nowrap; }
 th button:focus-visible { outline: 2px solid var(--link); }
 th[aria-sort=ascending] button::after { content: " ▲"; } th[aria-sort=descending] button::after { content: " ▼"; }
-td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; max-width: 28rem; }
-td.number { text-align: right; white-space: nowrap; }
+td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
+td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 13rem; max-width: 28rem; }
+td.number { text-align: right; }
 pre { background: var(--field); border: 1px solid var(--line); border-radius: 4px; padding: .75rem; overflow-x: auto; }
 summary { cursor: pointer; color: var(--link); }
 @media print {
   :root { --ink: #000000; --faint: #333333; --page: #ffffff; --line: #bbbbbb; --field: #ffffff; }
   body { max-width: none; padding: 0; font-size: 10pt; } figure, tr, pre { break-inside: avoid; }
   h2, h3 { break-after: avoid; } th { position: static; } .paper { border: 0; padding: 0; }
-  .scroll, .paper { overflow: visible; } .paper img { min-width: 0; } table { font-size: 7.5pt; }
+  .scroll, .paper { overflow: visible; } .paper img { min-width: 0; } table { font-size: 7pt; }
+  th button { white-space: normal; padding: .15rem .3rem; }
+  td { padding: .1rem .3rem; } td:first-child { min-width: 0; }
   th[aria-sort] button::after { content: ""; }
 }
 """

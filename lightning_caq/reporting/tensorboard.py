@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 MOST_HISTOGRAMS = 100
 MOST_WEIGHTS = 2**18
 
-# One chart a family: the tags of its curves begin so.
+# One chart a family: the tags of its curves begin so. Those of training come first: they alone have more than one step.
 _FAMILIES = {
-    "bits": "caq/bits/",
-    "κ": "caq/kappa/",
-    "L": "caq/lipschitz/",
-    "κ during training": "caq/training/kappa/",
-    "L during training": "caq/training/lipschitz/",
-    "trace during training": "caq/training/trace/",
-    "top eigenvalue during training": "caq/training/top_eigenvalue/",
+    "κ during training (out²/in²)": "caq/training/kappa/",
+    "L during training (out/in)": "caq/training/lipschitz/",
+    "trace during training (nat/weight²)": "caq/training/trace/",
+    "top eigenvalue during training (nat/weight²)": "caq/training/top_eigenvalue/",
+    "bits a weight": "caq/bits/",
+    "κ (out²/in²)": "caq/kappa/",
+    "L (out/in)": "caq/lipschitz/",
 }
 
 
@@ -67,7 +67,7 @@ def scalar_layout() -> dict[str, dict[str, list[Any]]]:
     """The layout of the Custom Scalars tab: one chart with the curves of all layers for each family of figures.
 
     Example:
-        >>> scalar_layout()["caq"]["bits"]
+        >>> scalar_layout()["caq"]["bits a weight"]
         ['Multiline', ['caq/bits/.*']]
     """
     return {"caq": {title: ["Multiline", [f"{re.escape(start)}.*"]] for title, start in _FAMILIES.items()}}

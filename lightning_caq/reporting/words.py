@@ -32,7 +32,7 @@ def in_words(report: QuantizationReport) -> list[str]:
     if size is None:
         return ["The report holds no quantized network."]
     bits = [row.bits["quantized"] for row in report.layers if "quantized" in row.bits]
-    spread = f", {min(bits)} to {max(bits)} a layer" if bits else ""
+    spread = f", {min(bits):.3g} to {max(bits):.3g} a layer" if bits else ""
     layers = "1 layer was" if len(report.layers) == 1 else f"{len(report.layers)} layers were"
     told = [
         f"{layers} quantized by {report.method} at {report.budget}: {size.avg_bits:.2f} bits a weight on "
@@ -100,7 +100,7 @@ def layer_columns(
     return columns, [[line.get(column) for column in columns] for line in rows]
 
 
-def _measured(row: LayerCurvature | None, bits: int | None) -> dict[str, float | None]:
+def _measured(row: LayerCurvature | None, bits: float | None) -> dict[str, float | None]:
     if row is None:
         return {}
     found = {
@@ -109,7 +109,7 @@ def _measured(row: LayerCurvature | None, bits: int | None) -> dict[str, float |
         "trace (nat/weight²)": row.trace,
         "A (gain to the output)": row.amplification,
     }
-    if bits is not None:
+    if isinstance(bits, int):  # of an average nothing was measured
         found["ΔᵀHΔ / 2 (nat)"] = 0.5 * row.second_order[bits] if bits in row.second_order else None
         found["output error e"] = row.output_error.get(bits)
     return found

@@ -66,6 +66,7 @@ def test_a_report_alone_gives_the_figures_that_need_no_profile(make_run) -> None
     bare = draw_gallery(replace(report, studies=Studies(), metrics={}), None)
     assert list(bare.figures) == ["bits"]
     assert bare.missing["landscape"] == "The loss was not computed on a plane."
+    assert bare.missing["eigenpairs"] == "No other numbers of eigenpairs were tried."
 
 
 def test_numbers_that_are_none_nan_or_infinite_never_break_a_figure(make_run) -> None:
@@ -79,6 +80,20 @@ def test_numbers_that_are_none_nan_or_infinite_never_break_a_figure(make_run) ->
         replace(report, metrics=metrics), replace(profile, layers=tuple(broken), eigenvalues=(2.0, math.nan, -1.0))
     )
     assert gallery.missing == {}
+    for figure in gallery.figures.values():
+        assert_readable(figure)
+
+
+def test_one_method_alone_is_drawn(make_run) -> None:
+    report, profile = make_run(MANY[:4])
+    layers = tuple(replace(row, bits={"quantized": row.bits["quantized"]}) for row in report.layers)
+    sizes = {v: size for v, size in report.sizes.items() if v != "uniform"}
+    metrics = {"quantized/val_acc": 0.9}
+    alone = replace(report, layers=layers, sizes=sizes, metrics=metrics, studies=replace(report.studies, points=()))
+    gallery = draw_gallery(alone, profile)
+    assert gallery.missing == {}
+    (column,) = {axes.images[0].get_array().shape[1] for axes in gallery.figures["bits"].axes if axes.images}
+    assert column == 1
     for figure in gallery.figures.values():
         assert_readable(figure)
 

@@ -6,10 +6,14 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
+import torch
 import yaml
 
+from lightning_caq.budget import LayerSizes
+from lightning_caq.plan import LayerPlan, QuantizationPlan
+from lightning_caq.quantizers.affine import Grid
 from lightning_caq.reporting.gallery import ENTRIES, Gallery, draw_gallery
-from lightning_caq.reporting.html import write_comparison, write_html
+from lightning_caq.reporting.html import table, write_comparison, write_html
 from lightning_caq.reporting.words import in_words, reproduce
 
 VOID = {"meta", "img", "br"}
@@ -143,3 +147,21 @@ def test_runs_side_by_side(tmp_path, make_report) -> None:
 
 def test_a_gallery_without_figures_makes_a_page(tmp_path, plan, make_report) -> None:
     Reader(write_html(tmp_path / "r.html", make_report(["fc"]), None, plan, Gallery()).read_text(encoding="utf-8"))
+
+
+def test_cells_without_a_number_and_infinite_ones_can_be_sorted() -> None:
+    text = table(["x"], [[None], [float("nan")], [float("inf")], [-float("inf")], [2.5]])
+    (cells,) = Reader(text).tables
+    numbers = [("inf", "Infinity"), ("-inf", "-Infinity"), ("2.5", "2.5")]
+    assert [row[0] for row in cells[1:]] == [("–", None), ("–", None), *numbers]
+
+
+def test_300_layers_with_long_names_and_their_plan_stay_below_5_megabytes(tmp_path, make_run) -> None:
+    names = [f"model.backbone.encoder.stages.{i // 20}.layers.{i % 20}.attention.projection" for i in range(300)]
+    run = make_run(names)
+    layers = tuple(
+        LayerPlan(n, (n,), Grid(3, torch.ones(2, 1), torch.zeros(2, 1)), torch.ones(2, 3, dtype=torch.uint8))
+        for n in names
+    )
+    plan = QuantizationPlan("cet", "", "nearest", layers, LayerSizes((6,) * 300, (2,) * 300), "abc")
+    assert write_html(tmp_path / "r.html", *run, plan, draw_gallery(*run)).stat().st_size < 5e6

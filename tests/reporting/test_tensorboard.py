@@ -87,7 +87,11 @@ def test_custom_scalars_show_a_family_a_chart(events) -> None:
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     (category,) = layout.category
     charts = {chart.title: list(chart.multiline.tag) for chart in category.chart}
-    families = {"bits": "caq/bits/net.0", "κ": "caq/kappa/net.0", "L": "caq/lipschitz/net.0"}
+    families = {
+        "bits a weight": "caq/bits/net.0",
+        "κ (out²/in²)": "caq/kappa/net.0",
+        "L (out/in)": "caq/lipschitz/net.0",
+    }
     for title, tag in families.items():
         assert [re.fullmatch(pattern, tag) is not None for pattern in charts[title]] == [True]
         assert not any(re.fullmatch(pattern, "caq/training/kappa/net.0") for pattern in charts[title])

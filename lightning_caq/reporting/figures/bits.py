@@ -45,7 +45,8 @@ def bits_heatmap(report: QuantizationReport) -> Figure:
         raise ValueError("The report holds no layer.")
     variants = [v for v in report.variants if v != "float"]
     bits = np.ma.masked_equal([[row.bits.get(v, 0) for v in variants] for row in report.layers], 0)
-    levels = sorted({int(b) for b in bits.compressed()})
+    # An average over channels has the colour of the nearest whole number.
+    levels = sorted({int(side(b)) for b in bits.compressed() for side in (np.floor, np.ceil)})
     counts = ["weights", *(f"{row.weights:,}" for row in report.layers)]
     titles = [textwrap.fill(report.title(v), 14) for v in variants]
     header = _header(report, variants)
@@ -138,7 +139,7 @@ def _cells(axes: Axes, bits: np.ma.MaskedArray, colours: tuple[Colormap, Boundar
     axes.imshow(bits, cmap=cmap, norm=norm, aspect="auto", interpolation="nearest")
     for (i, j), b in np.ndenumerate(bits.filled(0)):
         ink = _ink(cmap(norm(b))) if b else GREY
-        axes.text(j, i, str(b or "–"), ha="center", va="center_baseline", fontsize=FONT, color=ink)
+        axes.text(j, i, f"{b:.3g}" if b else "–", ha="center", va="center_baseline", fontsize=FONT, color=ink)
     rows, columns = bits.shape
     axes.set_xticks([])
     axes.set_xticks(np.arange(columns - 1) + 0.5, minor=True)

@@ -100,7 +100,7 @@ def _points(axes: Axes, bits: NDArray[np.float64], most: int) -> None:
     upper.scatter(bits, place, s=75, color=POINT, linewidth=0)
     for i, b in enumerate(bits):
         if np.isfinite(b):
-            upper.text(b, i, f"{b:.0f}", ha="center", va="center_baseline", fontsize=6.5, color="white")
+            upper.text(b, i, f"{b:.2g}", ha="center", va="center_baseline", fontsize=6.5, color="white")
     upper.set_xlim(0, most + 1)
     upper.set_xticks(range(1, most + 1))
     upper.tick_params(axis="x", labelsize=FONT, colors=POINT)

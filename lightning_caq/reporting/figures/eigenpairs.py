@@ -28,13 +28,15 @@ def eigenpair_curve(points: Sequence[SweepPoint], floats: Mapping[str, float], m
         The figure; its first line is the float network's if that is known, the curve is the last one.
 
     Raises:
-        ValueError: If no point has a finite value of the metric.
+        ValueError: If there is no point, or none has a finite value of the metric.
 
     Example:
         >>> points = [SweepPoint("cet", 3.0, 10.0, {"val_loss": 1 / k}, eigenpairs=k) for k in (50, 100)]
         >>> eigenpair_curve(points, {}).axes[0].lines[0].get_xydata().tolist()
         [[50.0, 0.02], [100.0, 0.01]]
     """
+    if not points:
+        raise ValueError("No other numbers of eigenpairs were tried.")
     names = list(dict.fromkeys(name for point in points for name in point.metrics))
     metric = metric or next((name for name in names if "loss" in name.lower()), headline_metric(names))
     drawn = sorted(

@@ -75,7 +75,7 @@ def kappa_vs_bits(report: QuantizationReport, profile: CurvatureProfile) -> Figu
     axes.set_xlim(*limits)
     tidy_log(axes.xaxis)
     axes.set_ylim(min(bits) - 0.7, max(bits) + 0.7)
-    axes.set_yticks(sorted(set(bits)), [f"{b:.0f}" for b in sorted(set(bits))])
+    axes.set_yticks(sorted(set(bits)), [f"{b:.3g}" for b in sorted(set(bits))])
     axes.set_xlabel("κ (out²/in², logarithmic)", fontsize=FONT)
     axes.set_ylabel("bits a weight", fontsize=FONT)
     aside(axes, [heading, *key])

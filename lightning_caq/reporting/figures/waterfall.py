@@ -44,7 +44,7 @@ def error_waterfall(shares: Sequence[ErrorShare]) -> Figure:
     if not known:
         raise ValueError("No layer's part of the output error was predicted.")
     shown, others = known[:SHOWN], known[SHOWN:]
-    names, bits = [s.name for s in shown], [str(s.bits) for s in shown]
+    names, bits = [s.name for s in shown], [f"{s.bits:.3g}" for s in shown]
     parts = [_predicted(s) for s in shown]
     observed = numbers(s.observed for s in shown).tolist()
     if others:
