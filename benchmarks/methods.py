@@ -25,7 +25,7 @@ from lightning_caq.allocation.methods import available_methods, get_method
 from lightning_caq.attempt import open_workshop
 from lightning_caq.batches import take_samples
 from lightning_caq.budget import AvgBits
-from lightning_caq.choice import Chooser
+from lightning_caq.choice import GRANULARITIES, Choice, Chooser, check_separable
 from lightning_caq.errors import CAQError
 from lightning_caq.evaluation.report import text_table
 from lightning_caq.evaluation.tightness import output_norm
@@ -33,7 +33,7 @@ from lightning_caq.isolation import preserved
 from lightning_caq.layers import find_layers, layer_sizes
 from lightning_caq.measures.rounded_loss import rounded_loss
 from lightning_caq.objective import make_objective
-from lightning_caq.options import ROUNDINGS, QuantizationOptions
+from lightning_caq.options import ALWAYS, ROUNDINGS, QuantizationOptions
 from lightning_caq.progress import Progress
 
 
@@ -45,24 +45,28 @@ class Row:
         model: The network.
         method: How bits were allocated.
         rounding: How weights were rounded.
+        granularity: Whether whole layers or groups of output channels get bits.
         avg_bits: The budget.
         accuracy: Mean over seeds of the accuracy on the test images, percent.
         accuracy_stderr: Its standard error over seeds of calibration data, in points; test images are the same.
         objective: Mean calibration objective of the quantized network, nat.
         predicted: Mean loss change that the profile predicts for the bits with nearest rounding, nat.
         observed: Mean loss change of the same bits, as rounded and repaired, nat.
+        size: Mean size of the quantized weights with scales, zero points and widths, bytes.
         seconds: Mean seconds to allocate, round and repair; measuring serves all methods and is not in it.
     """
 
     model: str
     method: str
     rounding: str
+    granularity: str
     avg_bits: float
     accuracy: float
     accuracy_stderr: float
     objective: float
     predicted: float | None
     observed: float
+    size: int
     seconds: float
 
 
@@ -73,6 +77,7 @@ class Outcome:
     accuracy: float
     objective: float
     predicted: float | None
+    size: int
     seconds: float
 
 
@@ -91,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--model", choices=(*BLOCKS, *SMALL), default="resnet20")
     result.add_argument("--avg-bits", type=float, nargs="+", default=[4.0, 3.0, 2.5, 2.25])
     result.add_argument("--rounding", choices=ROUNDINGS, nargs="+", default=["nearest", "error_feedback"])
+    result.add_argument("--granularity", choices=GRANULARITIES, nargs="+", default=["layer"])
     result.add_argument("--methods", nargs="+", default=list(available_methods()), choices=available_methods())
     result.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each draws other calibration images")
     result.add_argument("--samples", type=int, default=512, help="calibration images")
@@ -102,59 +108,76 @@ def parser() -> argparse.ArgumentParser:
 def compare(args: argparse.Namespace) -> list[Row]:
     """All methods at all budgets; one measurement a seed serves them all."""
     model, train, test = load(args.model, args.data)
-    outcomes: dict[tuple[str, float, str], list[Outcome]] = {}
+    keys = [
+        (rounding, granularity, avg_bits, method)
+        for rounding in args.rounding
+        for granularity in args.granularity
+        for avg_bits in args.avg_bits
+        for method in args.methods
+        if granularity == "layer" or is_separable(method)
+    ]
+    outcomes: dict[tuple[str, str, float, str], list[Outcome]] = {key: [] for key in keys}
     for seed in args.seeds:
-        bench = Bench(model.eval(), train.sample(args.samples, seed).batches(64), test, args.methods, seed)
-        for rounding in args.rounding:
-            for avg_bits in args.avg_bits:
-                for method in args.methods:
-                    outcome = bench.run(method, avg_bits, rounding)
-                    outcomes.setdefault((rounding, avg_bits, method), []).append(outcome)
-                    progress(
-                        f"{args.model} seed {seed} {rounding} {avg_bits:g} {method}: {outcome.accuracy:.1f} %, "
-                        f"objective {outcome.objective:.4f}, {outcome.seconds:.1f} s"
-                    )
+        batches = train.sample(args.samples, seed).batches(64)
+        bench = Bench(model.eval(), batches, test, args.methods, args.granularity, seed)
+        for key in keys:
+            outcome = bench.run(*key)
+            outcomes[key].append(outcome)
+            progress(
+                f"{args.model} seed {seed} {' '.join(map(str, key))}: {outcome.accuracy:.1f} %, "
+                f"objective {outcome.objective:.4f}, {outcome.seconds:.1f} s"
+            )
     return [summary(args.model, *key, found) for key, found in outcomes.items()]
 
 
 class Bench:
     """One network with one set of calibration samples; measured once, then allocated, rounded and judged at will."""
 
-    def __init__(self, model: nn.Module, batches: list[Any], test: Images, methods: Sequence[str], seed: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: list[Any],
+        test: Images,
+        methods: Sequence[str],
+        granularities: Sequence[str],
+        seed: int,
+    ) -> None:
         self.model, self.batches, self.test, self.seed = model, batches, test, seed
         self.layers = find_layers(model, batches[0])
         self.sizes = layer_sizes(self.layers)
         self.options = QuantizationOptions(avg_bits=4, seed=seed)
         self.objective = make_objective("distill", model, batches)
-        needs = frozenset({"kappa", "lipschitz", "inputs"}).union(*(get_method(name).needs for name in methods))
+        groups = {"channel_groups"} if "channel_group" in granularities else set()
+        needs = ALWAYS.union(groups, *(get_method(name).needs for name in methods))
         self.profile = measure(model, batches, layers=self.layers, needs=needs, seed=seed, progress=Progress(progress))
         samples = take_samples(batches, self.profile.samples)
         loss = rounded_loss(model, self.layers, make_objective("distill", model, samples), self.options.bits)
         self.chooser = Chooser(self.profile, self.sizes, self.options.bits, output_norm(model, samples), loss, seed)
-        self.choices: dict[tuple[str, float], tuple[tuple[int, ...], float]] = {}
-        self.found: dict[tuple[str, tuple[int, ...]], tuple[float, float, float]] = {}
+        self.choices: dict[tuple[str, str, float], tuple[Choice, float]] = {}
+        self.found: dict[tuple[str, Choice], tuple[float, float, int, float]] = {}
 
-    def run(self, method: str, avg_bits: float, rounding: str) -> Outcome:
+    def run(self, rounding: str, granularity: str, avg_bits: float, method: str) -> Outcome:
         """Allocate by one method, and round and judge unless the same bits were rounded before."""
-        if (method, avg_bits) not in self.choices:
+        key = granularity, method, avg_bits
+        if key not in self.choices:
             start = time.perf_counter()
-            bits = self.chooser.choose(method, AvgBits(avg_bits))
-            self.choices[method, avg_bits] = bits, time.perf_counter() - start
-        bits, seconds = self.choices[method, avg_bits]
+            bits = replace(self.chooser, granularity=granularity).choose(method, AvgBits(avg_bits))
+            self.choices[key] = bits, time.perf_counter() - start
+        bits, seconds = self.choices[key]
         if (rounding, bits) not in self.found:
             start = time.perf_counter()
             options = replace(self.options, rounding=rounding)
             workshop = open_workshop(self.model, self.layers, self.sizes, options, self.batches, None)
             with preserved(self.model):
-                workshop.attempt(method, f"avg_bits={avg_bits:g}", bits)
+                plan = workshop.attempt(method, f"avg_bits={avg_bits:g}", bits).plan
                 spent = time.perf_counter() - start
-                judged = accuracy(self.model, self.test), self.objective.value(self.model)
+                judged = accuracy(self.model, self.test), self.objective.value(self.model), plan.bytes
                 workshop.restore()
             self.found[rounding, bits] = *judged, spent
-        right, objective, spent = self.found[rounding, bits]
+        right, objective, size, spent = self.found[rounding, bits]
         names = [layer.name for layer in self.layers]
         predicted = self.profile.predicted_loss(dict(zip(names, bits, strict=True)))
-        return Outcome(right, objective, predicted, seconds + spent)
+        return Outcome(right, objective, predicted, size, seconds + spent)
 
 
 def progress(line: str) -> None:
@@ -169,7 +192,16 @@ def load(name: str, data: Path) -> tuple[nn.Module, Images, Images]:
     return load_network(name, data), *load_cifar10(data)
 
 
-def summary(model: str, rounding: str, avg_bits: float, method: str, found: Sequence[Outcome]) -> Row:
+def is_separable(method: str) -> bool:
+    """Whether a method can give bits to groups of channels."""
+    try:
+        check_separable(method)
+    except CAQError:
+        return False
+    return True
+
+
+def summary(model: str, rounding: str, granularity: str, avg_bits: float, method: str, found: Sequence[Outcome]) -> Row:
     """Means over seeds."""
     accuracies = [x.accuracy for x in found]
     spread = statistics.stdev(accuracies) / len(found) ** 0.5 if len(found) > 1 else float("nan")
@@ -179,24 +211,39 @@ def summary(model: str, rounding: str, avg_bits: float, method: str, found: Sequ
         model=model,
         method=method,
         rounding=rounding,
+        granularity=granularity,
         avg_bits=avg_bits,
         accuracy=round(statistics.fmean(accuracies), 3),
         accuracy_stderr=round(spread, 3),
         objective=objective,
         predicted=statistics.fmean(predicted) if predicted else None,
         observed=objective,
+        size=round(statistics.fmean(x.size for x in found)),
         seconds=round(statistics.fmean(x.seconds for x in found), 2),
     )
 
 
 def as_text(rows: Sequence[Row], args: argparse.Namespace, command: str) -> str:
     """The table, and what a reader needs to judge and to repeat it."""
-    header = ["method", "rounding", "bits", "accuracy %", "± s.e.", "objective", "predicted", "seconds"]
+    header = [
+        "method",
+        "rounding",
+        "granularity",
+        "bits",
+        "bytes",
+        "accuracy %",
+        "± s.e.",
+        "objective",
+        "predicted",
+        "seconds",
+    ]
     cells = [
         [
             row.method,
             row.rounding,
+            row.granularity,
             f"{row.avg_bits:g}",
+            f"{row.size:,.0f}",
             f"{row.accuracy:.2f}",
             f"{row.accuracy_stderr:.2f}",
             f"{row.objective:.4f}",

@@ -1,6 +1,6 @@
-"""Accuracy of a trained network after quantization without training, one row a budget.
+"""Accuracy of a trained network after quantization without training, one row a budget and seed.
 
-python benchmarks/ptq.py --model resnet20 --avg-bits 3 2.5 2.25 --method cet
+python benchmarks/ptq.py --model resnet20 --avg-bits 3 2.5 2.25 2 --seed 0 1 2
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import math
 import resource
 import shlex
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -59,17 +60,18 @@ class Row:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     try:
-        budgets = [options_of(args, bits) for bits in args.avg_bits]
+        runs = [[options_of(args, bits, seed) for bits in args.avg_bits] for seed in args.seed]
         train, test = load_cifar10(args.data)
         if args.samples > len(train):
             raise ValueError(f"--samples {args.samples} is more than the {len(train):,} training images there are.")
         model = load_network(args.model, args.data)
         float_accuracy = accuracy(model, test)
-        calibration = train.sample(args.samples, args.seed)
-        rows, profile = [], None
-        for options in budgets:
-            row, profile = run(model, options, args.model, calibration, test, float_accuracy, profile)
-            rows.append(row)
+        rows = []
+        for seed, budgets in zip(args.seed, runs, strict=True):
+            calibration, profile = train.sample(args.samples, seed), None
+            for options in budgets:
+                row, profile = run(model, options, args.model, calibration, test, float_accuracy, profile)
+                rows.append(row)
     except (CAQError, OSError, ValueError) as error:
         sys.exit(f"ptq.py: {error}")
     command = shlex.join(["python", "benchmarks/ptq.py", *(sys.argv[1:] if argv is None else argv)])
@@ -80,30 +82,34 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--model", choices=tuple(BLOCKS), default="resnet20")
     result.add_argument("--avg-bits", type=float, nargs="+", default=[3.0, 2.5, 2.25], help="budgets, one row each")
+    result.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 5, 6, 8], help="bit-widths to choose from")
     result.add_argument("--method", default="cet", help="how bits are allocated")
     result.add_argument("--rounding", choices=ROUNDINGS, default="error_feedback")
     result.add_argument("--batchnorm", choices=BATCHNORM, default="recentre")
     result.add_argument("--activation-bits", type=int, help="bits of the layers' inputs; float32 by default")
     result.add_argument("--guard", action="store_true", help="make uniform's network too and keep the better one")
     result.add_argument("--samples", type=int, default=512, help="training images to calibrate on")
-    result.add_argument("--seed", type=int, default=0, help="chooses these images, and seeds every random number")
+    result.add_argument(
+        "--seed", type=int, nargs="+", default=[0], help="chooses these images and all that is random"
+    )
     result.add_argument("--data", type=Path, default=DATA, help="folder with the trained networks and the images")
     result.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
     return result
 
 
-def options_of(args: argparse.Namespace, avg_bits: float) -> QuantizationOptions:
+def options_of(args: argparse.Namespace, avg_bits: float, seed: int) -> QuantizationOptions:
     """The options of one budget; made before any work, so that a wrong one is told at once."""
     return QuantizationOptions(
         method=args.method,
         avg_bits=avg_bits,
+        bits=args.bits,
         rounding=args.rounding,
         batchnorm=args.batchnorm,
         calibration_samples=args.samples,
         compare=(),
         guard=args.guard,
         activation_bits=args.activation_bits,
-        seed=args.seed,
+        seed=seed,
     )
 
 
@@ -152,10 +158,12 @@ def peak_mb() -> float:
 
 def as_text(rows: Sequence[Row], images: int, args: argparse.Namespace, command: str) -> str:
     """The table, and what a reader needs to judge and to repeat it."""
-    header = ["network", "asked bits", "avg bits", "ratio", "accuracy %", "± s.e.", "float %", "seconds", "peak MB"]
+    header = ["network", "seed", "asked bits", "avg bits", "ratio"]
+    header += ["accuracy %", "± s.e.", "float %", "seconds", "peak MB"]
     cells = [
         [
             f"{row.model} {row.method} {row.rounding}",
+            str(row.seed),
             f"{row.asked_bits:g}",
             f"{row.avg_bits:.3f}",
             f"{row.ratio:.2f}x",
@@ -169,12 +177,25 @@ def as_text(rows: Sequence[Row], images: int, args: argparse.Namespace, command:
     ]
     notes = (
         f"Accuracy on n = {images:,} test images of CIFAR-10; s.e. is the binomial standard error of one figure. "
-        f"Calibrated on\n{args.samples:,} training images drawn with seed {args.seed}. Average bits count the weights "
-        "alone,\nthe ratio scales and zero points too. The first row's seconds include measuring, the next rows use "
+        f"Calibrated on\n{args.samples:,} training images drawn by the seed. Average bits count the weights "
+        "alone,\nthe ratio scales and zero points too. A seed's first row includes measuring, the next rows use "
         "its profile.\nPeak memory is that of the process, data and all.\n"
         f"Command: {command}"
     )
-    return f"{text_table(header, cells)}\n\n{notes}"
+    return "\n\n".join([text_table(header, cells), *means(rows), notes])
+
+
+def means(rows: Sequence[Row]) -> list[str]:
+    """Means over seeds, where there are several; the standard error is over seeds, on the same test images."""
+    seeds = len({row.seed for row in rows})
+    if seeds < 2:
+        return []
+    cells = []
+    for bits in dict.fromkeys(row.asked_bits for row in rows):
+        found = [row.accuracy for row in rows if row.asked_bits == bits]
+        error = statistics.stdev(found) / math.sqrt(seeds)
+        cells.append([f"{bits:g}", f"{statistics.fmean(found):.2f}", f"{error:.2f}"])
+    return [text_table(["asked bits", f"mean of {seeds} seeds %", "± s.e."], cells)]
 
 
 def standard_error(percent: float, images: int) -> float:
