@@ -357,9 +357,9 @@ class _Road:
         total = sum(self.sizes.weights) + self.sizes.unquantized
         sizes = {"float": Size(float(FLOAT_BITS), 1.0, total * FLOAT_BITS // 8)}
         sizes |= {variant: Size(plan.avg_bits, plan.ratio, plan.bytes) for variant, plan in plans.items()}
-        rows = []
+        rows, bits_of = [], {variant: plan.bits for variant, plan in plans.items()}
         for layer in self.layers:
-            row, bits = profile[layer.name], {variant: plan.bits[layer.name] for variant, plan in plans.items()}
+            row, bits = profile[layer.name], {variant: bits[layer.name] for variant, bits in bits_of.items()}
             rows.append(LayerRow(layer.name, layer.kind, layer.weights, layer.macs, row.kappa, row.lipschitz, bits))
         notes = [f"Layer '{x.name}' stays in float32: no calibration batch calls it." for x in self.skipped]
         if profile.sampled is not None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_caq.layers import Layer, layer_weight
 from lightning_caq.matrix import to_matrix
-from lightning_caq.measures.output_rows import choose_rows, sampling_error
+from lightning_caq.measures.output_rows import OutputRow, choose_rows, sampling_error
 from lightning_caq.measures.row_forms import Rows
 from lightning_caq.measures.sharing import ALONE, Sharing
 from lightning_caq.measures.weight_rows import Piece, passes, weight_rows
@@ -39,6 +39,8 @@ class GramSpectrum:
         kept: Share of the output Hessian's trace in the rows that these were taken or drawn from.
         rows: Number of rows.
         candidates: Number of rows that they were taken or drawn from.
+        chosen: The rows themselves.
+        combinations: u_1, …, u_m as columns, shape (rows, m), float64: v_j = Aᵀ u_j / √λ_j.
     """
 
     values: Tensor
@@ -51,6 +53,8 @@ class GramSpectrum:
     kept: float
     rows: int
     candidates: int
+    chosen: list[OutputRow]
+    combinations: Tensor
 
 
 def gram_spectrum(
@@ -140,6 +144,8 @@ def gram_spectrum(
         kept=choice.kept,
         rows=len(rows),
         candidates=choice.candidates,
+        chosen=rows,
+        combinations=vectors.cpu(),
     )
 
 

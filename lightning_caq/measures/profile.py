@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 from lightning_caq.widths import Width
@@ -167,7 +168,11 @@ class CurvatureProfile:
 
     def __getitem__(self, name: str) -> LayerCurvature:
         """The row of the layer called ``name``."""
-        return next(row for row in self.layers if row.name == name)
+        return self._rows[name]
+
+    @cached_property
+    def _rows(self) -> dict[str, LayerCurvature]:
+        return {row.name: row for row in self.layers}
 
     @property
     def shape(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,48 +47,60 @@ class InputStatistics:
 
 
 def output_errors(
-    model: nn.Module, layer: Layer, batches: Sequence[Any], deltas: Mapping[int, Tensor]
-) -> dict[int, float]:
-    """e_i(b): root mean square over samples of ‖Δ_i(b) z_i‖, in the unit of the layer's output.
+    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], deltas: Mapping[str, Mapping[int, Tensor]]
+) -> dict[str, dict[int, float]]:
+    """e_i(b): root mean square over samples of ‖Δ_i(b) z_i‖, in the unit of the layer's output; one pass for all layers.
 
     Args:
         model: The float network, in eval mode.
-        layer: The layer.
+        layers: The layers.
         batches: The samples.
-        deltas: Bits to Δ_i(b).
+        deltas: Name of each of the layers to bits to Δ_i(b).
 
     Returns:
-        Bits to e_i(b); zeros for a layer that no batch reaches.
+        Layer name to bits to e_i(b); zeros for a layer that no batch reaches.
+
+    Example:
+        >>> net, x = nn.Linear(2, 1), torch.ones(5, 2)
+        >>> output_errors(net, [Layer("", "linear", (1, 2), modules=("",))], [x], {"": {3: torch.tensor([[0.5, 0.25]])}})
+        {'': {3: 0.75}}
     """
-    sums = dict.fromkeys(deltas, 0.0)
+    sums = {layer.name: dict.fromkeys(deltas[layer.name], 0.0) for layer in layers}
 
-    def visit(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
-        for b, delta in deltas.items():
-            sums[b] += float(apply_weight(module, delta, inputs).double().square().sum())
+    def visit(layer: Layer, module: nn.Module, inputs: Tensor) -> None:
+        for b, delta in deltas[layer.name].items():
+            sums[layer.name][b] += float(apply_weight(module, delta, inputs).double().square().sum())
 
-    _visit_layer(model, layer, batches, visit)
+    _visit_layers(model, layers, batches, visit)
     samples = sum(map(batch_size, batches))
-    return {b: (total / samples) ** 0.5 for b, total in sums.items()}
+    return {name: {b: (total / samples) ** 0.5 for b, total in found.items()} for name, found in sums.items()}
 
 
-def input_statistics(model: nn.Module, layer: Layer, batches: Sequence[Any]) -> InputStatistics:
-    """Size and spread of a layer's inputs; an embedding's words are one-hot vectors, of norm 1 each."""
-    norms: list[Tensor] = []
-    kept: list[Tensor] = []
+def input_statistics(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any]) -> dict[str, InputStatistics]:
+    """Size and spread of the inputs of every layer, by its name; one pass for all layers.
 
-    def visit(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
-        norms.append(inputs.float().flatten(1).norm(dim=1).double())
-        if len(kept) < 1:
-            kept.append(inputs.float().flatten(1))
+    An embedding's words are one-hot vectors, of norm 1 each. What no batch reaches has inputs of size 0.
 
-    if layer.kind == "embedding":
-        return InputStatistics(1.0, 2.0**0.5)
-    _visit_layer(model, layer, batches, visit)
-    if not norms:
-        return InputStatistics(0.0, 0.0)
-    # The spread is taken over the first batch: the mean must be known before the distances are.
-    z = kept[0]
-    return InputStatistics(float(torch.cat(norms).square().mean().sqrt()), float(2 * (z - z.mean(0)).norm(dim=1).max()))
+    Example:
+        >>> net, x = nn.Linear(2, 1), torch.tensor([[3.0, 4.0], [-3.0, -4.0]])
+        >>> input_statistics(net, [Layer("", "linear", (1, 2), modules=("",))], [x])
+        {'': InputStatistics(norm=5.0, diameter=10.0)}
+    """
+    norms: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
+    diameters: dict[str, float] = {}
+
+    def visit(layer: Layer, module: nn.Module, inputs: Tensor) -> None:
+        z = inputs.float().flatten(1)
+        norms[layer.name].append(z.norm(dim=1).double())
+        # The spread is taken over the first batch: the mean must be known before the distances are.
+        if layer.name not in diameters:
+            diameters[layer.name] = float(2 * (z - z.mean(0)).norm(dim=1).max())
+
+    _visit_layers(model, [layer for layer in layers if layer.kind != "embedding"], batches, visit)
+    found = {x.name: InputStatistics(*((1.0, 2.0**0.5) if x.kind == "embedding" else (0.0, 0.0))) for x in layers}
+    for name, diameter in diameters.items():
+        found[name] = InputStatistics(float(torch.cat(norms[name]).square().mean().sqrt()), diameter)
+    return found
 
 
 def loss_change(model: nn.Module, layer: Layer, objective: Objective, delta: Tensor, reference: float) -> float:
@@ -104,6 +116,12 @@ def loss_change(model: nn.Module, layer: Layer, objective: Objective, delta: Ten
             weight.copy_(before)
 
 
-def _visit_layer(model: nn.Module, layer: Layer, batches: Sequence[Any], visit: Any) -> None:
-    if layer.calls:
-        visit_modules(model, layer_modules(model, layer), batches, visit, calls=layer.calls)
+def _visit_layers(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batches: Sequence[Any],
+    visit: Callable[[Layer, nn.Module, Tensor], None],
+) -> None:
+    """Show every call of the layers: layer, module and input."""
+    owners = {module: layer for layer in layers for module in layer_modules(model, layer)}
+    visit_modules(model, owners, batches, lambda module, inputs, output: visit(owners[module], module, inputs))

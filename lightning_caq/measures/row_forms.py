@@ -63,6 +63,17 @@ class DenseRows:
         norms: Tensor = torch.linalg.vector_norm(self.rows, dim=0)
         return norms.square()
 
+    def combine(self, mix: Tensor) -> Tensor:
+        """A_iᵀ M, sums of rows.
+
+        Args:
+            mix: M, shape (rows, k).
+
+        Returns:
+            Shape (groups · outputs · columns, k).
+        """
+        return self.rows.T @ mix.to(self.rows)
+
 
 class FactoredRows:
     """Rows by their factors g_t and x_t.
@@ -118,6 +129,13 @@ class FactoredRows:
         step = max(1, _BLOCK_NUMBERS // (g[0, :, 0].numel() * x.shape[3]))
         blocks = zip(g.split(step), x.split(step), strict=True)
         return torch.stack([(a.transpose(2, 3) @ b).square().sum(0) for a, b in blocks]).sum(0)
+
+    def combine(self, mix: Tensor) -> Tensor:
+        """A_iᵀ M, sums of rows; shapes as for dense rows."""
+        g, x = self.gradients.transpose(0, 1).flatten(1, 2), self.inputs.transpose(0, 1).flatten(1, 2)
+        positions = self.gradients.shape[2]
+        sums = [(g * m.repeat_interleave(positions)[:, None]).transpose(1, 2) @ x for m in mix.to(g).T]
+        return torch.stack(sums, dim=-1).flatten(0, 2)
 
 
 class WordRows:
@@ -175,6 +193,14 @@ class WordRows:
         """Sum of the squares of the rows, number by number, shape (words, width)."""
         words, _, values = self._entries()
         return values.new_zeros(len(self._words), values.shape[1]).index_add(0, words, values.square())
+
+    def combine(self, mix: Tensor) -> Tensor:
+        """A_iᵀ M, sums of rows; shapes as for dense rows, (words · width, k)."""
+        words, rows, values = self._entries()
+        mix = mix.to(values)
+        sums = [values.new_zeros(len(self._words), values.shape[1]).index_add(0, words, m[rows, None] * values)
+                for m in mix.T]  # fmt: skip
+        return torch.stack(sums, dim=-1).flatten(0, 1)
 
     def _entries(self) -> tuple[Tensor, Tensor, Tensor]:
         """Word, row and gradient of every word of every row, each pair once, word by word."""

@@ -87,9 +87,8 @@ def blocks(
 
 def inputs(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], rows: Rows) -> None:
     """Size and spread of every layer's inputs."""
-    for layer in layers:
-        statistics = input_statistics(model, layer, batches)
-        rows[layer.name].update(input_norm=statistics.norm, diameter=statistics.diameter)
+    for name, statistics in input_statistics(model, layers, batches).items():
+        rows[name].update(input_norm=statistics.norm, diameter=statistics.diameter)
 
 
 def graph(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], seed: int, rows: Rows) -> dict[str, Any]:
@@ -159,14 +158,15 @@ def rounding(
             middle = sorted(before)[(len(before) - 1) // 2]
             gain = carried.at_output(name, middle) / before[middle] if before[middle] > 0 else 0.0
             rows[name]["amplification"] = gain
+    if "output_error" in needs:
+        for name, found in output_errors(model, mine, batches, deltas).items():
+            rows[name]["output_error"] = found
     for layer in mine:
         row, errors = rows[layer.name], deltas[layer.name]
         row["rounding_error"] = {b: float(d.double().square().sum()) for b, d in errors.items()}
         row["weight_range"] = weight_range(model, layer)
         if "distribution_distance" in needs:
             row["distribution_distance"] = distribution_distance(layer_weight(model, layer), errors)
-        if "output_error" in needs:
-            row["output_error"] = output_errors(model, layer, batches, errors)
 
 
 def gram(

@@ -101,6 +101,7 @@ def passes(
     """
     positions = _positions(model, layers, take_rows(batches[0], [0]))
     group: list[Piece] = []
+    taken = 0
     for layer in layers:
         outputs = matrix_shape(layer)[1]
         looked_up = all(isinstance(module, nn.Embedding) for module in layer_modules(model, layer))
@@ -109,10 +110,11 @@ def passes(
         step = max(1, outputs * memory // size) if size > memory else outputs
         for start in range(0, outputs, step):
             piece = replace(whole, outputs=range(start, min(start + step, outputs)))
-            if group and 4 * sum(p.numbers(rows) for p in (*group, piece)) > memory:
+            if group and 4 * (taken + piece.numbers(rows)) > memory:
                 yield group
-                group = []
+                group, taken = [], 0
             group.append(piece)
+            taken += piece.numbers(rows)
     if group:
         yield group
 

@@ -40,7 +40,8 @@ class PairedPasses:
     def __init__(
         self, model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], floats: Mapping[str, Tensor]
     ) -> None:
-        self._model, self._floats = model, floats
+        live = model.state_dict(keep_vars=True)
+        self._model, self._floats = model, [(live[name], value) for name, value in floats.items()]
         modules = [module for layer in layers for module in layer_modules(model, layer)]
         self._now, self._before = (SteppedPasses(model, modules, batches) for _ in range(2))
         self._stack = ExitStack()
@@ -61,32 +62,30 @@ class PairedPasses:
         modules = layer_modules(self._model, layer)
         before = self._before.calls(modules, layer.calls)
         for now in self._now.calls(modules, layer.calls):
-            with holding(self._model, self._floats):
+            with holding(self._floats):
                 floating = next(before)
             yield now, floating
 
 
 @contextmanager
-def holding(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let a network hold other values for a while; nothing is copied.
+def holding(values: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Let the tensors of a network hold other values for a while; nothing is copied.
 
     Args:
-        model: The network.
-        values: State-dict keys to the tensors to hold.
+        values: Tensors of the network, each with the one whose values it shall hold.
 
     Example:
         >>> import torch
         >>> net = nn.Linear(1, 1, bias=False)
-        >>> with holding(net, {"weight": torch.tensor([[3.0]])}), torch.no_grad():
+        >>> with holding([(net.weight, torch.tensor([[3.0]]))]), torch.no_grad():
         ...     print(float(net(torch.ones(1, 1))))
         3.0
     """
-    live = model.state_dict(keep_vars=True)
-    own = {name: live[name].data for name in values}
+    own = [tensor.data for tensor, _ in values]
     try:
-        for name, value in values.items():
-            live[name].data = value
+        for tensor, value in values:
+            tensor.data = value
         yield
     finally:
-        for name, value in own.items():
-            live[name].data = value
+        for (tensor, _), value in zip(values, own, strict=True):
+            tensor.data = value

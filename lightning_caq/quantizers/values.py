@@ -57,9 +57,9 @@ class Quantizer:
 
         Example:
             >>> import torch
-            >>> w = torch.tensor([[0.0, 1.0, 8.0, 9.0]])
-            >>> Quantizer().fit(w, 2, (1, 1)).nearest(w), Quantizer("codebook").fit(w, 2, (1, 1)).nearest(w)
-            (tensor([[0.0000, 0.0000, 8.5000, 8.5000]]), tensor([[0., 1., 8., 9.]]))
+            >>> w = torch.tensor([[0.0, 1.0, 2.0, 10.0]])
+            >>> Quantizer("codebook").fit(w, 1, (1, 1)).nearest(w)
+            tensor([[ 1.,  1.,  1., 10.]])
         """
         if self.name == "affine":
             return fit_range(weight, bits, channel_shape, self.range, self.symmetry, importance)

@@ -193,7 +193,7 @@ def _plan(plan: QuantizationPlan | None) -> list[str]:
     rows: list[list[Cell]] = [
         [
             x.name,
-            plan.bits[x.name],
+            average_bits(x.grid.width),
             x.codes.numel(),
             x.scales,
             "×".join(map(str, x.codes.shape)),

@@ -51,16 +51,17 @@ def test_output_error_is_the_change_of_the_layers_output(case):
             module._parameters["weight"] = held.detach() + delta
             parts.append(module(z) - before)
             module._parameters["weight"] = held
-        found = output_errors(case.net, layer, case.batches, {3: delta, 8: 2 * delta})
+        found = output_errors(case.net, [layer], case.batches, {layer.name: {3: delta, 8: 2 * delta}})[layer.name]
         assert found[3] == pytest.approx(_rms(parts, _samples(case)), rel=1e-9)
         assert found[8] == pytest.approx(2 * found[3])
 
 
 def test_input_statistics():
     case = nets.make_case("cnn")
-    for layer in find_layers(case.net, case.batches[0]):
-        inputs = [z.detach().flatten(1) for _, z, _ in _calls(case, layer)]
-        found = input_statistics(case.net, layer, case.batches)
+    layers = find_layers(case.net, case.batches[0])
+    statistics = input_statistics(case.net, layers, case.batches)
+    for layer in layers:
+        inputs, found = [z.detach().flatten(1) for _, z, _ in _calls(case, layer)], statistics[layer.name]
         assert found.norm == pytest.approx(float(torch.cat(inputs).norm(dim=1).square().mean().sqrt()), rel=1e-6)
         spread = (inputs[0] - inputs[0].mean(0)).norm(dim=1)
         assert found.diameter == pytest.approx(2 * float(spread.max()), rel=1e-6)

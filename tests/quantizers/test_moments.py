@@ -97,7 +97,7 @@ def test_holding_puts_everything_back_whatever_happens():
     objects = list(net.parameters())
 
     def interrupted():
-        with holding(net, {name: torch.zeros_like(x) for name, x in state.items()}):
+        with holding([(x, torch.zeros_like(x)) for x in net.state_dict(keep_vars=True).values()]):
             assert not net[0].weight.any()
             assert not net[1].running_var.any()
             raise KeyboardInterrupt
