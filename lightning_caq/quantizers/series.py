@@ -13,7 +13,6 @@ def series_basis(rows: Tensor, bits: int) -> Tensor:
 
     Each term rounds the residual of the ones before on a range that just holds it. A term of x bits leaves at most
     max |residual| / 2^x, so all of them leave at most max |w| / 2^b. All terms are stored and count: b bits a weight.
-    The paper counts the bits of one term.
 
     Args:
         rows: Weights, float64, shape (channels, weights).
