@@ -176,7 +176,7 @@ class Bench:
             self.found[rounding, bits] = *judged, spent
         right, objective, size, spent = self.found[rounding, bits]
         names = [layer.name for layer in self.layers]
-        predicted = self.profile.predicted_loss(dict(zip(names, bits, strict=True)))
+        predicted = self.profile.predicted_loss(dict(zip(names, bits.bits, strict=True)))
         return Outcome(right, objective, predicted, size, seconds + spent)
 
 

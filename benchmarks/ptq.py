@@ -34,7 +34,7 @@ class Row:
         model: The network.
         method: How bits were allocated.
         rounding: How weights were rounded.
-        asked_bits: The budget, in bits a weight on average.
+        asked_bits: The budget, in bits a weight on average; ``None`` where it is one of operations alone.
         avg_bits: What the network has, Σ n b / Σ n.
         ratio: Float32 size over quantized size, scales and zero points counted.
         accuracy: Of the quantized network on the test images, in percent.
@@ -47,7 +47,7 @@ class Row:
     model: str
     method: str
     rounding: str
-    asked_bits: float
+    asked_bits: float | None
     avg_bits: float
     ratio: float
     accuracy: float
@@ -60,16 +60,16 @@ class Row:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     try:
-        runs = [[options_of(args, bits, seed) for bits in args.avg_bits] for seed in args.seed]
+        runs = [[options_of(args, bits, seed) for bits in budgets(args)] for seed in args.seed]
         train, test = load_cifar10(args.data)
         if args.samples > len(train):
             raise ValueError(f"--samples {args.samples} is more than the {len(train):,} training images there are.")
         model = load_network(args.model, args.data)
         float_accuracy = accuracy(model, test)
         rows = []
-        for seed, budgets in zip(args.seed, runs, strict=True):
+        for seed, run_options in zip(args.seed, runs, strict=True):
             calibration, profile = train.sample(args.samples, seed), None
-            for options in budgets:
+            for options in run_options:
                 row, profile = run(model, options, args.model, calibration, test, float_accuracy, profile)
                 rows.append(row)
     except (CAQError, OSError, ValueError) as error:
@@ -81,27 +81,41 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--model", choices=tuple(BLOCKS), default="resnet20")
-    result.add_argument("--avg-bits", type=float, nargs="+", default=[3.0, 2.5, 2.25], help="budgets, one row each")
+    result.add_argument("--avg-bits", type=float, nargs="+", help="budgets, one row each; by default 3 2.5 2.25")
+    result.add_argument("--bops", type=float, help="billions of bit operations a sample, alone or beside --avg-bits")
     result.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 5, 6, 8], help="bit-widths to choose from")
     result.add_argument("--method", default="cet", help="how bits are allocated")
     result.add_argument("--rounding", choices=ROUNDINGS, default="error_feedback")
     result.add_argument("--batchnorm", choices=BATCHNORM, default="recentre")
-    result.add_argument("--activation-bits", type=int, help="bits of the layers' inputs; float32 by default")
+    result.add_argument(
+        "--activation-bits",
+        type=input_bits,
+        help="bits of the layers' inputs, or 'mixed' with --bops; float32 by default",
+    )
     result.add_argument("--guard", action="store_true", help="make uniform's network too and keep the better one")
     result.add_argument("--samples", type=int, default=512, help="training images to calibrate on")
-    result.add_argument(
-        "--seed", type=int, nargs="+", default=[0], help="chooses these images and all that is random"
-    )
+    result.add_argument("--seed", type=int, nargs="+", default=[0], help="chooses these images and all that is random")
     result.add_argument("--data", type=Path, default=DATA, help="folder with the trained networks and the images")
     result.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
     return result
 
 
-def options_of(args: argparse.Namespace, avg_bits: float, seed: int) -> QuantizationOptions:
+def input_bits(text: str) -> int | str:
+    """Bits of inputs as they are given on the command line."""
+    return text if text == "mixed" else int(text)
+
+
+def budgets(args: argparse.Namespace) -> list[float | None]:
+    """Average bits of each row; none where operations alone are limited."""
+    return args.avg_bits or ([None] if args.bops is not None else [3.0, 2.5, 2.25])
+
+
+def options_of(args: argparse.Namespace, avg_bits: float | None, seed: int) -> QuantizationOptions:
     """The options of one budget; made before any work, so that a wrong one is told at once."""
     return QuantizationOptions(
         method=args.method,
         avg_bits=avg_bits,
+        bops=args.bops,
         bits=args.bits,
         rounding=args.rounding,
         batchnorm=args.batchnorm,
@@ -128,7 +142,6 @@ def run(
     batches = calibration.batches(64)
     result = quantize(copy.deepcopy(model), batches, **asdict(options), profile=profile, say=progress)
     seconds = time.perf_counter() - start
-    assert options.avg_bits is not None
     row = Row(
         model=name,
         method=options.method,
@@ -164,7 +177,7 @@ def as_text(rows: Sequence[Row], images: int, args: argparse.Namespace, command:
         [
             f"{row.model} {row.method} {row.rounding}",
             str(row.seed),
-            f"{row.asked_bits:g}",
+            "–" if row.asked_bits is None else f"{row.asked_bits:g}",
             f"{row.avg_bits:.3f}",
             f"{row.ratio:.2f}x",
             f"{row.accuracy:.1f}",
@@ -194,7 +207,7 @@ def means(rows: Sequence[Row]) -> list[str]:
     for bits in dict.fromkeys(row.asked_bits for row in rows):
         found = [row.accuracy for row in rows if row.asked_bits == bits]
         error = statistics.stdev(found) / math.sqrt(seeds)
-        cells.append([f"{bits:g}", f"{statistics.fmean(found):.2f}", f"{error:.2f}"])
+        cells.append(["–" if bits is None else f"{bits:g}", f"{statistics.fmean(found):.2f}", f"{error:.2f}"])
     return [text_table(["asked bits", f"mean of {seeds} seeds %", "± s.e."], cells)]
 
 

@@ -134,12 +134,14 @@ def deep(layers: int) -> dict[str, Any]:
         seconds = time.perf_counter() - start
         figures = sorted(path.name for path in Path(folder).rglob("*.png"))
     assert callback.plan is not None
-    assert callback.profile is not None
+    assert callback.report is not None
+    parts = dict(callback.report.seconds)
+    parts["fit, files and figures"] = seconds - sum(parts.values())
     quantized, memory = len(callback.plan.bits), resident_megabytes()
     print(f"{quantized} layers: {seconds:.0f} s in all, {len(figures)} figures, {memory:.0f} MB")
-    for part, taken in callback.profile.seconds.items():
+    for part, taken in parts.items():
         print(f"  {part}: {taken:.1f} s")
-    return {"layers": layers, "seconds": seconds, "parts": callback.profile.seconds, "figures": figures}
+    return {"layers": layers, "seconds": seconds, "parts": parts, "MB": memory, "figures": figures}
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""The two networks of the examples, as one ordinary LightningModule."""
+"""The three networks of the examples, as one ordinary LightningModule."""
 
 from __future__ import annotations
 
@@ -24,18 +24,41 @@ def cnn() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
+class Residual(nn.Module):
+    """Two convolutions with batch-norm beside a shortcut, which is one convolution where the shape changes."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs),
+        )  # fmt: skip
+        short = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        self.shortcut = nn.Identity() if inputs == outputs and stride == 1 else short
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x) + self.shortcut(x))
+
+
+def resnet() -> nn.Module:
+    """ResNet-8: a convolution, three residual blocks, and a linear layer."""
+    stem = (nn.Conv2d(1, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+    blocks = (Residual(16, 16, 1), Residual(16, 32, 2), Residual(32, 64, 2))
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
 class Classifier(LightningModule):
     """A classifier of images. Nothing in it knows about quantization.
 
     Args:
-        network: ``mlp`` or ``cnn``.
+        network: ``mlp``, ``cnn`` or ``resnet``.
         learning_rate: Learning rate of Adam.
     """
 
-    def __init__(self, network: Literal["mlp", "cnn"] = "cnn", learning_rate: float = 2e-3) -> None:
+    def __init__(self, network: Literal["mlp", "cnn", "resnet"] = "cnn", learning_rate: float = 2e-3) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.net = {"mlp": mlp, "cnn": cnn}[network]()
+        self.net = {"mlp": mlp, "cnn": cnn, "resnet": resnet}[network]()
         self.learning_rate = learning_rate
         self.accuracy = MulticlassAccuracy(10, average="micro")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,19 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_caq.batches import split_samples, take_samples
+from lightning_caq.batches import HELD_OUT, batch_size, split_samples, take_samples
 from lightning_caq.budget import LayerSizes
+from lightning_caq.choice import Choice
 from lightning_caq.layers import Layer, layer_weight
 from lightning_caq.objective import Loss, Objective, make_objective
 from lightning_caq.options import QuantizationOptions
 from lightning_caq.plan import LayerPlan, QuantizationPlan, weights_fingerprint
 from lightning_caq.quantizers.activations import InputGrid
+from lightning_caq.quantizers.affine import Grid
 from lightning_caq.quantizers.calibration import calibrate_inputs, rounded_inputs
+from lightning_caq.quantizers.moments import samples_needed
 from lightning_caq.quantizers.passes import PairedPasses
 from lightning_caq.quantizers.repair import Repair, prepare_repair
 from lightning_caq.quantizers.rounding import round_layer
 from lightning_caq.quantizers.swap import restore_modules, swap
 from lightning_caq.quantizers.values import Quantizer
+from lightning_caq.valley import Valley
 from lightning_caq.widths import Width, width_bits
 
 INPUT_SAMPLES = 128
@@ -56,6 +61,7 @@ class Workshop:
         held_out: The objective on other samples.
         repair: What to repair after rounding, if anything.
         floats: Every tensor of the float network by its state-dict key.
+        valley: For long-axis rounding, the steep directions to keep out of.
     """
 
     model: nn.Module
@@ -67,10 +73,37 @@ class Workshop:
     held_out: Objective
     repair: Repair | None
     floats: Mapping[str, Tensor]
+    valley: Valley | None = None
 
-    def attempt(self, method: str, budget: str, bits: Sequence[Width]) -> Attempt:
-        """Write the rounded weights into the network, layer by layer, and repair what that moved."""
+    @property
+    def shortage(self) -> str:
+        """What is to be said if there are too few samples for error feedback; empty if there are enough."""
+        samples = sum(map(batch_size, self.fitted))
+        needed = samples_needed(self.model, self.layers, samples) if self.rounding == "error_feedback" else {}
+        if not needed:
+            return ""
+        listed = ", ".join(f"'{name}' ({count:,})" for name, count in needed.items())
+        return (
+            f"Error feedback is fitted to {samples:,} samples, fewer than it takes for a curvature of full rank at the "
+            f"input of {listed}; damping makes up for what is missing. calibration_samples="
+            f"{math.ceil(max(needed.values()) / (1 - HELD_OUT))} are enough, those held out included"
+        )
+
+    def attempt(self, method: str, budget: str, choice: Choice) -> Attempt:
+        """Write the rounded weights into the network, and repair what that moved."""
         made_for = weights_fingerprint(self.model, [layer.name for layer in self.layers])
+        plans = self._round(choice.bits) if self.valley is None else self._round_together(choice.bits, self.valley)
+        inputs = self._input_grids(choice.inputs)
+        plans = [replace(plan, input_grid=inputs.get(plan.name)) for plan in plans]
+        with rounded_inputs(self.model, self.layers, inputs):
+            repairs, note = self.repair(self.model) if self.repair is not None else ({}, "")
+        sizes = replace(self.sizes, activation_bits=choice.inputs, widths=sum(map(width_bits, choice.bits)))
+        plan = QuantizationPlan(method, budget, self.rounding, tuple(plans), sizes, made_for, repairs).cpu()
+        swap(self.model, plan.grids(), plan.input_grids())  # what is judged is what the plan makes of the network
+        return Attempt(plan, self.held_out.value(self.model), (note,) if note else ())
+
+    def _round(self, bits: Sequence[Width]) -> list[LayerPlan]:
+        """One layer after the other, each for the inputs that the rounded layers before it produce."""
         plans = []
         with PairedPasses(self.model, self.layers, self.fitted, self.floats) as passes:
             for layer, b in zip(self.layers, bits, strict=True):
@@ -78,21 +111,25 @@ class Workshop:
                 with torch.no_grad():
                     layer_weight(self.model, layer).copy_(grid.values(codes))
                 plans.append(LayerPlan(layer.name, layer.modules, grid, codes))
-        inputs = self._input_grids()
-        plans = [replace(plan, input_grid=inputs.get(plan.name)) for plan in plans]
-        with rounded_inputs(self.model, self.layers, inputs):
-            repairs, note = self.repair(self.model) if self.repair is not None else ({}, "")
-        sizes = replace(self.sizes, widths=sum(map(width_bits, bits)))
-        plan = QuantizationPlan(method, budget, self.rounding, tuple(plans), sizes, made_for, repairs).cpu()
-        swap(self.model, plan.grids(), plan.input_grids())  # what is judged is what the plan makes of the network
-        return Attempt(plan, self.held_out.value(self.model), (note,) if note else ())
+        return plans
 
-    def _input_grids(self) -> dict[str, InputGrid]:
+    def _round_together(self, bits: Sequence[Width], valley: Valley) -> list[LayerPlan]:
+        """All layers at once, on the grids of nearest rounding."""
+        grids = []
+        with PairedPasses(self.model, self.layers, self.fitted, self.floats) as passes:
+            for layer, b in zip(self.layers, bits, strict=True):
+                grid, _ = round_layer(self.model, layer, b, "nearest", passes, self.quantizer)
+                assert isinstance(grid, Grid)
+                grids.append(grid)
+        codes = valley.round(self.model, self.layers, grids)
+        return [LayerPlan(x.name, x.modules, g, c) for x, g, c in zip(self.layers, grids, codes, strict=True)]
+
+    def _input_grids(self, bits: Sequence[int]) -> dict[str, InputGrid]:
         """Grids of the layers' inputs, for the weights as they are now; none where inputs stay in float32."""
-        if not self.sizes.activation_bits:
+        if not bits:
             return {}
         samples = take_samples(self.fitted, INPUT_SAMPLES)
-        return calibrate_inputs(self.model, self.layers, samples, self.sizes.activation_bits)
+        return calibrate_inputs(self.model, self.layers, samples, bits)
 
     def restore(self) -> None:
         """Make the network the float one again."""
@@ -110,6 +147,7 @@ def open_workshop(
     options: QuantizationOptions,
     batches: Sequence[Any],
     loss_fn: Loss | None,
+    valley: Valley | None = None,
 ) -> Workshop:
     """Prepare a float network for attempts; the last eighth of the samples is held out to judge them by."""
     fitted, held_out = split_samples(batches)
@@ -117,7 +155,7 @@ def open_workshop(
     repair = prepare_repair(model, layers, fitted, judge) if options.batchnorm == "recentre" else None
     floats = {name: tensor.detach().clone() for name, tensor in tensors(model).items()}
     quantizer = Quantizer(options.quantizer, options.range, options.symmetry)
-    return Workshop(model, layers, sizes, options.rounding, quantizer, fitted, judge, repair, floats)
+    return Workshop(model, layers, sizes, options.rounding, quantizer, fitted, judge, repair, floats, valley)
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:

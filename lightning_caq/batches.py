@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_caq.errors import CalibrationError
 
+HELD_OUT = 0.125  # of the samples, to judge by
+
 
 def run_model(model: nn.Module, batch: Any) -> Tensor:
     """Run a model on a batch and return its output tensor.
@@ -139,7 +141,7 @@ def take_samples(batches: Sequence[Any], samples: int, *, skip: int = 0) -> list
     return taken
 
 
-def split_samples(batches: Sequence[Any], held_out: float = 0.125) -> tuple[list[Any], list[Any]]:
+def split_samples(batches: Sequence[Any], held_out: float = HELD_OUT) -> tuple[list[Any], list[Any]]:
     """Samples to fit to, and the last ones to judge by; a single sample does both.
 
     Example:

@@ -313,10 +313,16 @@ def _in_range(name: str, value: float, allowed: bool, what: str) -> float:
     return float(value)
 
 
-def check_budget(budget: Budget, sizes: LayerSizes, bits: Sequence[int]) -> None:
+def check_budget(budget: Budget, sizes: LayerSizes, bits: Sequence[int], most: LayerSizes | None = None) -> None:
     """Check that some choice of bits meets the budget and that the budget asks for no more than the largest one.
 
     Errors and drops are not known before they are measured; for them there is nothing to check here.
+
+    Args:
+        budget: The budget.
+        sizes: Sizes of the layers; where bits of inputs are chosen too, with the fewest of them.
+        bits: Candidate bit-widths of weights.
+        most: The sizes with the most bits of inputs, where these are chosen too.
 
     Raises:
         BudgetError: If the smallest network is still too large, or the largest one smaller than asked for;
@@ -328,9 +334,10 @@ def check_budget(budget: Budget, sizes: LayerSizes, bits: Sequence[int]) -> None
         _check_bops(budget.bops, sizes, smallest)
     elif isinstance(budget, Bops):
         _check_bops(budget, sizes, smallest)
-        if budget.value > sizes.bops(largest) * (1 + 1e-9):
+        operations = (most or sizes).bops(largest)
+        if budget.value > operations * (1 + 1e-9):
             raise BudgetError(
-                f"{budget} is already met with every layer at {max(bits)} bits (bops={sizes.bops(largest):.4g}); "
+                f"{budget} is already met with every layer at {max(bits)} bits (bops={operations:.4g}); "
                 f"ask for fewer operations or add larger bit-widths."
             )
     elif isinstance(budget, (AvgBits, Ratio)):

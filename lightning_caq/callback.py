@@ -66,6 +66,7 @@ class CurvatureQuantizationCallback(Callback):
         monitor_mode: Whether a good network has a large metric or a small one.
         max_evaluations: Networks that may be made and validated in the search for ``max_drop``.
         activation_bits: Bits of every quantized layer's input, 2 to 8 (the first layer's has 8); float32 by default.
+            ``"mixed"`` chooses those of each layer together with those of its weights within ``bops``.
         bits: Candidate bit-widths, from 1 to 8.
         granularity: What gets bits of its own: a whole ``layer``, or a ``channel_group``, up to 16 groups of output
             channels in each layer.
@@ -115,10 +116,10 @@ class CurvatureQuantizationCallback(Callback):
         monitor: str | None = None,
         monitor_mode: Literal["max", "min"] = "max",
         max_evaluations: int = 8,
-        activation_bits: int | None = None,
+        activation_bits: int | Literal["mixed"] | None = None,
         bits: list[int] | tuple[int, ...] = (2, 3, 4, 5, 6, 8),
         granularity: Literal["layer", "channel_group"] = "layer",
-        rounding: Literal["error_feedback", "nearest"] = "error_feedback",
+        rounding: Literal["error_feedback", "nearest", "long_axis"] = "error_feedback",
         quantizer: Literal["affine", "codebook", "lq_nets", "abc_net", "series", "dorefa"] = "affine",
         range: Literal["mse", "minmax", "percentile", "aciq", "curvature"] = "mse",
         symmetry: Literal["asymmetric", "symmetric", "mid_rise"] = "asymmetric",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,13 +14,25 @@ from lightning_caq.allocation.search import search_space
 from lightning_caq.budget import Budget, ErrorBudget, LayerSizes
 from lightning_caq.errors import BudgetError, OptionError
 from lightning_caq.measures.profile import ChannelGroup, CurvatureProfile
+from lightning_caq.mixed import choose_mixed
 from lightning_caq.widths import Width, width_bits
 
 Bits = tuple[int, ...]
-Choice = tuple[Width, ...]
 
 GRANULARITIES = ("layer", "channel_group")
 _OF_GROUPS = frozenset({"rounding_error", "diagonal", "subspace", "loss_change"})
+
+
+class Choice(NamedTuple):
+    """What one allocation gives the layers.
+
+    Attributes:
+        bits: Bits of each layer's weights.
+        inputs: Bits of each layer's input; empty where inputs stay in float32.
+    """
+
+    bits: tuple[Width, ...]
+    inputs: Bits = ()
 
 
 def check_separable(method: str) -> None:
@@ -56,6 +69,8 @@ class Chooser:
         evaluate: The calibration objective of an allocation with nearest rounding, for methods that search.
         seed: Seed of a search.
         granularity: What gets bits of its own, ``"layer"`` or ``"channel_group"``.
+        inputs: Candidate bits of each layer's input, a row a layer, where they are chosen together with those of
+            weights; empty where ``sizes`` says what they are.
     """
 
     profile: CurvatureProfile
@@ -65,9 +80,10 @@ class Chooser:
     evaluate: Callable[[Bits], float]
     seed: int
     granularity: str = "layer"
+    inputs: Sequence[Sequence[int]] = ()
 
     def choose(self, method: str, budget: Budget) -> Choice:
-        """Bits of every layer, in order.
+        """Bits of every layer's weights and of its input, in order.
 
         Args:
             method: Name of the method.
@@ -86,8 +102,14 @@ class Chooser:
             >>> rows = tuple(LayerCurvature(name, weights=10, channels=1, macs=10) for name in "ab")
             >>> sizes = LayerSizes((10, 10), (1, 1))
             >>> Chooser(CurvatureProfile(rows), sizes, (2, 4), 1.0, lambda bits: 0.0, 0).choose("uniform", AvgBits(4))
-            (4, 4)
+            Choice(bits=(4, 4), inputs=())
         """
+        if self.inputs:
+            return Choice(*choose_mixed(method, budget, self.profile, self.sizes, self.bits, self.inputs))
+        return Choice(self._weights(method, budget), self.sizes.activation_bits)
+
+    def _weights(self, method: str, budget: Budget) -> tuple[Width, ...]:
+        """Bits of every layer's weights."""
         if self.granularity == "channel_group":
             check_separable(method)
         if self.granularity == "layer" or not get_method(method).needs:  # what measures nothing tells no groups apart

@@ -46,6 +46,9 @@ class Contest:
     def hold(self) -> Attempt:
         """Make the network of the chosen method and all it is compared with; returns the one to keep."""
         method, budget = self.options.method, self.options.budget
+        if shortage := self.workshop.shortage:
+            self.notes.append(f"{shortage}.")
+            warnings.warn(f"caq: {shortage}.", stacklevel=2)
         if isinstance(budget, MaxDrop):
             self._within_drop(budget)
         else:
@@ -62,9 +65,9 @@ class Contest:
     def _make(self, variant: str, method: str, budget: Budget) -> None:
         """Allocate, round and judge; the network is float again afterwards."""
         with self.progress.step(f"allocation ({method})"):
-            bits = self.chooser.choose(method, budget)
+            choice = self.chooser.choose(method, budget)
         with self.progress.step(f"rounding ({method})"):
-            attempt = self.workshop.attempt(method, str(budget), bits)
+            attempt = self.workshop.attempt(method, str(budget), choice)
         with self.progress.step(f"evaluation ({method})"):
             self.metrics[variant] = self.judge()
         self.workshop.restore()
@@ -77,14 +80,14 @@ class Contest:
         made: dict[Choice, tuple[float, Attempt, dict[str, float]]] = {}
 
         def passes(avg_bits: float) -> bool:
-            bits = self.chooser.choose(self.options.method, AvgBits(avg_bits))
-            if bits not in made:
+            choice = self.chooser.choose(self.options.method, AvgBits(avg_bits))
+            if choice not in made:
                 self._make(CHOSEN, self.options.method, AvgBits(avg_bits))
                 metrics = self.metrics[CHOSEN]
                 drop = sign * (self.float_metrics[budget.monitor] - metrics[budget.monitor])
                 self.progress.say(f"{avg_bits:.3f} bits on average: {budget.monitor} drops by {drop:.4g}")
-                made[bits] = drop, self.attempts[CHOSEN], metrics
-            return made[bits][0] <= budget.value
+                made[choice] = drop, self.attempts[CHOSEN], metrics
+            return made[choice][0] <= budget.value
 
         low, high = min(self.options.bits), max(self.options.bits)
         if smallest_passing(passes, low, high, self.options.max_evaluations) is None:
@@ -99,7 +102,8 @@ class Contest:
     def _guard(self, budget: Budget) -> None:
         """Keep uniform bits instead, if they are better on the samples held out."""
         method, chosen = self.options.method, self.attempts[CHOSEN]
-        if self.chooser.choose(GUARD, budget) == tuple(chosen.plan.widths.values()):
+        made_of = Choice(tuple(chosen.plan.widths.values()), chosen.plan.sizes.activation_bits)
+        if self.chooser.choose(GUARD, budget) == made_of:
             return
         asked = GUARD in self.attempts
         if not asked:

@@ -1,5 +1,11 @@
 """The errors this package raises, each also an instance of the built-in a caller would expect."""
 
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class CAQError(Exception):
     """Base of every error raised by this package."""
@@ -27,3 +33,30 @@ class PlanError(CAQError, ValueError):
 
 class ExportError(CAQError, RuntimeError):
     """A network cannot be exported: a package is missing, an operator has no counterpart, or the outputs differ."""
+
+
+@contextmanager
+def short_errors() -> Iterator[None]:
+    """End a program with one sentence where an option is not allowed, for programs with a ``LightningCLI``.
+
+    The parser of such programs (jsonargparse) wraps the sentence into a list of all that the callbacks could have been,
+    and that into a traceback. Other errors go on as they are.
+
+    Raises:
+        SystemExit: With the sentence, in place of an error that is or comes from an ``OptionError``.
+
+    Example:
+        >>> with short_errors():
+        ...     raise OptionError("bits=0 is not allowed; give a whole number from 1 to 8.")
+        Traceback (most recent call last):
+        SystemExit: bits=0 is not allowed; give a whole number from 1 to 8.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OptionError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        sys.exit(str(cause))

@@ -65,10 +65,10 @@ def eigenpair_points(
 
     Returns:
         One point a number, with the value of the objective; none where the profile holds too little, or channels of
-        one layer have bits of their own.
+        one layer have bits of their own, or bits of inputs are chosen too.
     """
     workshop, options, profile = contest.workshop, contest.options, contest.chooser.profile
-    if not set(profile.needs) >= _NEEDS or contest.chooser.granularity != "layer":
+    if not set(profile.needs) >= _NEEDS or contest.chooser.granularity != "layer" or contest.chooser.inputs:
         return ()
     model, layers = workshop.model, workshop.layers
     judge = make_objective(options.objective, model, batches, loss_fn)
@@ -79,10 +79,10 @@ def eigenpair_points(
     made: dict[Choice, SweepPoint] = {}
     points = []
     for k, known in profiles.items():
-        bits = replace(contest.chooser, profile=known).choose(_METHOD, AvgBits(avg_bits))
-        if bits not in made:
-            made_of = workshop.attempt(_METHOD, f"avg_bits={avg_bits:.4g}", bits).plan
-            made[bits] = SweepPoint(_METHOD, made_of.avg_bits, made_of.ratio, {judge.name: judge.value(model)})
+        choice = replace(contest.chooser, profile=known).choose(_METHOD, AvgBits(avg_bits))
+        if choice not in made:
+            made_of = workshop.attempt(_METHOD, f"avg_bits={avg_bits:.4g}", choice).plan
+            made[choice] = SweepPoint(_METHOD, made_of.avg_bits, made_of.ratio, {judge.name: judge.value(model)})
             workshop.restore()
-        points.append(replace(made[bits], eigenpairs=k))
+        points.append(replace(made[choice], eigenpairs=k))
     return tuple(points)

@@ -46,7 +46,7 @@ def columns(layer: Layer, module: Any, inputs: Tensor, chosen: Tensor | None = N
         layer: The layer; not an embedding, whose columns are the words themselves.
         module: Its module, for stride, padding and dilation.
         inputs: Its input, samples first.
-        chosen: Which of the positions to give, in what order; all by default.
+        chosen: Which positions of each sample to give, shape (samples, positions); all by default.
 
     Returns:
         Columns such that ``to_matrix(layer, weight) @ columns`` is the output without bias, group by group.
@@ -61,16 +61,20 @@ def columns(layer: Layer, module: Any, inputs: Tensor, chosen: Tensor | None = N
     """
     if layer.kind == "linear":
         vectors = inputs.reshape(len(inputs), 1, -1, inputs.shape[-1]).transpose(2, 3)
-        return vectors if chosen is None else vectors[..., chosen]
+        return vectors if chosen is None else vectors[_each(chosen), :, :, chosen].permute(0, 2, 3, 1)
     patches = _patches(layer, module, inputs)
     n = len(module.kernel_size)
     spatial = patches.shape[2 : 2 + n]
     if chosen is not None:
-        place: tuple[Any, ...] = (slice(None), slice(None), *torch.unravel_index(chosen, spatial))
-        patches = patches[place].movedim(2, -1)
-        return patches.reshape(len(inputs), layer.groups, -1, len(chosen))
+        place: tuple[Any, ...] = (_each(chosen), slice(None), *torch.unravel_index(chosen, spatial))
+        return patches[place].movedim(1, -1).reshape(len(inputs), layer.groups, -1, chosen.shape[1])
     order = (0, 1, *range(2 + n, 2 + 2 * n), *range(2, 2 + n))
     return patches.permute(order).reshape(len(inputs), layer.groups, -1, spatial.numel())
+
+
+def _each(chosen: Tensor) -> Tensor:
+    """The sample that each of the chosen positions belongs to."""
+    return torch.arange(len(chosen), device=chosen.device)[:, None]
 
 
 def count_positions(layer: Layer, module: Any, inputs: Tensor) -> int:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, Literal
 
 from lightning_caq.allocation.methods import available_methods, get_method
 from lightning_caq.budget import Budget, make_budget
 from lightning_caq.choice import GRANULARITIES, check_separable
 from lightning_caq.errors import OptionError
+from lightning_caq.mixed import MIXED, check_mixed
+from lightning_caq.mixed import NEEDS as OF_MIXED
 from lightning_caq.quantizers.ranges import RANGES, SYMMETRIES
 from lightning_caq.quantizers.values import QUANTIZERS
 
-ROUNDINGS = ("nearest", "error_feedback")
+ROUNDINGS = ("nearest", "error_feedback", "long_axis")
 BATCHNORM = ("recentre", "keep")
 OBJECTIVES = ("distill", "task")
 ALWAYS = frozenset({"kappa", "lipschitz", "inputs"})  # what reports show, whatever the method
@@ -36,11 +38,13 @@ class QuantizationOptions:
         monitor_mode: Whether a good network has a large metric (``"max"``) or a small one (``"min"``).
         max_evaluations: Networks that may be made and evaluated in the search for ``max_drop``.
         activation_bits: Bits of every quantized layer's input, 2 to 8; the first layer's input has 8, words of
-            embeddings are left. ``None`` leaves inputs in float32.
+            embeddings are left. ``None`` leaves inputs in float32. ``"mixed"`` chooses those of each layer, of ``bits``
+            from 2 up, together with those of its weights within ``bops``.
         bits: Candidate bit-widths, from 1 to 8.
         granularity: What gets bits of its own: a whole ``"layer"``, or a ``"channel_group"``, up to 16 groups of
             output channels in each layer. Groups take a method whose costs were measured of them, such as ``"cet"``.
-        rounding: ``"error_feedback"`` or ``"nearest"``.
+        rounding: ``"error_feedback"``, ``"nearest"``, or ``"long_axis"``: down or up such that the errors of all layers
+            cancel along the steep directions, which the eigenpairs span; for ``quantizer="affine"``.
         quantizer: The values that weights may take: ``"affine"`` (evenly spaced), ``"codebook"``, ``"lq_nets"``,
             ``"abc_net"``, ``"series"`` or ``"dorefa"``.
         range: Where an affine grid begins and ends: ``"mse"``, ``"minmax"``, ``"percentile"``, ``"aciq"`` or
@@ -80,7 +84,7 @@ class QuantizationOptions:
     monitor: str | None = None
     monitor_mode: str = "max"
     max_evaluations: int = 8
-    activation_bits: int | None = None
+    activation_bits: int | Literal["mixed"] | None = None
     bits: Sequence[int] = (2, 3, 4, 5, 6, 8)
     granularity: str = "layer"
     rounding: str = "error_feedback"
@@ -120,9 +124,7 @@ class QuantizationOptions:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise OptionError(f"{name}={value!r} is not allowed; give a whole number from 1 up.")
-        a = self.activation_bits
-        if a is not None and (isinstance(a, bool) or not isinstance(a, int) or not 2 <= a <= 8):
-            raise OptionError(f"activation_bits={a!r} is not allowed; give a whole number from 2 to 8, or None.")
+        self._check_inputs()
         seconds = self.time_budget
         if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, Real) or not seconds > 0):
             raise OptionError(f"time_budget={seconds!r} is not allowed; give a number of seconds above 0.")
@@ -137,12 +139,37 @@ class QuantizationOptions:
         _one_of("symmetry", self.symmetry, SYMMETRIES)
         if self.quantizer == "affine":
             return
+        if self.rounding == "long_axis":
+            raise OptionError(
+                f"rounding='long_axis' is for quantizer='affine'; with {self.quantizer!r} give 'nearest' or "
+                "'error_feedback'."
+            )
         for name, default in (("range", "mse"), ("symmetry", "asymmetric"), ("granularity", "layer")):
             if getattr(self, name) != default:
                 raise OptionError(
                     f"{name}={getattr(self, name)!r} is for quantizer='affine'; {self.quantizer!r} finds its values by "
                     f"itself. Leave {name}={default!r}."
                 )
+
+    def _check_inputs(self) -> None:
+        a = self.activation_bits
+        if a != MIXED:
+            if a is not None and (isinstance(a, bool) or not isinstance(a, int) or not 2 <= a <= 8):
+                raise OptionError(
+                    f"activation_bits={a!r} is not allowed; give a whole number from 2 to 8, 'mixed', or None."
+                )
+            return
+        if self.bops is None:
+            raise OptionError(
+                "activation_bits='mixed' needs a budget of operations; give bops, such as bops=1.5, alone or with "
+                "avg_bits or ratio."
+            )
+        if self.granularity != "layer":
+            raise OptionError("activation_bits='mixed' needs granularity='layer'.")
+        if max(self.bits) < 2:
+            raise OptionError(f"activation_bits='mixed' takes its widths from bits={self.bits}; add one from 2 to 8.")
+        for name in self.methods:
+            check_mixed(name)
 
     def _check_granularity(self) -> None:
         _one_of("granularity", self.granularity, GRANULARITIES)
@@ -171,7 +198,8 @@ class QuantizationOptions:
         """The measures that the methods and the report ask for."""
         groups = {"channel_groups"} if self.granularity == "channel_group" else set()
         studied = STUDIED if self.study else frozenset()
-        return ALWAYS.union(groups, studied, *(get_method(name).needs for name in self.methods))
+        inputs = OF_MIXED if self.activation_bits == MIXED else frozenset()
+        return ALWAYS.union(groups, studied, inputs, *(get_method(name).needs for name in self.methods))
 
     @property
     def methods(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -24,18 +24,20 @@ from lightning_caq.evaluation.versions import versions
 from lightning_caq.explain import explain
 from lightning_caq.isolation import preserved
 from lightning_caq.layers import Layer, find_layers, layer_sizes, layer_weight
+from lightning_caq.measures.eigenvectors import check_memory
 from lightning_caq.measures.measure import measure
 from lightning_caq.measures.profile import CurvatureProfile
 from lightning_caq.measures.rounded_loss import rounded_loss
 from lightning_caq.measures.sharing import ALONE, Sharing
+from lightning_caq.mixed import MIXED, input_candidates
 from lightning_caq.objective import Loss, Objective, make_objective
 from lightning_caq.options import QuantizationOptions
 from lightning_caq.plan import QuantizationPlan
 from lightning_caq.progress import Progress, Say, duration, silent
-from lightning_caq.quantizers.calibration import input_bits
 from lightning_caq.quantizers.swap import quantized_modules
 from lightning_caq.reporting.gallery import draw_gallery
 from lightning_caq.reporting.html import write_html
+from lightning_caq.valley import find_valley
 
 TIGHTNESS_SAMPLES = 64
 
@@ -81,7 +83,7 @@ def quantize(
     monitor: str | None = None,
     monitor_mode: str = "max",
     max_evaluations: int = 8,
-    activation_bits: int | None = None,
+    activation_bits: int | Literal["mixed"] | None = None,
     bits: Sequence[int] = (2, 3, 4, 5, 6, 8),
     granularity: str = "layer",
     rounding: str = "error_feedback",
@@ -120,10 +122,10 @@ def quantize(
         monitor: That metric, one that ``evaluate`` returns.
         monitor_mode: ``"max"`` or ``"min"``: how a good network's metric is.
         max_evaluations: Networks that may be tried for ``max_drop``.
-        activation_bits: Bits of the layers' inputs, ``None`` for float32.
+        activation_bits: Bits of the layers' inputs, ``None`` for float32, ``"mixed"`` to choose each within ``bops``.
         bits: Candidate bit-widths.
         granularity: What gets bits of its own: ``"layer"`` or ``"channel_group"``.
-        rounding: ``"error_feedback"`` or ``"nearest"``.
+        rounding: ``"error_feedback"``, ``"nearest"`` or ``"long_axis"``.
         quantizer: The values that weights may take, evenly spaced by default.
         range: Where an affine grid begins and ends.
         symmetry: Where the zero of an affine grid lies.
@@ -232,14 +234,17 @@ def run(
         chosen = {id(layer_weight(model, layer)) for layer in layers}
         left = sum(p.numel() for p in model.parameters() if p.ndim > 1 and id(p) not in chosen)
         sizes = replace(layer_sizes(layers, left), quantizer=options.quantizer)
-        if options.activation_bits is not None:
-            sizes = replace(sizes, activation_bits=input_bits(layers, options.activation_bits))
-        check_budget(options.budget, sizes, options.bits)
+        candidates = input_candidates(layers, options.bits, options.activation_bits)
+        sizes, most = (replace(sizes, activation_bits=tuple(row[i] for row in candidates)) for i in (0, -1))
+        check_budget(options.budget, sizes, options.bits, most)
+        if options.rounding == "long_axis":
+            check_memory(layers, options.eigenpairs)
         return _Road(
             model,
             layers,
             skipped,
             sizes,
+            candidates,
             samples,
             options,
             loss_fn,
@@ -258,6 +263,7 @@ class _Road:
     layers: list[Layer]
     skipped: list[Layer]
     sizes: LayerSizes
+    candidates: Sequence[Sequence[int]]
     batches: list[Any]
     options: QuantizationOptions
     loss_fn: Loss | None
@@ -274,7 +280,7 @@ class _Road:
         profile = self._measure()
         contest = Contest(
             chooser=self._chooser(profile),
-            workshop=self._workshop(),
+            workshop=self._workshop(profile),
             judge=lambda: self._judge(objective),
             options=self.options,
             progress=self.progress,
@@ -345,10 +351,17 @@ class _Road:
         loss = rounded_loss(self.model, self.layers, objective, self.options.bits)
         norm = output_norm(self.model, samples)
         o = self.options
-        return Chooser(profile, self.sizes, o.bits, norm, loss, o.seed, o.granularity)
+        mixed = self.candidates if o.activation_bits == MIXED else ()
+        return Chooser(profile, self.sizes, o.bits, norm, loss, o.seed, o.granularity, mixed)
 
-    def _workshop(self) -> Workshop:
-        return open_workshop(self.model, self.layers, self.sizes, self.options, self.batches, self.loss_fn)
+    def _workshop(self, profile: CurvatureProfile) -> Workshop:
+        o, valley = self.options, None
+        if o.rounding == "long_axis":
+            with self.progress.step("eigenvectors of the Hessian"), self.sharing.agreed("eigenvectors"):
+                samples = take_samples(self.batches, profile.samples)
+                objective = make_objective(o.objective, self.model, samples, self.loss_fn)
+                valley = find_valley(self.model, self.layers, objective, o.eigenpairs, o.seed)
+        return open_workshop(self.model, self.layers, self.sizes, o, self.batches, self.loss_fn, valley)
 
     def _report(
         self, contest: Contest, metrics: Mapping[str, float], profile: CurvatureProfile, held: Tightness
@@ -358,9 +371,12 @@ class _Road:
         sizes = {"float": Size(float(FLOAT_BITS), 1.0, total * FLOAT_BITS // 8)}
         sizes |= {variant: Size(plan.avg_bits, plan.ratio, plan.bytes) for variant, plan in plans.items()}
         rows, bits_of = [], {variant: plan.bits for variant, plan in plans.items()}
+        inputs_of = {variant: plan.activation_bits for variant, plan in plans.items()}
         for layer in self.layers:
-            row, bits = profile[layer.name], {variant: bits[layer.name] for variant, bits in bits_of.items()}
-            rows.append(LayerRow(layer.name, layer.kind, layer.weights, layer.macs, row.kappa, row.lipschitz, bits))
+            row, name = profile[layer.name], layer.name
+            bits = {variant: bits[name] for variant, bits in bits_of.items()}
+            inputs = {variant: bits[name] for variant, bits in inputs_of.items() if name in bits}
+            rows.append(LayerRow(name, layer.kind, layer.weights, layer.macs, row.kappa, row.lipschitz, bits, inputs))
         notes = [f"Layer '{x.name}' stays in float32: no calibration batch calls it." for x in self.skipped]
         if profile.sampled is not None:
             drawn, of = profile.sampled

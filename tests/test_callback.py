@@ -12,7 +12,7 @@ import pytest
 import pytorch_lightning
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy
 from lit import AtHook, Classifier, blobs, classifier, train_loader, trainer, val_loader
 from torch import nn
@@ -26,6 +26,7 @@ from lightning_caq.quantizers.swap import quantized_modules
 BOTH = pytest.mark.parametrize("package", [lightning.pytorch, pytorch_lightning], ids=lambda p: p.__name__)
 LAYERS = {"net.0", "net.4"}
 OBJECTIVE_ONLY = {"float/distill", "quantized/distill", "uniform/distill"}
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 def quantizer(**options):
@@ -205,22 +206,6 @@ def test_stopping_and_checkpointing_see_float_metrics_only(tmp_path):
     assert float(keep.best_model_score) == pytest.approx(min(logged))
     assert float(stop.best_score) == pytest.approx(min(logged))
     assert float(t.callback_metrics["val_loss"]) == pytest.approx(logged[-1])
-
-
-def test_loggers_get_the_numbers_and_tensorboard_the_figures(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    logger = TensorBoardLogger(tmp_path)
-    callback = quantizer()
-    _, t = fit(tmp_path, callback, logger=[logger, CSVLogger(tmp_path, name="csv")])
-    assert (tmp_path / "lightning_logs" / "version_0" / "caq" / "report.json").exists()
-    events = EventAccumulator(logger.log_dir)
-    events.Reload()
-    tags = events.Tags()
-    assert events.Scalars("caq/bits/net.0")[0].value == callback.plan.bits["net.0"]
-    assert events.Scalars("caq/bits/net.0")[0].step == t.global_step
-    assert any(tag.startswith("caq/") for tag in tags["images"])
-    assert "caq/quantized/val_acc" in (tmp_path / "csv" / "version_0" / "metrics.csv").read_text()
 
 
 @pytest.mark.filterwarnings("ignore:.*barebones")

@@ -50,7 +50,7 @@ def _every(chooser):
 
 
 def _expand(chooser, choice):
-    pairs = zip(chooser.profile.layers, choice, strict=True)
+    pairs = zip(chooser.profile.layers, choice.bits, strict=True)
     return {row.name: [w] * row.channels if isinstance(w, int) else list(w) for row, w in pairs}
 
 
@@ -70,9 +70,9 @@ def test_a_ratio_counts_what_it_takes_to_say_which_channel_has_which_width(choos
     for value in np.linspace(3.3, 4.3, 9):
         choice = chooser.choose("mckp", Ratio(float(value)))
         by_layer = _expand(chooser, choice)
-        stored = _payload(by_layer) + sum(map(width_bits, choice)) + 48 * sum(chooser.sizes.channels) + 32 * 5
+        stored = _payload(by_layer) + sum(map(width_bits, choice.bits)) + 48 * sum(chooser.sizes.channels) + 32 * 5
         assert 32 * (sum(chooser.sizes.weights) + 5) / stored >= value
-        assert chooser.sizes.avg_bits([average_bits(w) for w in choice]) == _payload(by_layer) / sum(
+        assert chooser.sizes.avg_bits([average_bits(w) for w in choice.bits]) == _payload(by_layer) / sum(
             chooser.sizes.weights
         )
 
@@ -87,7 +87,7 @@ def test_operations_are_those_of_the_channels(chooser):
 
 
 def test_uniform_bits_are_those_of_whole_layers(chooser):
-    assert all(isinstance(width, int) for width in chooser.choose("uniform", AvgBits(2.6)))
+    assert all(isinstance(width, int) for width in chooser.choose("uniform", AvgBits(2.6)).bits)
 
 
 def test_sizes_of_groups_add_up(chooser):

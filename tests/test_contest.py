@@ -11,6 +11,8 @@ from torch import nn
 from lightning_caq import quantize
 from lightning_caq.allocation.methods import register_method
 from lightning_caq.attempt import Attempt
+from lightning_caq.budget import LayerSizes
+from lightning_caq.choice import Choice
 from lightning_caq.contest import Contest
 from lightning_caq.errors import BudgetError, OptionError
 from lightning_caq.options import QuantizationOptions
@@ -74,13 +76,14 @@ def test_without_the_guard_the_methods_own_bits_are_kept(net):
 def test_the_guard_decides_by_the_samples_held_out(held_out, kept, compare):
     losses, made = {"cet": held_out, "uniform": 0.2}, []
 
-    def attempt(method, budget, bits):
+    def attempt(method, budget, choice):
         made.append(method)
-        return Attempt(SimpleNamespace(method=method, widths=dict(enumerate(bits)), avg_bits=3.0), losses[method])
+        widths, sizes = dict(enumerate(choice.bits)), LayerSizes((1, 1), (1, 1), activation_bits=choice.inputs)
+        return Attempt(SimpleNamespace(method=method, widths=widths, sizes=sizes, avg_bits=3.0), losses[method])
 
     contest = Contest(
-        chooser=SimpleNamespace(choose=lambda method, budget: (2, 4) if method == "cet" else (3, 3)),
-        workshop=SimpleNamespace(attempt=attempt, restore=lambda: None),
+        chooser=SimpleNamespace(choose=lambda method, budget: Choice((2, 4) if method == "cet" else (3, 3))),
+        workshop=SimpleNamespace(attempt=attempt, restore=lambda: None, shortage=""),
         judge=lambda: {"distill": losses[made[-1]]},
         options=QuantizationOptions(avg_bits=3, compare=compare),
         progress=Progress(),

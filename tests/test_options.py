@@ -36,7 +36,7 @@ def test_methods_are_the_chosen_one_and_then_the_others_once():
         ("method", "magic", "method='magic' is not known; choose from .*'cet'"),
         ("compare", ["magic"], "compare='magic' is not known; choose from"),
         ("compare", "uniform", r"compare='uniform' must be a list of strings, such as \['uniform'\]"),
-        ("rounding", "stochastic", "rounding='stochastic' is not known; choose from 'nearest', 'error_feedback'"),
+        ("rounding", "stochastic", "rounding='stochastic' is not known; choose from 'nearest', .*'long_axis'"),
         ("batchnorm", True, "batchnorm=True is not known; choose from 'recentre', 'keep'"),
         ("objective", "loss", "objective='loss' is not known; choose from 'distill', 'task'"),
         ("bits", (), r"bits=\(\) is not allowed; give whole numbers from 1 to 8"),
@@ -60,6 +60,11 @@ def test_methods_are_the_chosen_one_and_then_the_others_once():
 def test_bad_options(name, value, message):
     with pytest.raises(OptionError, match=message):
         QuantizationOptions(**{"avg_bits": 3, name: value})
+
+
+def test_long_axis_rounding_is_for_evenly_spaced_values():
+    with pytest.raises(OptionError, match="'long_axis' is for quantizer='affine'; with 'codebook' give 'nearest'"):
+        QuantizationOptions(avg_bits=3, quantizer="codebook", rounding="long_axis")
 
 
 def test_the_budget_is_checked_with_the_rest():

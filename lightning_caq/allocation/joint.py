@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -67,10 +67,10 @@ class JointChoices:
         inputs = self._table(activation_costs, self._inputs.shape[1], "activation_costs")
         return _flat(weights[:, :, None] + inputs[:, None, :])
 
-    def size_limit(self, weights: Sequence[int], limit: float) -> Constraint:
-        """Σ n_i b_i ≤ limit, in bits; inputs are not stored and count nothing."""
-        each = np.multiply.outer(np.asarray(weights, float), np.asarray(self.bits, float))
-        return Constraint("size", _flat(each[:, :, None] + 0.0 * self._inputs[:, None, :]), limit, "bits")
+    def of_weights(self, limit: Constraint) -> Constraint:
+        """A limit on bits of weights alone, such as on the size, to which inputs count nothing."""
+        each = self._table(limit.usage, len(self.bits), f"usage of '{limit.name}'")
+        return replace(limit, usage=_flat(each[:, :, None] + 0.0 * self._inputs[:, None, :]))
 
     def bops_limit(self, macs: Sequence[int], limit: float) -> Constraint:
         """Σ m_i b_i b_a,i ≤ limit: bit operations of one sample (HAWQ-v3, Yao et al., 2021, §3.3)."""
@@ -104,7 +104,7 @@ def solve_joint(
         choices: The candidates.
         weight_costs: Predicted damage of rounding the weights, shape (layers, B).
         activation_costs: Predicted damage of rounding the inputs, shape (layers, A), in the same unit.
-        constraints: Hard limits, from ``choices.size_limit`` and ``choices.bops_limit``.
+        constraints: Hard limits, from ``choices.of_weights`` and ``choices.bops_limit``.
         names: Names of the layers, for messages.
 
     Returns:

@@ -23,6 +23,7 @@ class LayerRow:
         kappa: κ_i, or ``None``.
         lipschitz: L_i, or ``None``.
         bits: Bit-width by variant, ``"quantized"`` and each compared method; an average where channels differ.
+        input_bits: Bit-width of the layer's input by variant; without those that leave it in float32.
     """
 
     name: str
@@ -32,6 +33,7 @@ class LayerRow:
     kappa: float | None
     lipschitz: float | None
     bits: dict[str, int | float]
+    input_bits: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,9 @@ class QuantizationReport:
     def layer_cells(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows of the table of layers."""
         quantized = [v for v in self.variants if v != "float"]
-        header = ["layer", "kind", "weights", "κ", "L", *(self._bits_title(v) for v in quantized)]
+        with_inputs = [v for v in quantized if any(v in r.input_bits for r in self.layers)]
+        header = ["layer", "kind", "weights", "κ", "L", *(self._bits_title("bits", v) for v in quantized)]
+        header += [self._bits_title("input bits", v) for v in with_inputs]
         rows = [
             [
                 r.name,
@@ -124,6 +128,7 @@ class QuantizationReport:
                 _figure(r.kappa),
                 _figure(r.lipschitz),
                 *(_bits(r.bits.get(v)) for v in quantized),
+                *(_bits(r.input_bits.get(v)) for v in with_inputs),
             ]
             for r in self.layers
         ]
@@ -149,8 +154,8 @@ class QuantizationReport:
         """How a variant is called in tables and figures, such as ``"quantized (cet)"``."""
         return f"quantized ({self.method})" if variant == "quantized" else variant
 
-    def _bits_title(self, variant: str) -> str:
-        return "bits" if variant == "quantized" else f"bits {variant}"
+    def _bits_title(self, bits: str, variant: str) -> str:
+        return bits if variant == "quantized" else f"{bits} {variant}"
 
 
 def _figure(value: float | None) -> str:

@@ -113,6 +113,7 @@ def gradients_needed(
         "output_error": 0.2 * layers + 0.3 * bits,
         "amplification": 10.0,
         "kl": 0.35 * layers * bits,
+        "activation_cost": 0.2 * layers * bits,
         # Lanczos takes 2.4 products an eigenpair, each of two gradients.
         "subspace": of_rows if distill else 5.0 * eigenpairs + 12.0 * layers,
         "loss_change": 0.5 * layers,

@@ -31,7 +31,9 @@ OF_ROUNDING = frozenset(
     {"rounding_error", "output_error", "amplification", "diagonal", "kl", "distribution_distance", "scale_importance"}
 )
 OF_HESSIAN = frozenset({"trace", "subspace", "loss_change", "channel_groups"})
-OF_NETWORK = frozenset({"inputs", "gradient_norm", "top_eigenvalue", "lipschitz_amplification", "density"})
+OF_NETWORK = frozenset(
+    {"inputs", "activation_cost", "gradient_norm", "top_eigenvalue", "lipschitz_amplification", "density"}
+)
 MEASURES = OF_BLOCKS | OF_ROUNDING | OF_HESSIAN | OF_NETWORK
 
 
@@ -153,6 +155,9 @@ def _take(
             steps.blocks(model, mine, target.batches, needs, seed, rows)
     if needs & {"inputs"}:
         steps.inputs(model, mine, target.batches, rows)
+    if "activation_cost" in needs:
+        with step("costs of rounded inputs"):
+            steps.rounded_inputs(model, mine, target, [b for b in bits if b >= 2], rows)
     if "lipschitz_amplification" in needs:
         with step("Lipschitz constants along the graph"):
             whole |= steps.graph(model, layers, target.batches, seed, rows)

@@ -58,6 +58,8 @@ class LayerCurvature:
             in S, and μ ‖Δ‖² for the rest.
         first_order: Bits to gᵀΔ_i(b), the first-order change of the loss; zeros for ``distill``.
         loss_change: Bits to the loss change measured with only this layer rounded to nearest, ℓ(w + Δ_i) − ℓ(w).
+        activation_cost: Bits to the loss change measured with only the layer's input rounded, nat; 0 where it takes
+            no floating-point numbers.
         outside: Bit-widths at which the quadratic model fails (CET Eq. 7): its prediction is off by more than the
             tolerance from ``loss_change``.
         groups: Groups of its output channels, each with figures of its own; empty where they were not asked for.
@@ -100,6 +102,7 @@ class LayerCurvature:
     second_order: dict[int, float] = field(default_factory=dict)
     first_order: dict[int, float] = field(default_factory=dict)
     loss_change: dict[int, float] = field(default_factory=dict)
+    activation_cost: dict[int, float] = field(default_factory=dict)
     outside: tuple[int, ...] = ()
     groups: tuple[ChannelGroup, ...] = ()
 

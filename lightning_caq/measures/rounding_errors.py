@@ -49,7 +49,9 @@ class InputStatistics:
 def output_errors(
     model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], deltas: Mapping[str, Mapping[int, Tensor]]
 ) -> dict[str, dict[int, float]]:
-    """e_i(b): root mean square over samples of ‖Δ_i(b) z_i‖, in the unit of the layer's output; one pass for all layers.
+    """e_i(b): root mean square over samples of ‖Δ_i(b) z_i‖, in the unit of the layer's output.
+
+    One pass serves all layers.
 
     Args:
         model: The float network, in eval mode.
@@ -62,7 +64,8 @@ def output_errors(
 
     Example:
         >>> net, x = nn.Linear(2, 1), torch.ones(5, 2)
-        >>> output_errors(net, [Layer("", "linear", (1, 2), modules=("",))], [x], {"": {3: torch.tensor([[0.5, 0.25]])}})
+        >>> delta = torch.tensor([[0.5, 0.25]])
+        >>> output_errors(net, [Layer("", "linear", (1, 2), modules=("",))], [x], {"": {3: delta}})
         {'': {3: 0.75}}
     """
     sums = {layer.name: dict.fromkeys(deltas[layer.name], 0.0) for layer in layers}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_caq.batches import take_samples
 from lightning_caq.layers import Layer, layer_weight
+from lightning_caq.measures.activation_costs import activation_costs
 from lightning_caq.measures.blocks import record_blocks
 from lightning_caq.measures.carried import carried_errors
 from lightning_caq.measures.channel_groups import masks, row_owners, start_groups
@@ -89,6 +90,17 @@ def inputs(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], ro
     """Size and spread of every layer's inputs."""
     for name, statistics in input_statistics(model, layers, batches).items():
         rows[name].update(input_norm=statistics.norm, diameter=statistics.diameter)
+
+
+def rounded_inputs(
+    model: nn.Module, layers: Sequence[Layer], target: Objective, bits: Sequence[int], rows: Rows
+) -> None:
+    """What rounding the input of each layer alone costs."""
+    if not layers:
+        return
+    costs = activation_costs(model, layers, target.batches, target, bits)
+    for layer, each in zip(layers, costs.tolist(), strict=True):
+        rows[layer.name]["activation_cost"] = dict(zip(bits, each, strict=True))
 
 
 def graph(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], seed: int, rows: Rows) -> dict[str, Any]:

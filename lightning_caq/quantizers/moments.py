@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_caq.layers import Layer
-from lightning_caq.matrix import columns, count_positions
+from lightning_caq.layers import Layer, layer_module
+from lightning_caq.matrix import columns, count_positions, to_matrix
 from lightning_caq.quantizers.passes import PairedPasses
 from lightning_caq.seeding import generator
 
@@ -66,12 +69,43 @@ def input_moments(layer: Layer, passes: PairedPasses) -> InputMoments | None:
             size = layer.weights * layer.groups // layer.channels * min(positions, wanted)
             splits = (x.inputs.split(max(1, _CHUNK_NUMBERS // size)) for x in (call, float_call))
             for inputs, float_inputs in zip(*splits, strict=True):
-                chosen = torch.randperm(positions, generator=draws)[:wanted].to(inputs.device)
+                # Other positions of each sample: an image's border and middle then count alike.
+                chosen = torch.rand(len(inputs), positions, generator=draws).argsort(1)[:, :wanted].to(inputs.device)
                 z, z_float = (_flat(columns(layer, call.module, x, chosen)) for x in (inputs, float_inputs))
                 curvature = curvature + z @ z.transpose(1, 2)
                 drift = drift + (z_float - z) @ z.transpose(1, 2)
                 count += z.shape[-1]
     return InputMoments(curvature / count, drift / count)
+
+
+def samples_needed(model: nn.Module, layers: Sequence[Layer], samples: int) -> dict[str, int]:
+    """The layers whose input curvature cannot have full rank, as it has more rows than columns are seen.
+
+    Args:
+        model: The network, for the strides of transposed convolutions.
+        layers: The layers, counted on a batch.
+        samples: How many samples there are.
+
+    Returns:
+        Layer name to the number of samples that show as many columns as the curvature has rows.
+
+    Example:
+        >>> layers = [Layer("", "linear", (8, 100), macs=8 * 100, calls=1, modules=("",))]
+        >>> samples_needed(torch.nn.Linear(100, 8), layers, 64)
+        {'': 100}
+    """
+    found = {}
+    for layer in layers:
+        if layer.kind == "embedding" or not layer.macs:
+            continue
+        module: Any = layer_module(model, layer)
+        positions = layer.macs / layer.weights  # columns a sample
+        if layer.transposed:  # operations count the pixels that go in, columns those that come out, but for the borders
+            positions *= math.prod(module.stride)
+        needed = math.ceil(to_matrix(layer, torch.empty(layer.shape, device="meta")).shape[-1] / positions)
+        if needed > samples:
+            found[layer.name] = needed
+    return found
 
 
 def damped(curvature: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from lightning_caq.reporting.gallery import ENTRIES, Gallery
 from lightning_caq.reporting.page import page
 from lightning_caq.reporting.vectors import svg
 from lightning_caq.reporting.words import comparison, in_words, layer_columns, reproduce
+from lightning_caq.widths import average_bits
 
 if TYPE_CHECKING:
     from lightning_caq.plan import QuantizationPlan
@@ -194,14 +195,16 @@ def _plan(plan: QuantizationPlan | None) -> list[str]:
         [
             x.name,
             average_bits(x.grid.width),
+            "–" if x.input_grid is None else x.input_grid.bits,
             x.codes.numel(),
             x.scales,
             "×".join(map(str, x.codes.shape)),
         ]
         for x in plan.layers
     ]
+    header = ["layer", "bits", "input bits", "weights", "scales", "shape"]
     return [section("Plan", f"<p>{escape(text)}</p>", "<details><summary>Every layer of the plan</summary>",
-                    table(["layer", "bits", "weights", "scales", "shape"], rows), "</details>")]  # fmt: skip
+                    table(header, rows), "</details>")]  # fmt: skip
 
 
 def _repeat(report: QuantizationReport | None) -> list[str]:

@@ -39,6 +39,8 @@ def in_words(report: QuantizationReport) -> list[str]:
         f"average{spread}. With scales, zero points and layers left in float32 the weights take "
         f"{size.bytes / 1000:,.1f} kB, {size.ratio:.1f} times less than in float32."
     ]
+    if inputs := [row.input_bits["quantized"] for row in report.layers if "quantized" in row.input_bits]:
+        told.append(f"Inputs of layers are rounded too, to {min(inputs)} to {max(inputs)} bits.")
     metric = headline_metric(report.metric_names)
     if metric is not None:
         told += _metric_in_words(report, metric)
@@ -88,6 +90,7 @@ def layer_columns(
     for row in report.layers if report else ():
         line = {"layer": row.name, "kind": row.kind, "weights": row.weights, "MACs": row.macs}
         line |= {"bits" if v == "quantized" else f"bits, {v}": b for v, b in row.bits.items()}
+        line |= {"input bits" if v == "quantized" else f"input bits, {v}": b for v, b in row.input_bits.items()}
         line |= {"κ (out²/in²)": row.kappa, "L (out/in)": row.lipschitz}
         rows.append(line | _measured(measured.get(row.name), row.bits.get("quantized")))
     if report is None:

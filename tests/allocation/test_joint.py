@@ -5,6 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
+from lightning_caq.allocation.constraint import size_limit
 from lightning_caq.allocation.joint import JointChoices, solve_joint
 from lightning_caq.errors import BudgetError, OptionError
 
@@ -26,7 +27,7 @@ def test_the_cheapest_of_all_pairs_within_both_limits(seed):
     size, bops = 1.35 * 2 * n.sum(), 0.45 * (m * 4 * 8).sum()
     choices = JointChoices(BITS, inputs)
     bits, activation_bits, found = solve_joint(
-        choices, w, a, [choices.size_limit(n, size), choices.bops_limit(m, bops)]
+        choices, w, a, [choices.of_weights(size_limit(n, BITS, size)), choices.bops_limit(m, bops)]
     )
     best = np.inf
     for pick in product(product(range(3), range(3)), repeat=3):
@@ -46,7 +47,7 @@ def test_the_cheapest_of_all_pairs_within_both_limits(seed):
 def test_without_a_limit_on_operations_every_input_gets_the_most_bits():
     n, _, w, a, inputs = _problem(1)
     choices = JointChoices(BITS, inputs)
-    _, activation_bits, _ = solve_joint(choices, w, a, [choices.size_limit(n, 1e9)])
+    _, activation_bits, _ = solve_joint(choices, w, a, [choices.of_weights(size_limit(n, BITS, 1e9))])
     assert activation_bits == (8, 8, 8)
 
 
@@ -63,5 +64,7 @@ def test_tables_that_do_not_fit():
         choices.costs(np.ones((2, 2)), np.ones((2, 3)))
     with pytest.raises(OptionError, match=r"activation_costs has shape \(3,\); it must be \(2, 3\)"):
         choices.costs(np.ones((2, 3)), np.ones(3))
+    with pytest.raises(OptionError, match=r"usage of 'size' has shape \(2, 2\); it must be \(2, 3\)"):
+        choices.of_weights(size_limit([1, 1], (2, 4), 9))
     with pytest.raises(OptionError, match="activation_bits must be a table"):
         JointChoices(BITS, INPUTS)

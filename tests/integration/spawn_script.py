@@ -39,7 +39,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     callback = CurvatureQuantizationCallback(
         avg_bits=3,
-        calibration_samples=16,
+        calibration_samples=24,
         curvature_samples=8,
         eigenpairs=4,
         guard=False,

@@ -26,11 +26,26 @@ def one_small_figure(monkeypatch):
 
 def fit(folder: Path, logger: Any, package: Any = lightning.pytorch) -> Any:
     callback = CurvatureQuantizationCallback(
-        avg_bits=3, calibration_samples=16, curvature_samples=8, eigenpairs=4, guard=False, compare=[]
+        avg_bits=3, calibration_samples=24, curvature_samples=8, eigenpairs=4, guard=False, compare=[]
     )
     t = trainer(folder, package, callbacks=[callback], logger=logger, max_epochs=1)
     t.fit(classifier(package)(), train_loader(), val_loader())
     return callback, t
+
+
+@BOTH
+def test_tensorboard(tmp_path, package):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = package.loggers.TensorBoardLogger(tmp_path)
+    callback, t = fit(tmp_path, [logger, CSVLogger(tmp_path, name="csv")], package)
+    assert (Path(logger.log_dir) / "caq" / "report.json").exists()
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    (bits,) = events.Scalars("caq/bits/net.0")
+    assert (bits.value, bits.step) == (callback.plan.bits["net.0"], t.global_step)
+    assert [tag for tag in events.Tags()["images"] if tag.startswith("caq/")] == ["caq/bits"]
+    assert "caq/quantized/val_acc" in (tmp_path / "csv" / "version_0" / "metrics.csv").read_text()
 
 
 @BOTH

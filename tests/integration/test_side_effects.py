@@ -35,7 +35,7 @@ class Observed(Classifier):
 
 def quantizer(**options: Any) -> CurvatureQuantizationCallback:
     return CurvatureQuantizationCallback(
-        avg_bits=3, objective="task", batchnorm="keep", calibration_samples=16, curvature_samples=8, eigenpairs=4,
+        avg_bits=3, objective="task", batchnorm="keep", calibration_samples=24, curvature_samples=8, eigenpairs=4,
         guard=False, compare=[], **options,
     )  # fmt: skip
 

@@ -22,6 +22,8 @@ def _check(held, rows, delta):
     torch.testing.assert_close(held.gram(), flat @ flat.T)
     torch.testing.assert_close(held.project(delta), flat @ delta.flatten())
     torch.testing.assert_close(held.squares().flatten(), flat.square().sum(0))
+    mix = torch.randn(len(flat), 3, dtype=flat.dtype)
+    torch.testing.assert_close(held.combine(mix), flat.T @ mix)
 
 
 @pytest.mark.parametrize("positions", [1, 4])

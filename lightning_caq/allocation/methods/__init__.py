@@ -32,6 +32,9 @@ class AllocationMethod(Protocol):
 
     Attributes:
         needs: Names of the measures it uses, from ``lightning_caq.measures.measure.MEASURES``.
+
+    A method whose costs are changes of the loss in nat has a second attribute, ``in_nat = True``: those of rounded
+    inputs can be added to them.
     """
 
     needs: ClassVar[frozenset[str]]

@@ -26,6 +26,7 @@ class Method:
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"rounding_error", "subspace", "loss_change"})
+    in_nat: ClassVar[bool] = True
 
     def costs(self, profile: CurvatureProfile, bits: Sequence[int]) -> NDArray[np.float64]:
         """cost[i, b] in nat."""

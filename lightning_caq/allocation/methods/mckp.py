@@ -27,6 +27,7 @@ class Method:
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"subspace"})
+    in_nat: ClassVar[bool] = True
 
     def costs(self, profile: CurvatureProfile, bits: Sequence[int]) -> NDArray[np.float64]:
         """cost[i, b] = ½ Δᵀ H_ii Δ."""

@@ -26,6 +26,7 @@ class Method:
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"kl"})
+    in_nat: ClassVar[bool] = True
 
     def costs(self, profile: CurvatureProfile, bits: Sequence[int]) -> NDArray[np.float64]:
         """cost[i, b] = KL with only layer i at b bits."""

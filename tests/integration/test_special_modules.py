@@ -28,7 +28,7 @@ pytestmark = [
 
 
 def quantizer(**options: Any) -> CurvatureQuantizationCallback:
-    defaults = {"avg_bits": 3, "calibration_samples": 16, "curvature_samples": 8, "eigenpairs": 4, "compare": []}
+    defaults = {"avg_bits": 3, "calibration_samples": 24, "curvature_samples": 8, "eigenpairs": 4, "compare": []}
     return CurvatureQuantizationCallback(**{**defaults, "guard": False, **options})
 
 
