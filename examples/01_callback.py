@@ -44,6 +44,7 @@ def main() -> None:
         quantizer = CurvatureQuantizationCallback(
             args.method,
             avg_bits=args.avg_bits,
+            calibration_samples=1024,  # more than the MLP has inputs
             curvature_samples=args.curvature_samples,
             compare=("uniform", "caq"),
             monitor_every_n_epochs=2,

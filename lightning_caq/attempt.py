@@ -77,14 +77,17 @@ class Workshop:
 
     @property
     def shortage(self) -> str:
-        """What is to be said if there are too few samples for error feedback; empty if there are enough."""
+        """What is to be said if error feedback has not half the samples of full rank; empty if there are enough.
+
+        With more than half, damping was seen to make up for the rest: a warning would be noise.
+        """
         samples = sum(map(batch_size, self.fitted))
-        needed = samples_needed(self.model, self.layers, samples) if self.rounding == "error_feedback" else {}
+        needed = samples_needed(self.model, self.layers, 2 * samples) if self.rounding == "error_feedback" else {}
         if not needed:
             return ""
         listed = ", ".join(f"'{name}' ({count:,})" for name, count in needed.items())
         return (
-            f"Error feedback is fitted to {samples:,} samples, fewer than it takes for a curvature of full rank at the "
+            f"Error feedback is fitted to {samples:,} samples, not half of what a curvature of full rank takes at the "
             f"input of {listed}; damping makes up for what is missing. calibration_samples="
             f"{math.ceil(max(needed.values()) / (1 - HELD_OUT))} are enough, those held out included"
         )

@@ -32,7 +32,7 @@ def _net():
 
 def _batches():
     draw = torch.Generator().manual_seed(1)
-    return [torch.randn(32, 2, 4, 4, generator=draw) for _ in range(2)]
+    return [torch.randn(32, 2, 4, 4, generator=draw) for _ in range(5)]
 
 
 def _quantized(**options):
