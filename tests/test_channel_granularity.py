@@ -160,7 +160,8 @@ def test_embeddings_and_transposed_convolutions(tmp_path):
     assert isinstance(result.plan.widths["0"], tuple)
     path = save_quantized(result.model, tmp_path / "words.safetensors")
     assert torch.equal(load_quantized(net, path)(tokens), result.model(tokens))
-    deconv = nn.Sequential(nn.ConvTranspose2d(3, 16, 2, groups=1), nn.ReLU(), nn.AvgPool2d(5), nn.Flatten(), nn.Linear(16, 3))
+    up = nn.ConvTranspose2d(3, 16, 2, groups=1)
+    deconv = nn.Sequential(up, nn.ReLU(), nn.AvgPool2d(5), nn.Flatten(), nn.Linear(16, 3))
     x = torch.randn(48, 3, 4, 4)
     result = quantize(deconv, [x], avg_bits=3, granularity="channel_group", **OPTIONS)
     assert result.plan.avg_bits <= 3
