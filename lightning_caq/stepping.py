@@ -18,6 +18,9 @@ from lightning_caq.batches import run_model
 
 _local = threading.local()
 
+# A pass that waits holds the input of the module, what went before it in its block, and what the allocator keeps.
+_TENSORS_HELD = 4
+
 
 @dataclass(frozen=True)
 class Call:
@@ -55,6 +58,8 @@ class SteppedPasses:
         model: The network, in the mode it shall run in.
         modules: The modules that passes may wait at.
         batches: The batches.
+        memory: Bytes that waiting passes may hold together, by a rough count; passes beyond that are ended and begun
+            anew each time, as with large images in the first layers.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
@@ -67,7 +72,10 @@ class SteppedPasses:
         3.0
     """
 
-    def __init__(self, model: nn.Module, modules: Iterable[nn.Module], batches: Sequence[Any]) -> None:
+    def __init__(
+        self, model: nn.Module, modules: Iterable[nn.Module], batches: Sequence[Any], *, memory: int = 2**28
+    ) -> None:
+        self._memory = memory
         self._modules = {id(module): module for module in modules}
         self._handles: list[Any] = []
         self._passes = [_Pass(model, batch) for batch in batches]
@@ -94,6 +102,8 @@ class SteppedPasses:
         wanted = {id(module) for module in modules}
         for forward in self._passes:
             yield forward.reach(wanted, number)
+            if sum(each.held for each in self._passes) > self._memory:
+                forward.close()
 
     def _wait(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook: one of these passes waits; calls by others, such as an evaluation in between, do not."""
@@ -131,6 +141,11 @@ class _Pass:
         # Calls that were let through saw their module as it was before whatever is done to it now.
         self._stale = not self._gone.isdisjoint(wanted)
         return found
+
+    @property
+    def held(self) -> int:
+        """About how many bytes the pass holds while it waits."""
+        return 0 if self._call is None else _TENSORS_HELD * self._call.inputs.nbytes
 
     def close(self) -> None:
         """End the pass where it is."""

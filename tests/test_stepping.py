@@ -35,11 +35,12 @@ def _plainly(net, batches, module):
     return seen
 
 
+@pytest.mark.parametrize("memory", [0, 4 * 4 * 5 * 4, 2**28])
 @pytest.mark.parametrize("order", [["first", "left", "right", "last"], ["last", "right", "left", "first", "last"]])
-def test_inputs_are_those_of_the_network_as_changed_so_far(order):
+def test_inputs_are_those_of_the_network_as_changed_so_far(order, memory):
     net, batches = Branches(), [torch.randn(5, 4), torch.randn(2, 4)]
     own = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    with SteppedPasses(net, net.children(), batches) as passes:
+    with SteppedPasses(net, net.children(), batches, memory=memory) as passes:
         found = {}
         for place, name in enumerate(order):
             module = getattr(net, name)
@@ -66,6 +67,14 @@ def test_layers_in_their_order_cost_one_pass():
         for module in net:
             list(passes.calls([module], 1))
     assert len(ran) == 5  # the last layer was never needed
+
+
+def test_passes_that_take_too_much_room_are_not_kept():
+    net, batches = nn.Sequential(*(nn.Linear(3, 3) for _ in range(6))), [torch.randn(2, 3)] * 3
+    with SteppedPasses(net, net, batches, memory=2 * 4 * batches[0].nbytes) as passes:
+        for module in net:
+            list(passes.calls([module], 1))
+            assert threading.active_count() <= 1 + 2
 
 
 def test_a_call_can_be_carried_out_without_going_on():

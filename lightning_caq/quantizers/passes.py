@@ -16,8 +16,8 @@ from lightning_caq.stepping import Call, SteppedPasses
 class PairedPasses:
     """Calibration batches on their way through a network that is being rounded, and through the float one beside it.
 
-    Layers are best asked for in order of execution: all of them then cost one forward pass of each network, and no more
-    memory than the activations at one place.
+    Layers are best asked for in order of execution: all of them then cost one forward pass of each network, as long as
+    what waits at one place fits in memory.
 
     Args:
         model: The network, in eval mode.
