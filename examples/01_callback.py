@@ -4,7 +4,7 @@ Trains the MLP 784-256-10 and a small CNN with batch-norm on 4,000 MNIST images,
 ends. For each network the console shows the layers with their curvature and bits, then the float network and three
 quantized ones side by side; figures and scalars go to TensorBoard. ``study=True`` is for the figures that explain more.
 
-Run it (about a minute on two CPU cores)::
+Run it (about a minute and a half on two CPU cores)::
 
     python examples/01_callback.py
     python examples/01_callback.py --network mlp --avg-bits 2.25 --method caq
