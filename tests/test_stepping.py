@@ -59,6 +59,17 @@ def test_inputs_are_those_of_the_network_as_changed_so_far(order, memory):
             module.weight.mul_(1.5)
 
 
+def test_what_follows_a_module_that_is_used_twice_sees_it_changed_in_both_places():
+    twice, last, x = nn.Linear(3, 3), nn.Linear(3, 2), torch.randn(4, 3)
+    net = nn.Sequential(twice, nn.Tanh(), twice, nn.Tanh(), last)
+    with SteppedPasses(net, [twice, last], [x]) as passes, torch.no_grad():
+        [calls] = passes.calls([twice], 2)
+        assert len(calls) == 2
+        twice.weight.mul_(1.5)
+        [[call]] = passes.calls([last], 1)
+        assert torch.equal(call.inputs, net[:4](x))
+
+
 def test_layers_in_their_order_cost_one_pass():
     net, ran = nn.Sequential(*(nn.Linear(3, 3) for _ in range(6))), []
     for module in net:

@@ -14,7 +14,7 @@ from lightning_caq.quantizers.codebook import nearest_codes
 from lightning_caq.quantizers.descent import improve
 from lightning_caq.quantizers.moments import InputMoments, damped, input_moments
 from lightning_caq.quantizers.passes import PairedPasses
-from lightning_caq.quantizers.values import Quantizer, Values
+from lightning_caq.quantizers.values import AFFINE, Quantizer, Values
 from lightning_caq.widths import Width
 
 _BLOCK = 64
@@ -151,7 +151,7 @@ def round_layer(
     bits: Width,
     rounding: str,
     passes: PairedPasses,
-    quantizer: Quantizer = Quantizer(),  # noqa: B008 - frozen
+    quantizer: Quantizer = AFFINE,
 ) -> tuple[Values, Tensor]:
     """Values and codes of one layer; the network is left as it is.
 

@@ -67,6 +67,9 @@ class Quantizer:
         return fit_codebook(weight, bits, channel_shape, self.name)
 
 
+AFFINE = Quantizer()
+
+
 def numbers(values: Values) -> dict[str, Tensor]:
     """The tensors that values are stored as, by name.
 
