@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_caq.batches import run_model
 
 _local = threading.local()
+_NAME = "caq-pass"
 
 # A pass that waits holds the input of the module, what went before it in its block, and what the allocator keeps.
 _TENSORS_HELD = 4
@@ -168,7 +169,7 @@ class _Pass:
         self._go, self._ready = threading.Semaphore(0), threading.Semaphore(0)
         self._gone, self._error, self._stale, self._closing = set(), None, False, False
         device = next((p.device for p in self._model.parameters()), torch.device("cpu"))
-        self._thread = threading.Thread(target=self._run, args=(device,), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(device,), name=_NAME, daemon=True)
         self._thread.start()
         self._hand_over()
 
