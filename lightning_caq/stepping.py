@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_caq.batches import run_model
+from lightning_caq.memory import release_memory
 
 _local = threading.local()
 _NAME = "caq-pass"
@@ -92,6 +93,7 @@ class SteppedPasses:
             forward.close()
         for handle in self._handles:
             handle.remove()
+        release_memory()
 
     def calls(self, modules: Collection[nn.Module], number: int) -> Iterator[list[Call]]:
         """For each batch the next calls of some modules; the pass then waits ahead of the last of them.
@@ -105,6 +107,7 @@ class SteppedPasses:
             yield forward.reach(wanted, number)
             if sum(each.held for each in self._passes) > self._memory:
                 forward.close()
+        release_memory()
 
     def _wait(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hook: one of these passes waits; calls by others, such as an evaluation in between, do not."""

@@ -17,6 +17,8 @@ from lightning_caq.visits import watching
 from lightning_caq.widths import W, Width
 
 _MOST_PROBES = 16
+# Beside the errors: a layer's input, the zero, their sum, its gradient, and what the graph keeps of what follows.
+_TENSORS_HELD = 8
 
 Calls = dict[str, list[tuple[nn.Module, Tensor, Tensor]]]
 
@@ -68,7 +70,7 @@ def carried_errors(
         batches: The samples.
         deltas: Layer name to bits to Δ_i(b).
         seed: Seed of the probes; the same for a sample however the samples are cut into batches.
-        memory: Bytes that the errors of some samples may take; so many samples are run at a time.
+        memory: Bytes that some samples may take, by a rough count; so many samples are run at a time.
 
     Returns:
         The errors; zeros for a layer that no batch reaches.
@@ -165,7 +167,8 @@ def _parts(
     probe = take_samples(batches, 2)[0]
     calls, output = _run(model, layers, probe)
     count = batch_size(probe)
-    numbers = sum(len(deltas[name]) * zero.numel() for name, found in calls.items() for _, _, zero in found) / count
+    held = {name: len(deltas[name]) + _TENSORS_HELD for name in calls}
+    numbers = sum(held[name] * zero.numel() for name, found in calls.items() for _, _, zero in found) / count
     most = max(int(memory / (4 * max(numbers, 1))), 1) if _samples_first(output, calls, count) else 1
     for batch in batches:
         for start in range(0, batch_size(batch), most):

@@ -67,7 +67,7 @@ def gram_spectrum(
     owners: Mapping[str, Tensor] | None = None,
     tolerance: float = 1e-5,
     max_rows: int = 2048,
-    memory: int = 3 * 2**27,
+    memory: int = 5 * 2**26,
     seed: int = 0,
     sharing: Sharing = ALONE,
 ) -> GramSpectrum:
