@@ -184,6 +184,7 @@ class SizeAndBops:
 class ErrorBudget:
     """The smallest network whose predicted output error is at most this part of the output (CAQ 2.3).
 
+    Of the networks, that is, whose layers have their floors p*_i of bits too (CAQ 2.4), up to the largest candidate.
     The value is ε / rms‖F(x)‖, a number without a unit: 0.01 asks for an error Φ of at most one percent of the root
     mean square norm of the network's outputs on the calibration samples. ``smallest`` takes ε in the unit of the
     costs: value · rms for errors that add up, its square for squared errors.

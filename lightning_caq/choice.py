@@ -108,6 +108,14 @@ class Chooser:
             return Choice(*choose_mixed(method, budget, self.profile, self.sizes, self.bits, self.inputs))
         return Choice(self._weights(method, budget), self.sizes.activation_bits)
 
+    def keeps(self, method: str, budget: ErrorBudget, bits: Sequence[Width]) -> bool:
+        """Whether the error that a method predicts of whole layers' bits is within a budget."""
+        found = get_method(method)
+        assert not is_search(found)
+        costs = found.costs(self.profile, self.bits)
+        total = sum(row[self.bits.index(b)] for row, b in zip(costs, bits, strict=True))  # Φ_rss²
+        return bool(total <= (budget.value * self.output_norm) ** 2 * (1 + 1e-12))
+
     def _weights(self, method: str, budget: Budget) -> tuple[Width, ...]:
         """Bits of every layer's weights."""
         if self.granularity == "channel_group":
@@ -115,7 +123,10 @@ class Chooser:
         if self.granularity == "layer" or not get_method(method).needs:  # what measures nothing tells no groups apart
             return self._choose(method, budget, self.profile, self.sizes)
         groups = [row.groups for row in self.profile.layers]
-        bits = iter(self._choose(method, budget, self.profile.by_group(), group_sizes(self.sizes, groups)))
+        try:
+            bits = iter(self._choose(method, budget, self.profile.by_group(), group_sizes(self.sizes, groups)))
+        except BudgetError:  # no room to say which channel has which bits: all channels of a layer have the same then
+            return self._choose(method, budget, self.profile, self.sizes)
         return tuple(_width(each, [next(bits) for _ in each]) for each in groups)
 
     def _choose(self, method: str, budget: Budget, profile: CurvatureProfile, sizes: LayerSizes) -> Bits:

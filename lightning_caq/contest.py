@@ -76,7 +76,6 @@ class Contest:
 
     def _within_drop(self, budget: MaxDrop) -> None:
         """The smallest network that loses no more of a metric than allowed, by bisection over the average bits."""
-        sign = 1 if self.options.monitor_mode == "max" else -1
         made: dict[Choice, tuple[float, Attempt, dict[str, float]]] = {}
 
         def passes(avg_bits: float) -> bool:
@@ -84,7 +83,7 @@ class Contest:
             if choice not in made:
                 self._make(CHOSEN, self.options.method, AvgBits(avg_bits))
                 metrics = self.metrics[CHOSEN]
-                drop = sign * (self.float_metrics[budget.monitor] - metrics[budget.monitor])
+                drop = self._drop(metrics, budget)
                 self.progress.say(f"{avg_bits:.3f} bits on average: {budget.monitor} drops by {drop:.4g}")
                 made[choice] = drop, self.attempts[CHOSEN], metrics
             return made[choice][0] <= budget.value
@@ -99,8 +98,20 @@ class Contest:
         good = [found for found in made.values() if found[0] <= budget.value]
         _, self.attempts[CHOSEN], self.metrics[CHOSEN] = min(good, key=lambda found: found[1].plan.avg_bits)
 
+    def _drop(self, metrics: Mapping[str, float], budget: MaxDrop) -> float:
+        """By how much a network's metric is worse than the float network's."""
+        sign = 1 if self.options.monitor_mode == "max" else -1
+        return sign * (self.float_metrics[budget.monitor] - metrics[budget.monitor])
+
+    def _guard_meets(self, budget: Budget) -> bool:
+        """Whether uniform bits keep a budget that their size says nothing about."""
+        if isinstance(budget, MaxDrop):
+            return self._drop(self.metrics[GUARD], budget) <= budget.value
+        bits = tuple(self.attempts[GUARD].plan.widths.values())
+        return not isinstance(budget, ErrorBudget) or self.chooser.keeps(self.options.method, budget, bits)
+
     def _guard(self, budget: Budget) -> None:
-        """Keep uniform bits instead, if they are better on the samples held out."""
+        """Keep uniform bits instead, if they are better on the samples held out and within what was asked for."""
         method, chosen = self.options.method, self.attempts[CHOSEN]
         made_of = Choice(tuple(chosen.plan.widths.values()), chosen.plan.sizes.activation_bits)
         if self.chooser.choose(GUARD, budget) == made_of:
@@ -109,7 +120,7 @@ class Contest:
         if not asked:
             self._make(GUARD, GUARD, budget)
         uniform = self.attempts[GUARD]
-        if uniform.held_out < chosen.held_out:
+        if uniform.held_out < chosen.held_out and self._guard_meets(self.options.budget):
             told = (
                 f"uniform bits are better than those of {method} on samples held out "
                 f"({uniform.held_out:.4g} against {chosen.held_out:.4g} nat) and are used instead"

@@ -77,6 +77,11 @@ def test_a_ratio_counts_what_it_takes_to_say_which_channel_has_which_width(choos
         )
 
 
+def test_a_ratio_without_room_for_widths_of_channels_is_met_by_whole_layers(chooser):
+    smallest = [min(BITS)] * len(chooser.sizes.weights)
+    assert list(chooser.choose("mckp", Ratio(chooser.sizes.ratio(smallest))).bits) == smallest
+
+
 def test_operations_are_those_of_the_channels(chooser):
     budget = make_budget(bits=BITS, avg_bits=3.5, bops=2.5 * chooser.sizes.bops([1] * 3))
     assert isinstance(budget, SizeAndBops)

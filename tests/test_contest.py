@@ -12,9 +12,10 @@ from lightning_caq import quantize
 from lightning_caq.allocation.methods import register_method
 from lightning_caq.attempt import Attempt
 from lightning_caq.budget import LayerSizes
-from lightning_caq.choice import Choice
+from lightning_caq.choice import Choice, Chooser
 from lightning_caq.contest import Contest
 from lightning_caq.errors import BudgetError, OptionError
+from lightning_caq.measures.profile import CurvatureProfile, LayerCurvature
 from lightning_caq.options import QuantizationOptions
 from lightning_caq.progress import Progress
 from lightning_caq.quantizers.swap import quantized_modules
@@ -94,6 +95,52 @@ def test_the_guard_decides_by_the_samples_held_out(held_out, kept, compare):
     assert set(contest.attempts) == set(contest.metrics) == expected
     assert contest.metrics["quantized"]["distill"] == losses[kept] == min(losses.values())
     assert made == ["cet", "uniform"]
+
+
+@pytest.mark.parametrize(("accuracy", "kept"), [(0.5, "cet"), (0.9, "uniform")])
+@pytest.mark.filterwarnings("ignore:caq. uniform bits are better")
+def test_the_guard_loses_no_more_of_the_metric_than_max_drop_allows(accuracy, kept):
+    losses, accuracies, made = {"cet": 0.3, "uniform": 0.2}, {"cet": 0.9, "uniform": accuracy}, []
+
+    def attempt(method, budget, choice):
+        made.append(method)
+        widths, sizes = dict(enumerate(choice.bits)), LayerSizes((1, 1), (1, 1))
+        return Attempt(SimpleNamespace(method=method, widths=widths, sizes=sizes, avg_bits=3.0), losses[method])
+
+    contest = Contest(
+        chooser=SimpleNamespace(choose=lambda method, budget: Choice((2, 4) if method == "cet" else (3, 3))),
+        workshop=SimpleNamespace(attempt=attempt, restore=lambda: None, shortage=""),
+        judge=lambda: {"distill": losses[made[-1]], "acc": accuracies[made[-1]]},
+        options=QuantizationOptions(max_drop=0.02, monitor="acc", compare=()),
+        progress=Progress(),
+        float_metrics={"acc": 0.91},
+    )
+    assert contest.hold().plan.method == kept
+    assert contest.metrics["quantized"]["acc"] == 0.9
+
+
+@pytest.mark.parametrize(("error", "kept"), [(2.0, "caq"), (3.0, "uniform")])
+@pytest.mark.filterwarnings("ignore:caq. uniform bits are better")
+def test_the_guard_keeps_the_predicted_error(error, kept):
+    losses, made = {"caq": 0.3, "uniform": 0.2}, []
+    rows = [LayerCurvature(n, 1, 1, 1, carried_error={2: 2 * e, 3: e, 4: 0.0}) for n, e in (("a", 1.0), ("b", 2.0))]
+
+    def attempt(method, budget, choice):
+        made.append(method)
+        widths, sizes = dict(enumerate(choice.bits)), LayerSizes((1, 1), (1, 1))
+        return Attempt(SimpleNamespace(method=method, widths=widths, sizes=sizes, avg_bits=3.0), losses[method])
+
+    chooser = Chooser(CurvatureProfile(tuple(rows)), LayerSizes((1, 1), (1, 1)), (2, 3, 4), 1.0, lambda bits: 0.0, 0)
+    chosen = {"caq": Choice((2, 4)), "uniform": Choice((3, 3))}  # errors of 2 and of √5
+    contest = Contest(
+        chooser=SimpleNamespace(choose=lambda method, budget: chosen[method], keeps=chooser.keeps),
+        workshop=SimpleNamespace(attempt=attempt, restore=lambda: None, shortage=""),
+        judge=lambda: {"distill": losses[made[-1]]},
+        options=QuantizationOptions(method="caq", error=error, compare=()),
+        progress=Progress(),
+        float_metrics={},
+    )
+    assert contest.hold().plan.method == kept
 
 
 def test_max_drop_finds_a_small_network_that_keeps_the_metric(net):

@@ -10,6 +10,8 @@ from lightning_caq.allocation.hull import Array, Columns, hull_steps
 from lightning_caq.allocation.program import Program
 from lightning_caq.errors import BudgetError
 
+_MOST = 1e9  # of a limit that a choice is said to take; HiGHS refuses larger numbers, and less only lowers the bound
+
 
 def best_multipliers(program: Program) -> Array:
     """The multipliers λ ≥ 0 that make the Lagrangian bound largest: there it equals the linear relaxation's optimum.
@@ -44,7 +46,7 @@ def best_multipliers(program: Program) -> Array:
     unit = float(np.abs(cost).max()) or 1.0
     result = linprog(  # type: ignore[call-overload]  # the stubs know no sparse A_eq
         cost / unit,
-        A_ub=program.usage[:, row, column] / scale[:, None],
+        A_ub=np.minimum(program.usage[:, row, column] / scale[:, None], _MOST),
         b_ub=program.limits / scale,
         A_eq=one_choice(row, len(program.costs)),
         b_eq=np.ones(len(program.costs)),

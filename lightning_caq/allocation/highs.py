@@ -31,7 +31,11 @@ def solve_by_highs(program: Program) -> Found:
         >>> solve_by_highs(program).columns.tolist()
         [0, 1]
     """
-    row, column = np.nonzero(np.isfinite(program.costs))
+    # What alone takes too much is not part of any choice; left in, its size would spoil the solver's arithmetic.
+    possible = np.isfinite(program.costs) & (program.usage <= program.limits[:, None, None]).all(0)
+    if not possible.any(1).all():
+        raise BudgetError("No choice keeps all limits together: of some layer every choice alone takes too much.")
+    row, column = np.nonzero(possible)
     one = one_choice(row, len(program.costs))
     limits, bound = program.limits, -np.inf
     while True:

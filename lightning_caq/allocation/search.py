@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +17,15 @@ _ROUNDING = 1 + 1e-12  # sums of large whole numbers in float64
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Bits b_1, …, b_k with Σ_i rate[c, i] b_i ≤ limit[c] for every constraint c.
+    """Bits b_1, …, b_k with Σ_i rate[c, i] b_i + beyond[b_i][c, i] ≤ limit[c] for every constraint c.
 
     Attributes:
         choices: Bit-widths that each layer may get, ascending; a layer with a single one is pinned.
         rates: What one bit of a layer's weights costs, shape (constraints, layers), none negative: n_i for a size in
             bits, m_i times the bits of the layer's input for BOPs.
         limits: What all layers may take together, shape (constraints,).
+        beyond: By bit-width what layers take beyond that, as tables of values do; shape (constraints, layers). Empty
+            where usage is proportional to the bits.
 
     Raises:
         BudgetError: If not even the smallest choice everywhere fits.
@@ -37,6 +39,7 @@ class SearchSpace:
     choices: tuple[tuple[int, ...], ...]
     rates: NDArray[np.float64]
     limits: NDArray[np.float64]
+    beyond: Mapping[int, NDArray[np.float64]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         smallest = tuple(choice[0] for choice in self.choices)
@@ -48,12 +51,12 @@ class SearchSpace:
                 "allow more or add smaller bit-widths."
             )
 
-    def usage(self, bits: Sequence[float]) -> NDArray[np.float64]:
+    def usage(self, bits: Sequence[int]) -> NDArray[np.float64]:
         """What some bits take of each constraint, shape (constraints,)."""
         used: NDArray[np.float64] = self.rates @ np.asarray(bits, dtype=np.float64)
-        return used
+        return used + sum(self.beyond[b][:, i] for i, b in enumerate(bits)) if self.beyond else used
 
-    def fits(self, bits: Sequence[float]) -> bool:
+    def fits(self, bits: Sequence[int]) -> bool:
         """Whether some bits are within every limit."""
         return bool((self.usage(bits) <= self.limits * _ROUNDING).all())
 
@@ -95,7 +98,8 @@ def search_space(constraints: Sequence[Constraint], bits: Sequence[int]) -> Sear
     """The allocations within some constraints, the same bit-widths for every layer.
 
     Args:
-        constraints: What is limited; each usage proportional to the bits, as that of sizes and of BOPs is.
+        constraints: What is limited. The rate is the least usage for a bit, so what a table of values takes of the
+            size is counted beyond it.
         bits: The bit-widths of their columns.
 
     Returns:
@@ -110,9 +114,12 @@ def search_space(constraints: Sequence[Constraint], bits: Sequence[int]) -> Sear
         >>> space.choices, space.rates
         (((2, 4), (2, 4)), array([[10., 30.]]))
     """
-    most = int(np.argmax(bits))
+    usage = np.array([each.usage for each in constraints])
+    rates = (usage / np.asarray(bits)).min(2)
+    beyond = usage - np.multiply.outer(rates, np.asarray(bits, dtype=np.float64))
     return SearchSpace(
-        choices=(tuple(sorted(bits)),) * len(constraints[0].usage),
-        rates=np.array([each.usage[:, most] / bits[most] for each in constraints]),
+        choices=(tuple(sorted(bits)),) * usage.shape[1],
+        rates=rates,
         limits=np.array([each.limit for each in constraints], dtype=np.float64),
+        beyond={b: beyond[:, :, column] for column, b in enumerate(bits)} if beyond.any() else {},
     )

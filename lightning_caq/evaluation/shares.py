@@ -212,7 +212,7 @@ def rounding_energies(
     if objective.name == "distill":
         any_bits = 0  # projections are filed by bit-width; here there is one
         deltas = {layer.name: {any_bits: errors[layer.name]} for layer in layers}
-        projected = gram_spectrum(model, layers, objective.batches, deltas, k=k).projected
+        projected = gram_spectrum(model, layers, objective.batches, deltas, k=k, seed=profile.seed).projected
         squares = {name: each[any_bits].square() for name, each in projected.items()}
         return {name: Energy(0.5 * float(x[:k].sum()), 0.5 * float(x[k:].sum())) for name, x in squares.items()}
     with batchnorm_folded(model, layers, objective.batches[0]):

@@ -65,14 +65,14 @@ def lipschitz_constants(
     if name in _JOINS:
         return [1.0] * len(moving)
     if len(moving) > 1 or not args or moving[0] is not args[0]:
-        factor = _factor(name, args, moving[0]) if len(moving) == 1 else None
+        factor = _factor(name, args, kwargs, moving[0]) if len(moving) == 1 else None
         return None if factor is None else [factor * repeats[0]]
     if name in _SELECTIONS:
         return [1.0]
     if name in _LINEAR:
         return [operator_norm(lambda x: func(x, *args[1:], **kwargs), moving[0], generator)]
     known = FOLLOWERS.get(func, _CONSTANTS.get(name))
-    constant = known(args, kwargs) if known is not None else _factor(name, args, moving[0])
+    constant = known(args, kwargs) if known is not None else _factor(name, args, kwargs, moving[0])
     if constant is None:
         return None
     return [constant * (repeats[0] if known is None else 1.0)]
@@ -100,9 +100,9 @@ def operator_norm(
     return math.sqrt(value + residual)
 
 
-def _factor(name: str, args: Args, moving: Tensor) -> float | None:
-    """Largest |c| of a product with a constant c, or of a quotient by one."""
-    if len(args) != 2 or name not in {*_PRODUCTS, *_QUOTIENTS}:
+def _factor(name: str, args: Args, kwargs: Kwargs, moving: Tensor) -> float | None:
+    """Largest |c| of a product with a constant c, or of a quotient by one; a rounded quotient has none."""
+    if len(args) != 2 or kwargs or name not in {*_PRODUCTS, *_QUOTIENTS}:
         return None
     constant = args[1] if args[0] is moving else args[0]
     sizes = torch.as_tensor(constant).abs()

@@ -83,7 +83,7 @@ def _from_rows(model: nn.Module, layers: Sequence[Layer], target: Objective, k: 
     values = spectrum.values[:k]
     mix = spectrum.combinations[:, :k] / values.sqrt()
     sizes = tuple(layer.weights for layer in layers)
-    vectors = torch.zeros(sum(sizes), len(values))
+    vectors = torch.zeros(sum(sizes), len(values), dtype=torch.float32)
     edges = dict(zip([x.name for x in layers], pairwise(torch.tensor([0, *sizes]).cumsum(0).tolist()), strict=True))
     for pieces in passes(model, layers, target.batches, len(mix), ROWS_MEMORY):
         every = weight_rows(model, pieces, target.batches, spectrum.chosen)

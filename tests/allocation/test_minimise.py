@@ -107,3 +107,13 @@ def test_multipliers_of_several_limits_give_the_linear_optimum():
         one, two = best_multipliers(program), best_multipliers(twice)
         assert (two >= 0).all()
         assert twice.lagrangian(two) == pytest.approx(program.lagrangian(one), rel=1e-6, abs=1e-9)
+
+
+def test_usage_of_very_different_sizes_under_several_limits():
+    size = size_limit([10, 10], (2, 4), 60)
+    seconds = Constraint("latency", [[1e-9, 1e9], [1e-9, 2e-9]], 3e-9, "s")  # all but used up by the smallest choice
+    found = solve([[4.0, 1.0], [9.0, 1.0]], (2, 4), [size, seconds])
+    assert (found.bits, found.cost) == ((2, 4), 5.0)
+    assert found.bound == pytest.approx(5.0, rel=1e-5)
+    tight = Constraint("latency", [[1e-9, 1e9], [1e-9, 1e-3]], 2e-9, "s")
+    assert solve([[4.0, 1.0], [9.0, 1.0]], (2, 4), [size, tight]).bits == (2, 2)

@@ -10,6 +10,7 @@ from lightning_caq.allocation.methods import get_method
 from lightning_caq.allocation.methods.evolution import EVALUATIONS
 from lightning_caq.allocation.methods.random_search import DRAWS
 from lightning_caq.allocation.search import SearchSpace, search_space
+from lightning_caq.budget import LayerSizes, Ratio
 from lightning_caq.errors import BudgetError
 from lightning_caq.measures.profile import CurvatureProfile
 
@@ -43,6 +44,15 @@ def test_two_constraints():
     bops = lambda bits: sum(m * b * a for m, b, a in zip(macs, bits, inputs, strict=True))  # noqa: E731
     for bits in product(BITS, repeat=4):
         assert space.fits(bits) == (bits in _feasible() and bops(bits) <= 130_000)
+
+
+@pytest.mark.parametrize("quantizer", ["series", "dorefa", "codebook", "lq_nets"])
+def test_tables_of_values_count_as_the_budget_counts_them(quantizer):
+    sizes = LayerSizes((900, 1600, 400), (16, 32, 10), quantizer=quantizer)
+    for target in ((2, 2, 2), (3, 3, 3), (2, 3, 4)):
+        space = search_space(Ratio(sizes.ratio(target)).constraints(sizes, BITS), BITS)
+        for bits in product(BITS, repeat=3):
+            assert space.fits(bits) == (sizes.ratio(bits) >= sizes.ratio(target) * (1 - 1e-12))
 
 
 def test_steps_by_hand():

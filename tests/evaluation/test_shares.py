@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+
 import nets
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from lightning_caq.contexts import curvature_safe
 from lightning_caq.evaluation.shares import Energy, error_shares, observed_errors, rounding_energies, subspace_shares
 from lightning_caq.layers import find_layers
+from lightning_caq.measures.gram import gram_spectrum
 from lightning_caq.measures.measure import differentiable, measure
 from lightning_caq.measures.profile import CurvatureProfile, LayerCurvature
 from lightning_caq.measures.rounding_errors import nearest_errors
@@ -91,6 +94,22 @@ def test_energies_are_those_of_the_dense_eigenspace(objective) -> None:
         assert found[layer.name].rest == pytest.approx(
             0.5 * (row.second_order[3] - row.subspace_energy[3]), rel=5e-2, abs=1e-4
         )
+
+
+def test_rows_that_are_drawn_are_those_of_the_profile(monkeypatch) -> None:
+    drawn = functools.partial(gram_spectrum, max_rows=6)
+    monkeypatch.setattr("lightning_caq.measures.steps.gram_spectrum", drawn)
+    monkeypatch.setattr("lightning_caq.evaluation.shares.gram_spectrum", drawn)
+    case = nets.make_case("mlp")
+    layers = find_layers(case.net, case.batches[0])
+    needs = frozenset({"subspace"})
+    profile = measure(case.net, case.batches, needs=needs, bits=(3,), samples=8, eigenpairs=3, seed=5)
+    errors = {layer.name: nearest_errors(case.net, layer, [3])[3] for layer in layers}
+    with curvature_safe(case.net), differentiable(case.net, layers):
+        target = make_objective("distill", case.net, case.batches)
+        found = rounding_energies(case.net, layers, target, errors, profile)
+    for row in profile.layers:
+        assert found[row.name].short == pytest.approx(0.5 * row.subspace_energy[3], rel=1e-3)
 
 
 def test_no_eigenvalues_no_energies() -> None:

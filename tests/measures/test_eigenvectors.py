@@ -67,3 +67,15 @@ def test_too_much_memory_is_refused_with_what_would_fit(monkeypatch):
         check_memory(layers, 11)
     monkeypatch.setattr(eigenvectors, "LARGEST", 4 * 5000 * 5000)
     check_memory(layers, 10**9)  # there are no more than n
+
+
+def test_the_default_dtype_changes_nothing():
+    case, before = nets.make_case("mlp"), torch.get_default_dtype()
+    found, _ = _model(case, "distill")
+    try:
+        torch.set_default_dtype(torch.float64)
+        again, _ = _model(case, "distill")
+    finally:
+        torch.set_default_dtype(before)
+    assert again.vectors.dtype == torch.float32
+    torch.testing.assert_close(again.values, found.values)

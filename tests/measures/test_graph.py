@@ -158,6 +158,7 @@ def _changed_through_a_view(x):
     ("function", "words"),
     [
         (lambda x: x * x, "'mul'"),
+        (lambda x: torch.div(x, 0.5, rounding_mode="floor"), "'div'"),
         (lambda x: F.layer_norm(x, (3,)), "'layer_norm'"),
         (lambda x: F.dropout(x, 0.5, training=True), "'dropout'"),
         (lambda x: F.batch_norm(x, None, None, training=True), "'batch_norm'"),
