@@ -15,7 +15,8 @@ test-browser: $(VENV)/.browser  ## TensorBoard and report.html in a headless Chr
 	$(BIN)/python -m pytest tests/browser -rs
 
 test-oldest: $(OLDEST)/.done  ## what touches Lightning, under the oldest versions that are supported, in an environment of its own
-	$(OLDEST)/bin/python -m pytest tests/integration tests/test_bridge.py tests/test_callback.py tests/test_isolation.py
+	$(OLDEST)/bin/python -m pytest tests/integration $(wildcard tests/test_bridge_*.py tests/test_callback*.py) \
+		tests/test_isolation.py tests/test_monitoring.py tests/test_outputs.py tests/test_trainers.py
 
 lint: $(VENV)/.dev  ## style and types
 	$(BIN)/ruff check .
@@ -30,7 +31,8 @@ figures: $(VENV)/.dev  ## pictures of the documentation, from real runs; those o
 	$(BIN)/python examples/01_callback.py --network cnn --log-dir build/demo
 	$(BIN)/python docs/demo_pictures.py build/demo
 	$(BIN)/python docs/figures.py
-	$(BIN)/python docs/gallery.py
+	$(BIN)/python docs/gallery_resnet20.py build/gallery/resnet20
+	$(BIN)/python docs/gallery.py build/demo build/gallery/resnet20
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -14,7 +14,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,6 +40,7 @@ class Row:
         accuracy: Of the quantized network on the test images, in percent.
         float_accuracy: Of the float network on the same images, in percent.
         seconds: Time that ``quantize`` took; the first budget measures curvature, later ones use its profile.
+        steps: Step of the work to the seconds it took.
         peak_mb: Most memory that this process has held so far, in MiB.
         seed: Seed of the calibration subset and of every random number.
     """
@@ -53,6 +54,7 @@ class Row:
     accuracy: float
     float_accuracy: float
     seconds: float
+    steps: dict[str, float]
     peak_mb: float
     seed: int
 
@@ -152,6 +154,7 @@ def run(
         accuracy=accuracy(result.model.eval(), test),
         float_accuracy=float_accuracy,
         seconds=round(seconds, 2),
+        steps={step: round(spent, 2) for step, spent in result.report.seconds.items()},
         peak_mb=round(peak_mb(), 1),
         seed=options.seed,
     )
@@ -195,7 +198,15 @@ def as_text(rows: Sequence[Row], images: int, args: argparse.Namespace, command:
         "its profile.\nPeak memory is that of the process, data and all.\n"
         f"Command: {command}"
     )
-    return "\n\n".join([text_table(header, cells), *means(rows), notes])
+    steps = step_table(rows[0].model, rows[0].steps)
+    return "\n\n".join([text_table(header, cells), *means(rows), steps, notes])
+
+
+def step_table(name: str, steps: Mapping[str, float]) -> str:
+    """Where the time of one network went."""
+    total = sum(steps.values())
+    cells = [[step, f"{spent:.1f}", f"{spent / total:.0%}"] for step, spent in steps.items()]
+    return text_table([f"{name}, first row", "seconds", "share"], cells)
 
 
 def means(rows: Sequence[Row]) -> list[str]:

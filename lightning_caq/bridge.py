@@ -1,4 +1,4 @@
-"""The bridge to Lightning, and the only file that touches its internals.
+"""The bridge to Lightning; but for ``averaging``, the only file that touches its internals.
 
 What a callback needs and Lightning has no public way to give: training data that can be read without disturbing the
 live loader, the loss of any module without its side effects, and a validation loop that nobody else notices.
@@ -301,32 +301,6 @@ def _figures(metrics: Mapping[str, Any]) -> dict[str, float]:
     names = [key.partition("/dataloader_idx_") for key in metrics]
     forks = {name + fork + mark + index for name, mark, index in names for fork in ("_step", "_epoch")}
     return {k: float(v) for k, v in metrics.items() if k not in forks and isinstance(v, (Tensor, float, int))}
-
-
-# ------------------------------------------------------------------------------------------------ averaged weights
-
-
-@contextmanager
-def averages_settled(trainer: Trainer, callback: Any, pl_module: LightningModule) -> Iterator[None]:
-    """Let the network hold its averaged weights, and let go of the averages once that is the network to keep.
-
-    ``WeightAveraging`` keeps its average after ``fit``. It would put it in the place of the quantized network in every
-    later ``validate`` and every checkpoint.
-
-    Args:
-        trainer: The trainer, inside a hook.
-        callback: Only averaging callbacks ahead of this one in the list have finished their work.
-        pl_module: Its module.
-    """
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    earlier = callbacks[: next((i for i, other in enumerate(callbacks) if other is callback), 0)]
-    kinds = every("callbacks", "WeightAveraging")
-    averaging = [x for x in earlier if isinstance(x, kinds) and x._average_model is not None]
-    for each in averaging:
-        each._copy_average_to_current(pl_module)
-    yield
-    for each in averaging:
-        each._average_model = None
 
 
 # ---------------------------------------------------------------------------------------------- leaving no trace

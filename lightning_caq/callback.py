@@ -14,12 +14,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
-from lightning_caq import bridge, pipeline, ranks, trainers
+from lightning_caq import averaging, bridge, loggers, pipeline, ranks, trainers
 from lightning_caq._compat import Callback
 from lightning_caq.checkpoints import put_on_grid, restore, state_of
 from lightning_caq.contexts import curvature_safe
 from lightning_caq.errors import OptionError, PlanError
 from lightning_caq.evaluation.report import QuantizationReport
+from lightning_caq.evaluation.training import EpochCurvature
 from lightning_caq.isolation import preserved
 from lightning_caq.measures.profile import CurvatureProfile
 from lightning_caq.monitoring import training_figures
@@ -188,6 +189,7 @@ class CurvatureQuantizationCallback(Callback):
         self._outcome: Outcome | None = None
         self._network: weakref.ref[nn.Module] | None = None  # the network that the plan is in force on
         self._monitored: int | None = None  # the epoch that was measured last
+        self._watched: list[EpochCurvature] = []  # what was measured during training
 
     @property
     def plan(self) -> QuantizationPlan | None:
@@ -222,9 +224,10 @@ class CurvatureQuantizationCallback(Callback):
             )
         if stage in ("fit", "validate"):
             trainers.refuse_sharded(trainer)
+            loggers.announce(trainer, self.options)
         if stage == "fit":
             trainers.warn_of_late_averaging(trainer, self)
-            self._monitored = None
+            self._monitored, self._watched = None, []
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -232,6 +235,8 @@ class CurvatureQuantizationCallback(Callback):
         if trainer.sanity_checking or trainers.is_trial(trainer) or trainers.is_superseded(trainer, self):
             return
         if trainer.state.fn == "fit":
+            if self._outcome:
+                averaging.keep_grids(trainer, self, self._outcome.plan)
             self._monitor(trainer, pl_module)
         elif not self._in_force(pl_module):
             self._quantize(trainer, pl_module)
@@ -256,10 +261,12 @@ class CurvatureQuantizationCallback(Callback):
             return
         swapped = quantized_modules(pl_module).values()
         if self._outcome and swapped and all(module.quantizing for module in swapped):
+            averaging.keep_grids(trainer, self, self._outcome.plan)
             self._settle(trainer, pl_module, self._outcome)
         else:
             # A float checkpoint was loaded into a swapped network, or the network was swapped by someone else's plan.
-            restore_modules(pl_module)
+            for network in (pl_module, *averaging.averaged_networks(trainer, self)):
+                restore_modules(network)
             self._quantize(trainer, pl_module)
 
     # ------------------------------------------------------------------------------------------------- checkpoints
@@ -286,7 +293,8 @@ class CurvatureQuantizationCallback(Callback):
         """
         if trainers.is_superseded(trainer, self):
             return
-        outcome = restore(pl_module, checkpoint, type(self).__qualname__, resuming=trainer.state.fn == "fit")
+        averages, resuming = averaging.averaged_networks(trainer, self), trainer.state.fn == "fit"
+        outcome = restore(pl_module, checkpoint, type(self).__qualname__, resuming=resuming, averages=averages)
         if outcome is not None:
             self._keep(pl_module, outcome)
 
@@ -299,11 +307,9 @@ class CurvatureQuantizationCallback(Callback):
             ranks.share_buffers(trainer, pl_module)
             floats = float_weights(trainer, pl_module)
             float_state = ranks.float_values(trainer, pl_module)
-            whole = options.objective == "task"
-            batches = bridge.training_batches(
-                trainer, pl_module, options.calibration_samples, options.seed, whole=whole
-            )
-            loss = bridge.quiet_loss(pl_module, self.loss_fn) if options.objective == "task" else None
+            task = options.objective == "task"
+            batches = bridge.training_batches(trainer, pl_module, options.calibration_samples, options.seed, whole=task)
+            loss = bridge.quiet_loss(pl_module, self.loss_fn) if task else None
             validate = bridge.isolated_validation(trainer, pl_module) if self.evaluate else None
             progress = Progress(rank_zero_info)
             result = pipeline.run(
@@ -317,7 +323,8 @@ class CurvatureQuantizationCallback(Callback):
                 sharing=sharing,
             )
             plan = ranks.agree(trainer, pl_module, result.plan, float_state)
-            outcome = Outcome(plan, result.profile, result.report)
+            studies = replace(result.report.studies, training=tuple(self._watched))
+            outcome = Outcome(plan, result.profile, replace(result.report, studies=studies))
             write(trainer, directory, outcome, floats)
             self._keep(pl_module, outcome)
 
@@ -342,7 +349,7 @@ class CurvatureQuantizationCallback(Callback):
     @contextmanager
     def _working(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
         """The surroundings of any work on the network; if it fails, the network is put back whole and that is said."""
-        averaged = bridge.averages_settled(trainer, self, pl_module)
+        averaged = averaging.averages_settled(trainer, self, pl_module)
         with self._failure_told(), curvature_safe(pl_module), preserved(pl_module), averaged:
             yield
 
@@ -362,7 +369,7 @@ class CurvatureQuantizationCallback(Callback):
             raise
 
     def _keep(self, pl_module: nn.Module, outcome: Outcome) -> None:
-        self._outcome = outcome
+        self._outcome = outcome._replace(plan=averaging.apart(outcome.plan))
         self._network = weakref.ref(pl_module)
 
     def _in_force(self, pl_module: LightningModule) -> bool:
@@ -390,5 +397,7 @@ class CurvatureQuantizationCallback(Callback):
             return
         self._monitored = epoch
         figures = training_figures(trainer, pl_module, self.options)
+        named = {tag.removeprefix("caq/training/"): value for tag, value in figures.items()}
+        self._watched.append(EpochCurvature(epoch, named))
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=trainer.global_step)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_caq.averaging import apart
 from lightning_caq.errors import PlanError
 from lightning_caq.evaluation.report import QuantizationReport
 from lightning_caq.measures.profile import CurvatureProfile
 from lightning_caq.outputs import Outcome
 from lightning_caq.plan import QuantizationPlan
 from lightning_caq.quantizers.modules import FakeQuant
+from lightning_caq.quantizers.swap import swap
 
 VERSION = 1
 LATENT = "caq_latent_weights"
@@ -46,7 +49,14 @@ def put_on_grid(model: nn.Module, checkpoint: dict[str, Any]) -> None:
         checkpoint[LATENT] = latent
 
 
-def restore(model: nn.Module, checkpoint: dict[str, Any], kind: str, *, resuming: bool) -> Outcome | None:
+def restore(
+    model: nn.Module,
+    checkpoint: dict[str, Any],
+    kind: str,
+    *,
+    resuming: bool,
+    averages: Sequence[nn.Module] = (),
+) -> Outcome | None:
     """Swap a network that was just filled from a checkpoint by the plan that came with it.
 
     Args:
@@ -54,6 +64,8 @@ def restore(model: nn.Module, checkpoint: dict[str, Any], kind: str, *, resuming
         checkpoint: The checkpoint.
         kind: The class name with which the callback's key in the checkpoint begins.
         resuming: Whether training goes on, from the parameters between the grid points if there are any.
+        averages: What averaging callbacks keep beside the network. These callbacks have filled them with the weights
+            of the checkpoint, and the network with weights between the grid points if the checkpoint has both.
 
     Returns:
         What is known of the quantization; ``None`` if the network is a float one.
@@ -68,15 +80,24 @@ def restore(model: nn.Module, checkpoint: dict[str, Any], kind: str, *, resuming
     if state["version"] != VERSION:
         raise PlanError(f"The checkpoint holds a quantization of version {state['version']}; version 1 is known.")
     plan = QuantizationPlan.from_state_dict(state["plan"])
-    if not plan.attach(model):
+    filled, *others = (*averages, model)
+    if not plan.attach(filled):
         rank_zero_warn(
             "caq: the checkpoint holds a quantization plan, but its weights do not lie on the plan's grid; the "
             "network runs as the float network they are."
         )
         return None
+    for network in others:
+        swap(network, apart(plan).grids(), plan.input_grids())
     if resuming:
-        weights = dict(model.named_parameters(remove_duplicate=False))
-        with torch.no_grad():
-            for key, value in checkpoint.get(LATENT, {}).items():
-                weights[key].copy_(value)
+        beside = averages and "current_model_state" in checkpoint
+        for network in averages if beside else (*averages, model):
+            _put(network, checkpoint.get(LATENT, {}))
     return Outcome(plan, CurvatureProfile.from_json(state["profile"]), QuantizationReport.from_json(state["report"]))
+
+
+def _put(network: nn.Module, values: dict[str, Tensor]) -> None:
+    weights = dict(network.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, value in values.items():
+            weights[name].copy_(value)

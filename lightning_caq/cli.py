@@ -27,15 +27,17 @@ def report(log_dir: Path) -> None:
     """
     run = read_run(log_dir)
     for name, problem in run.problems.items():
-        print(f"{run.folder / name} {problem}.", file=sys.stderr)
+        print(f"{run.folder / name} {problem.rstrip('.')}.", file=sys.stderr)
+    if run.report is None and run.profile is None and run.plan is None:
+        raise FileNotFoundError(f"{run.folder} holds no file that can be used; nothing was written.")
     gallery = draw_gallery(run.report, run.profile)
     for tag, figure in gallery.figures.items():
         figure.savefig(run.folder / f"{tag}.png", dpi=150)
     path = write_html(run.folder / "report.html", run.report, run.profile, run.plan, gallery)
     if run.report is not None:
         print(run.report.table() + "\n")
-    for tag, reason in gallery.missing.items():
-        print(f"not drawn: {tag}. {reason}")
+    for reason in dict.fromkeys(gallery.missing.values()):
+        print(f"not drawn: {', '.join(tag for tag, why in gallery.missing.items() if why == reason)}. {reason}")
     print(f"{len(gallery.figures)} figures and {path}")
 
 

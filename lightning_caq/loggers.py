@@ -1,10 +1,30 @@
-"""Loggers: the figures of a run, for every logger that shows pictures, known by what it can do and never imported."""
+"""Loggers: what differs between them in options and figures; they are known by what they can do and never imported."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from lightning.pytorch import Trainer
+
+from lightning_caq._compat import every
+from lightning_caq.options import QuantizationOptions
+
+
+def announce(trainer: Trainer, options: QuantizationOptions) -> None:
+    """Put the options among the hyperparameters that TensorBoard's logger writes once, when training starts.
+
+    They go to its file ``hparams.yaml``. Any other logger takes hyperparameters at any time.
+
+    Args:
+        trainer: The trainer, in ``setup``.
+        options: The options.
+    """
+    for logger in list[Any](trainer.loggers):
+        tensorboard = isinstance(logger, every("loggers", "TensorBoardLogger"))
+        if tensorboard and isinstance(logger.hparams, dict):  # not a configuration of OmegaConf, which may be closed
+            logger.hparams["caq"] = options.to_dict()
 
 
 def log_pictures(logger: Any, pictures: Iterable[Path], step: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from numbers import Real
 from typing import Any, Literal
 
@@ -20,7 +20,8 @@ ROUNDINGS = ("nearest", "error_feedback", "long_axis")
 BATCHNORM = ("recentre", "keep")
 OBJECTIVES = ("distill", "task")
 ALWAYS = frozenset({"kappa", "lipschitz", "inputs"})  # what reports show, whatever the method
-STUDIED = frozenset({"amplification", "output_error", "subspace", "loss_change"})  # what the figures of a study show
+# What the figures of a study show.
+STUDIED = frozenset({"amplification", "output_error", "subspace", "loss_change", "density"})
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ class QuantizationOptions:
         compare: Methods to evaluate beside the chosen one at the same budget.
         guard: Whether uniform bits are taken instead if they are better on samples held out.
         study: Whether to compute what only explains the result: each layer's own error at the output, tightness at
-            every bit-width, the share of the error in the steep directions, and the loss landscape. It takes about as
-            long again as measuring.
+            every bit-width, the share of the error in the steep directions, the spectral density and the loss
+            landscape. It takes about as long again as measuring.
         time_budget: Seconds that measuring may take, as far as its estimate goes; ``None`` sets no limit.
         include: Shell patterns of the layers to quantize; all by default.
         exclude: Shell patterns of the layers to leave in float32.
@@ -205,6 +206,15 @@ class QuantizationOptions:
     def methods(self) -> tuple[str, ...]:
         """All methods that take part, each once: the chosen one, those to compare it with, and the guard."""
         return tuple(dict.fromkeys((self.method, *self.compare, *(("uniform",) if self.guard else ()))))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as plain values, for reports and loggers.
+
+        Example:
+            >>> QuantizationOptions(avg_bits=3, bits=(2, 4)).to_dict()["bits"]
+            [2, 4]
+        """
+        return {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(self).items()}
 
 
 def _one_of(option: str, value: Any, allowed: Sequence[str]) -> None:

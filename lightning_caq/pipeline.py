@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -392,7 +392,7 @@ class _Road:
             sizes=sizes,
             metrics={f"{variant}/{name}": x for variant, found in every.items() for name, x in found.items()},
             predicted_loss={v: x for v, p in plans.items() if (x := profile.predicted_loss(p.widths)) is not None},
-            options={k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.options).items()},
+            options=self.options.to_dict(),
             versions=versions(),
             seconds=dict(self.progress.seconds),
             notes=(*notes, *contest.notes),

@@ -59,6 +59,6 @@ def warn_of_late_averaging(trainer: Trainer, callback: Any) -> None:
         kinds = every("callbacks", name)
         if any(isinstance(later, kinds) for later in _later(trainer, callback)):
             rank_zero_warn(
-                f"caq: {name} comes after {type(callback).__name__} in the list of callbacks and changes the weights "
-                f"once they are quantized; put {name} first."
+                f"caq: {name} comes after {type(callback).__name__} in the list of callbacks: the weights are "
+                f"quantized without it, and what it does to them then may spoil that; put {name} first."
             )

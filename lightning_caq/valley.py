@@ -39,8 +39,8 @@ class Valley:
 
         With ``"distill"`` nothing is to be gained at the float weights, and |λ| is kept small. With ``"task"`` the
         gradient and negative eigenvalues promise a lower loss. They are followed only as far as the quadratic model
-        tells what is then measured (CET Eq. 7): the price of ‖Δ‖² is raised until it does. If it never does, or
-        nothing is gained, |λ| is kept small as before.
+        tells what is then measured (CET Eq. 7): the price of ‖Δ‖² is raised until it does. If it never does, not
+        even for codes that keep |λ| small, or nothing is gained, |λ| is kept small as before.
 
         Args:
             model: The float network.

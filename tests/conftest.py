@@ -1,5 +1,8 @@
 """Shared by all tests. Being here, it also lets every test file import the helpers of this folder (``lit``)."""
 
+import copy
+
+import nets
 import pytest
 import torch
 from lit import without_figures
@@ -18,3 +21,12 @@ def no_figures():
     """For tests of other things than figures."""
     with without_figures():
         yield
+
+
+@pytest.fixture(scope="session")
+def trained_cnn():
+    """A small network that has learnt its images; for copies, since every test gets the same one."""
+    torch.manual_seed(0)
+    net = nets.trained(nets.small_cnn(), *nets.images(512, 0), steps=250)
+    assert nets.accuracy(copy.deepcopy(net).eval(), *nets.images(400, 2)) > 0.95
+    return net

@@ -10,6 +10,7 @@ from lightning_caq.evaluation.shares import Energy
 from lightning_caq.evaluation.studies import Studies
 from lightning_caq.evaluation.sweep import SweepPoint
 from lightning_caq.evaluation.tightness import Tightness
+from lightning_caq.evaluation.training import EpochCurvature
 from lightning_caq.measures.profile import CurvatureProfile, LayerCurvature
 
 CYCLE = (2, 3, 4, 5, 6, 8)
@@ -71,6 +72,14 @@ def made_run(names: Sequence[str]) -> tuple[QuantizationReport, CurvatureProfile
             for seed in range(3)
         ),
         eigenpairs=tuple(SweepPoint("cet", 3.0, 10.0, {"val_loss": 1 / k}, eigenpairs=k) for k in (50, 100, 200)),
+        training=tuple(
+            EpochCurvature(epoch, {
+                f"{measure}/{row.name}": value / (1 + epoch) for row in rows for measure, value in (
+                    ("kappa", row.kappa), ("lipschitz", row.lipschitz), ("trace", row.subspace_curvature),
+                    ("top_eigenvalue", 0.5 * row.subspace_curvature),
+                )
+            }) for epoch in range(3)
+        ),
     )  # fmt: skip
     report = QuantizationReport(
         method="cet",

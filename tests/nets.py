@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -295,3 +297,36 @@ def rounded(
     """One layer rounded: its grid and its codes."""
     with PairedPasses(net, [layer], batches, floats) as passes:
         return round_layer(net, layer, bits, rounding, passes)
+
+
+def image_batches() -> list[tuple[Tensor, Tensor]]:
+    """Two batches of images of uneven size, 96 together."""
+    x, y = images(96, 1)
+    return [(x[:40], y[:40]), (x[40:], y[40:])]
+
+
+def image_loss(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(net(batch[0]), batch[1])
+
+
+def picture(net: nn.Module) -> dict[str, Any]:
+    """Everything about a network, and the random states, that a visitor must leave as it was."""
+    return {
+        "state": {k: v.clone() for k, v in net.state_dict().items()},
+        "ids": [id(p) for p in net.parameters()],
+        "classes": [type(m) for m in net.modules()],
+        "flags": [m.training for m in net.modules()],
+        "grads": [p.requires_grad for p in net.parameters()],
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules()],
+        "attributes": [sorted(m.__dict__) for m in net.modules()],
+        "rng": (torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()),
+    }
+
+
+def assert_same_picture(before: dict[str, Any], after: dict[str, Any]) -> None:
+    assert before["state"].keys() == after["state"].keys()
+    assert all(torch.equal(v, after["state"][k]) for k, v in before["state"].items())
+    assert torch.equal(before["rng"][0], after["rng"][0])
+    assert before["rng"][1:] == after["rng"][1:]
+    for key in before.keys() - {"state", "rng"}:
+        assert before[key] == after[key], key

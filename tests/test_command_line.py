@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+import math
 import sys
+from dataclasses import replace
 
 import nets
 import pytest
 import torch
+from made_run import made_run
 
 from lightning_caq import quantize
 from lightning_caq.cli import main
 from lightning_caq.export.packed import save_quantized
 from lightning_caq.reporting.files import write_outputs
-from lightning_caq.reporting.gallery import Gallery
+from lightning_caq.reporting.gallery import ENTRIES, Gallery
 
 
 @pytest.fixture
@@ -42,8 +45,31 @@ def test_report_goes_on_without_a_file_and_says_so(runs, capsys) -> None:
     main(["report", str(runs / "a")])
     told = capsys.readouterr()
     assert "report.json is missing." in told.err
-    assert "not drawn: bits. There is no report." in told.out
+    (line,) = (line for line in told.out.splitlines() if line.startswith("not drawn: bits, pareto, "))
+    assert line.endswith(". There is no report.")
     assert (runs / "a" / "caq" / "spectrum.png").exists()
+
+
+def test_report_of_files_that_cannot_be_used_writes_nothing(tmp_path, capsys) -> None:
+    (tmp_path / "report.json").write_text("{}")
+    (tmp_path / "plan.json").write_text("no JSON")
+    with pytest.raises(SystemExit, match="no file that can be used; nothing was written"):
+        main(["report", str(tmp_path)])
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split()[0] for line in told] == [str(tmp_path / f"{x}.json") for x in ("report", "profile", "plan")]
+    assert all(line.endswith(".") and not line.endswith("..") for line in told)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_report_of_one_layer_with_a_long_name_and_no_kappa(tmp_path, capsys) -> None:
+    report, profile = made_run(["block." * 19 + "linear"])
+    (layer,) = profile.layers
+    (tmp_path / "report.json").write_text(report.to_json())
+    (tmp_path / "profile.json").write_text(replace(profile, layers=(replace(layer, kappa=math.nan),)).to_json())
+    main(["report", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "not drawn: kappa_vs_bits. No layer has a positive κ and bits." in out
+    assert f"{len(ENTRIES) - 1} figures and" in out
 
 
 def test_compare_lays_runs_side_by_side(runs, capsys) -> None:

@@ -22,7 +22,8 @@ class Allocation:
     Attributes:
         bits: Bit-width of each layer, in the order of the rows of the table.
         cost: The total that was minimised, in the unit of its table.
-        bound: No choice within the limits has a smaller total, as was proven.
+        bound: No choice within the limits has a smaller total: proven, with several limits up to the solver's
+            tolerance of 1e-6.
         relaxed: Optimum of the linear relaxation, in which a layer may have a mixture of bit-widths and limits are
             rounded down to what whole choices can use.
         usage: What the choice takes of each limit, by the constraint's name.

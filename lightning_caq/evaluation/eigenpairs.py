@@ -31,7 +31,8 @@ def profiles_by_eigenpairs(
     """The profile for each number k of eigenpairs: energies in S, and the mean curvature outside it (CET §3.3).
 
     The eigenpairs are computed once, for all k, so that this costs what the spectrum of the profile cost. For
-    ``distill`` that gives every eigenpair; for ``task`` no more than the profile has.
+    ``distill`` that gives every eigenpair; for ``task`` no more than the profile has. What ``cet`` takes of a profile
+    is renewed; the expected energies that other methods take stay those of the profile's own number.
 
     Args:
         model: The float network, in eval mode, its layers' weights requiring gradients.

@@ -86,8 +86,8 @@ class QuantizationReport:
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """The networks that were compared, the float one first."""
-        return tuple(self.sizes)
+        """The networks that were compared, the float one first; the chosen one goes by ``"quantized"`` alone."""
+        return tuple(variant for variant in self.sizes if variant != self.method)
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -146,7 +146,7 @@ class QuantizationReport:
                 f"{size.bytes / 1000:,.1f}",
                 *(_figure(self.metrics.get(f"{variant}/{name}")) for name in names),
             ]
-            for variant, size in self.sizes.items()
+            for variant, size in ((v, self.sizes[v]) for v in self.variants)
         ]
         return header, rows
 

@@ -14,6 +14,7 @@ from lightning_caq.evaluation.landscape import Landscape, landscape, plane
 from lightning_caq.evaluation.shares import Energy, observed_errors, rounding_energies
 from lightning_caq.evaluation.sweep import SweepPoint
 from lightning_caq.evaluation.tightness import Tightness, tightness
+from lightning_caq.evaluation.training import EpochCurvature
 from lightning_caq.isolation import preserved
 from lightning_caq.layers import Layer, layer_weight
 from lightning_caq.measures.measure import differentiable
@@ -40,6 +41,7 @@ class Studies:
         landscape: The loss on a plane of a short and a long axis.
         points: Networks quantized under other budgets, methods or seeds.
         eigenpairs: The network quantized with other numbers of eigenpairs.
+        training: The curvature of every layer, epoch by epoch.
     """
 
     alone: dict[str, float] = field(default_factory=dict)
@@ -48,6 +50,7 @@ class Studies:
     landscape: Landscape | None = None
     points: tuple[SweepPoint, ...] = ()
     eigenpairs: tuple[SweepPoint, ...] = ()
+    training: tuple[EpochCurvature, ...] = ()
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Studies:
@@ -68,6 +71,7 @@ class Studies:
             landscape=None if plane_ is None else Landscape(**{key: _tuples(x) for key, x in plane_.items()}),
             points=tuple(SweepPoint(**point) for point in data["points"]),
             eigenpairs=tuple(SweepPoint(**point) for point in data["eigenpairs"]),
+            training=tuple(EpochCurvature(**each) for each in data.get("training", ())),
         )
 
 
@@ -101,7 +105,7 @@ def study(
         with_landscape: Whether to compute ``landscape``.
 
     Returns:
-        The studies; ``points`` and ``eigenpairs``, which take further runs, are left empty.
+        The studies; ``points`` and ``eigenpairs``, which take further runs, and ``training`` are left empty.
     """
     samples = take_samples(batches, profile.samples)
     few = take_samples(samples, FEW_SAMPLES)

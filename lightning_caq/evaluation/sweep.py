@@ -53,8 +53,7 @@ def sweep_points(report: QuantizationReport) -> tuple[SweepPoint, ...]:
             eigenpairs=int(report.options.get("eigenpairs", 0)),
             chosen=variant == "quantized",
         )
-        for variant, size in report.sizes.items()
-        if variant != "float"
+        for variant, size in ((v, report.sizes[v]) for v in report.variants if v != "float")
     )
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from lightning_caq.widths import Width
 
 # Ranges that are tried, as fractions of the full range, and shifts of their middle, in steps. Clipping pays at 2 and 3
-# bits, hardly above; at a given step the two or three nearest zero points differ more than neighbouring fractions do.
-_FRACTIONS = torch.linspace(0.3, 1.05, 16).tolist()
+# bits, hardly above, and more the heavier the tails; at a given step the two or three nearest zero points differ more
+# than neighbouring fractions do.
+_FRACTIONS = [0.1, 0.15, 0.2, 0.25, *torch.linspace(0.3, 1.05, 16).tolist()]
 _SHIFTS = (-0.5, 0.0, 0.5)
 _REFINEMENTS = 8
 _LARGEST_ZERO_POINT = 16_000.0
@@ -89,10 +90,10 @@ class Grid:
 def fit_grid(weight: Tensor, bits: Width, channel_shape: tuple[int, ...]) -> Grid:
     """A grid that rounds a weight with close to the least squared error, channel by channel.
 
-    The range is first shrunk step by step from the channel's minimum and maximum, and shifted; the best is refined:
-    with the codes held, scale and zero point follow from a linear regression of the weights on the codes, and new codes
-    from these (Lloyd's iteration on an evenly spaced grid). The best grid seen is returned, so the error never exceeds
-    that of the full range.
+    The range is first shrunk step by step from the channel's minimum and maximum towards its mean, and shifted; the
+    best is refined: with the codes held, scale and zero point follow from a linear regression of the weights on the
+    codes, and new codes from these (Lloyd's iteration on an evenly spaced grid). The best grid seen is returned, so the
+    error never exceeds that of the full range.
 
     Args:
         weight: The weight, any floating-point type.
@@ -111,7 +112,7 @@ def fit_grid(weight: Tensor, bits: Width, channel_shape: tuple[int, ...]) -> Gri
     rows = _rows(weight.detach().double(), channel_shape)
     widths = torch.tensor(bits, device=rows.device).reshape(-1, 1)
     top = (2**widths - 1).double()
-    low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
+    low, high, mean = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True), rows.mean(1, keepdim=True)
     constant = high <= low
     # A constant channel c is stored as code 1 of the values 0, |c|, … (or their negatives).
     # A narrow range far from zero gets a wider step: the zero point reaches it only so.
@@ -120,7 +121,8 @@ def fit_grid(weight: Tensor, bits: Width, channel_shape: tuple[int, ...]) -> Gri
     best = _Best(rows, top, step, _halves(torch.where(constant, torch.where(low < 0, top, 0.0), -low / step)))
     for fraction in _FRACTIONS:
         scale = torch.where(constant, step, torch.maximum(step * fraction, least))
-        centre = torch.where(constant, 0.0, (low + high) / 2)
+        # Outliers on one side move the middle of the range away from where most weights lie; cut off, they should not.
+        centre = torch.where(constant, 0.0, mean + min(fraction, 1.0) * ((low + high) / 2 - mean))
         zero = torch.where(constant, best.zero, top / 2 - centre / scale)
         for shift in _SHIFTS:
             best.offer(scale, torch.where(constant, zero, zero + shift))

@@ -6,8 +6,6 @@ large steps alike.
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
 from lightning_caq.quantizers.activations import InputGrid
@@ -49,7 +47,7 @@ def lsq_round(weight: Tensor, grid: Grid, factor: Tensor) -> Tensor:
         >>> round(float(factor.grad) * 3**0.5, 4)  # the largest code is 3
         3.0
     """
-    share = 1 / math.sqrt(weight.numel() / factor.numel() * (2**grid.bits - 1))
+    share = (weight.numel() / factor.numel() * grid.top).rsqrt()
     slow = factor.detach() + (factor - factor.detach()) * share
     grid = stretched(grid, slow)
     place = (weight.float() / grid.scale + grid.zero_point).clamp(min=0).minimum(grid.top)

@@ -22,6 +22,7 @@ from lightning_caq.reporting.figures.pareto import pareto
 from lightning_caq.reporting.figures.spectrum import spectrum
 from lightning_caq.reporting.figures.subspace import subspace
 from lightning_caq.reporting.figures.tightness import tightness_curves
+from lightning_caq.reporting.figures.training import training_curves
 from lightning_caq.reporting.figures.waterfall import error_waterfall
 
 
@@ -116,8 +117,8 @@ ENTRIES = (
         "Accuracy against size",
         "Each point is a quantized network, each curve a method, and the dashed line the float network; further up "
         "(or down, for a loss) and to the left is better. Where one curve lies above another, its method makes better"
-        " use of the same bits; error bars show how much of that is chance. The ring marks the network that the plan "
-        "is for.",
+        " use of the same bits; error bars show how much of that is chance, and without them a small difference may be "
+        "nothing else. The ring marks the network that the plan is for.",
         ("report",),
         lambda report, profile: pareto((*sweep_points(report), *report.studies.points), _floats(report)),
     ),
@@ -147,7 +148,8 @@ ENTRIES = (
         "Each bar is the error that rounding one layer is predicted to cause at the network's output, the largest "
         "first, and each starts where the one before ends, so that they add up to Φ in the last row. A point at the "
         "end of its bar says that the prediction agrees with what was seen when only that layer was rounded; short of"
-        " it, the prediction was pessimistic. The layers at the top are those on which the next bit is best spent.",
+        " it the prediction was too large, beyond it too small. The layers at the top are those on which the next bit "
+        "is best spent.",
         ("report", "profile"),
         lambda report, profile: error_waterfall(error_shares(profile, _bits(report), report.studies.alone)),
     ),
@@ -174,8 +176,9 @@ ENTRIES = (
     Entry(
         "spectrum",
         "Spectrum of the Hessian",
-        "On the left are the eigenvalues of the loss's Hessian, the steepest first: a few large ones before a long "
-        "tail mean that rounding errors hurt in a few directions only. Where negative ones appear, the loss is a "
+        "On the left are the eigenvalues of the loss's Hessian, the steepest first, and in the middle, where it was "
+        "measured, the density of all: a few large ones before a long tail, or beside a peak at zero, mean that "
+        "rounding errors hurt in a few directions only. Where negative ones appear, the loss is a "
         "saddle, and some rounding errors would lower it. On the right is the share of that curvature in each layer; "
         "a bar far beyond its point belongs to a layer that is more sensitive than its size.",
         ("profile",),
@@ -208,6 +211,16 @@ ENTRIES = (
         "goes flat, more of them do not change the result. The dashed line is the float network.",
         ("report",),
         lambda report, profile: eigenpair_curve(report.studies.eigenpairs, _floats(report)),
+    ),
+    Entry(
+        "training",
+        "Curvature during training",
+        "Each panel is a measure and each line a layer: how sharply its output energy bends (κ), how far it can "
+        "stretch its input (L), and how sharply the loss bends with its weights (trace and top eigenvalue). Lines "
+        "that still rise or fall at the end say that an allocation made earlier would have been another one. Layers "
+        "that stay on top throughout are those that need bits whenever training is stopped.",
+        ("report",),
+        lambda report, profile: training_curves(report.studies.training),
     ),
 )
 

@@ -23,7 +23,9 @@ figure { margin: 2rem 0; } figcaption { color: var(--faint); margin-top: .5rem; 
 .scroll { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th { text-align: left; position: sticky; top: 0; background: var(--field); border-bottom: 1px solid var(--line); }
-th button { all: unset; cursor: pointer; padding: .35rem .6rem; display: block; font-weight: 600; white-space: nowrap; }
+th { vertical-align: bottom; } th.number { text-align: right; }
+th button { all: unset; cursor: pointer; padding: .35rem .6rem; display: inline-block; font-weight: 600;
+  max-width: 8rem; }
 th button:focus-visible { outline: 2px solid var(--link); }
 th[aria-sort=ascending] button::after { content: " ▲"; } th[aria-sort=descending] button::after { content: " ▼"; }
 td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
@@ -36,7 +38,7 @@ summary { cursor: pointer; color: var(--link); }
   body { max-width: none; padding: 0; font-size: 10pt; } figure, tr, pre { break-inside: avoid; }
   h2, h3 { break-after: avoid; } th { position: static; } .paper { border: 0; padding: 0; }
   .scroll, .paper { overflow: visible; } .paper img { min-width: 0; } table { font-size: 7pt; }
-  th button { white-space: normal; padding: .15rem .3rem; }
+  th button { padding: .15rem .3rem; }
   td { padding: .1rem .3rem; } td:first-child { min-width: 0; }
   th[aria-sort] button::after { content: ""; }
 }

@@ -80,9 +80,9 @@ def sheet(
 
 def board(
     frames: Sequence[tuple[float, float]], *, tall: float, title: str, subtitle: str, right: float = MARGIN,
-    header: float = 0.1, footer: float = 0.55,
+    header: float = 0.1, footer: float = 0.55, rows: int = 1,
 ) -> tuple[Figure, list[Axes]]:  # fmt: skip
-    """Make a titled figure with frames side by side; lengths are in inches.
+    """Make a titled figure with frames side by side, in one row or several; lengths are in inches.
 
     Args:
         frames: Of each frame the room left of its axes, and their width.
@@ -90,11 +90,12 @@ def board(
         title: What is seen.
         subtitle: How to read it.
         right: Room right of the last axes.
-        header: Room above the axes.
-        footer: Room below the axes.
+        header: Room above the axes of each row.
+        footer: Room below the axes of each row.
+        rows: Rows of frames.
 
     Returns:
-        The figure, and the axes from left to right.
+        The figure, and the axes from left to right, row by row.
 
     Example:
         >>> figure, axes = board([(0.6, 3), (0.6, 2)], tall=2, title="T", subtitle="t")
@@ -102,14 +103,18 @@ def board(
         (2, '6.4 in')
     """
     across = sum(left + width for left, width in frames) + right
-    figure, _ = _headed(across, header + tall + footer, title, subtitle)
+    row = header + tall + footer
+    figure, _ = _headed(across, rows * row, title, subtitle)
     high = figure.get_figheight()
-    axes, x = [], 0.0
-    for left, width in frames:
-        axes.append(figure.add_axes(((x + left) / across, footer / high, width / across, tall / high)))
-        axes[-1].tick_params(labelsize=FONT)
-        axes[-1].spines[["right", "top"]].set_visible(False)
-        x += left + width
+    axes = []
+    for below in reversed(range(rows)):
+        x = 0.0
+        for left, width in frames:
+            bottom = (below * row + footer) / high
+            axes.append(figure.add_axes(((x + left) / across, bottom, width / across, tall / high)))
+            axes[-1].tick_params(labelsize=FONT)
+            axes[-1].spines[["right", "top"]].set_visible(False)
+            x += left + width
     return figure, axes
 
 

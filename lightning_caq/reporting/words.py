@@ -67,7 +67,8 @@ def _metric_in_words(report: QuantizationReport, metric: str) -> list[str]:
     told = f"{metric} is {mine:.4g}"
     if "float" in values:
         before = values.pop("float")
-        told += f", against {before:.4g} of the float network (a change of {mine - before:+.2g})".replace("-", "−")
+        change = f"a change of {mine - before:+.2g}".replace("-", "−") if mine != before else "no change"
+        told += f", against {before:.4g} of the float network ({change})"
     told += "."
     if values:
         better = min if smaller_is_better(metric) else max
@@ -87,10 +88,11 @@ def layer_columns(
     """
     measured = {row.name: row for row in profile.layers} if profile else {}
     rows: list[dict[str, Any]] = []
+    chosen = report.method if report else ""  # goes by "quantized" alone
     for row in report.layers if report else ():
         line = {"layer": row.name, "kind": row.kind, "weights": row.weights, "MACs": row.macs}
-        line |= {"bits" if v == "quantized" else f"bits, {v}": b for v, b in row.bits.items()}
-        line |= {"input bits" if v == "quantized" else f"input bits, {v}": b for v, b in row.input_bits.items()}
+        for what, found in (("bits", row.bits), ("input bits", row.input_bits)):
+            line |= {what if v == "quantized" else f"{what}, {v}": b for v, b in found.items() if v != chosen}
         line |= {"κ (out²/in²)": row.kappa, "L (out/in)": row.lipschitz}
         rows.append(line | _measured(measured.get(row.name), row.bits.get("quantized")))
     if report is None:
@@ -132,8 +134,8 @@ def comparison(runs: Mapping[str, QuantizationReport]) -> tuple[list[str], list[
     header = ["run", "network", "budget", "avg bits", "ratio", "kB", *names]
     rows: list[list[str | float | None]] = []
     for run, report in runs.items():
-        for variant, size in report.sizes.items():
-            metrics = variant_metrics(report, variant)
+        for variant in report.variants:
+            size, metrics = report.sizes[variant], variant_metrics(report, variant)
             measured = [metrics.get(name) for name in names]
             budget = "" if variant == "float" else report.budget
             rows.append([run, report.title(variant), budget, size.avg_bits, size.ratio, size.bytes / 1000, *measured])

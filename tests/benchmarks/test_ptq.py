@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "../shared/data"
 KEYS = ["model", "method", "rounding", "asked_bits", "avg_bits", "ratio"]
-KEYS += ["accuracy", "float_accuracy", "seconds", "peak_mb", "seed"]
+KEYS += ["accuracy", "float_accuracy", "seconds", "steps", "peak_mb", "seed"]
 
 needs_data = pytest.mark.skipif(
     not (DATA / "resnet20_cifar10.th").is_file(), reason=f"the benchmark's data is not in {DATA}"
@@ -93,7 +93,20 @@ def test_text_states_what_is_needed_to_judge_and_repeat_it(monkeypatch: pytest.M
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import ptq
 
-    row = ptq.Row("resnet20", "cet", "nearest", 3.0, 2.99, 10.2, 91.5, 91.5, 12.0, 900.0, 7)
+    row = ptq.Row(
+        "resnet20",
+        "cet",
+        "nearest",
+        3.0,
+        2.99,
+        10.2,
+        91.5,
+        91.5,
+        12.0,
+        {"rounding (cet)": 9.0, "allocation (cet)": 3.0},
+        900.0,
+        7,
+    )
     text = ptq.as_text([row], 1000, ptq.parser().parse_args(["--seed", "7"]), "python benchmarks/ptq.py --seed 7")
     # sqrt(0.915 * 0.085 / 1000) = 0.88 %
     for words in (
@@ -102,5 +115,7 @@ def test_text_states_what_is_needed_to_judge_and_repeat_it(monkeypatch: pytest.M
         "512 training images",
         "Command: python benchmarks/ptq.py --seed 7",
         "  0.9  ",
+        "rounding (cet)",
+        "75%",
     ):
         assert words in text

@@ -78,6 +78,7 @@ def test_scalars_hold_bits_and_the_curves_of_training(open_tab, screenshots) -> 
 
 def test_custom_scalars_draw_a_chart_a_family(open_tab, screenshots) -> None:
     page = open_tab("custom_scalars", "κ during training")
+    page.set_viewport_size({"width": 1280, "height": 1500})  # a chart out of sight is not drawn
     for title in scalar_layout()["caq"]:
         page.get_by_text(title, exact=True).first.wait_for()
     curves = page.get_by_text("Matches (2)")  # two layers a chart

@@ -15,8 +15,9 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.loggers import CSVLogger
-from lit import AtHook, Classifier, blobs, train_loader, trainer, val_loader
+from lit import AtHook, Classifier, blobs, train_loader, trainer, val_loader, without_figures
 from torch.utils.data import DataLoader, Subset
 
 from lightning_caq import CurvatureQuantizationCallback, attempt, bridge, callback
@@ -111,6 +112,30 @@ def steady(folder: Path, **kwargs: Any) -> dict[str, Any]:
     }
 
 
+class Split(Steady):
+    """Every rank validates a part of the data; the loss, like the accuracy, is that of all of them."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        logits = self(batch[0])
+        self.val_acc(logits, batch[1])
+        self.log("val_acc", self.val_acc)
+        self.log("val_loss", F.cross_entropy(logits, batch[1]), sync_dist=True)
+
+
+def compared(folder: Path, **kwargs: Any) -> dict[str, Any]:
+    """Quantize by one method, evaluate two others beside it, and study the result, on data that the ranks share out."""
+    torch.manual_seed(0)
+    module, callback = (
+        Split(),
+        quantizer(avg_bits=2.8, bits=[2, 3, 4, 5, 6, 8], compare=["uniform", "caq"], study=True, guard=False),
+    )
+    t = trainer(folder, callbacks=[callback], max_epochs=1, **kwargs)
+    with without_figures():
+        t.fit(module, train_loader(), val_loader(batch_size=8))
+    logged = {name: float(value) for name, value in t.callback_metrics.items()}
+    return {**findings(module, callback), "logged": logged}
+
+
 def apart(folder: Path, **kwargs: Any) -> dict[str, Any]:
     """Train, with ranks that come to different plans; quantize, and train the quantized network on.
 
@@ -168,6 +193,7 @@ def main(folder: Path) -> None:
     kwargs = {"devices": RANKS, "strategy": "ddp"}
     results = {
         "steady": steady(folder / "steady", **kwargs),
+        "compared": compared(folder / "compared", **kwargs),
         "apart": apart(folder / "apart", **kwargs),
         "broken": broken(folder / "broken", **kwargs),
     }

@@ -158,16 +158,22 @@ def checkpoints(folder: Path, kind: str) -> dict[str, Saved]:
     written = found["save_last"]
     saved["save_last"] = last.saved(written) if at_the_end else Saved(written, FLOAT, float_outputs(kind, written))
 
-    if averaging := getattr(lightning.pytorch.callbacks, "EMAWeightAveraging", None):
+    if averaging := ema():
         keep = ModelCheckpoint(folder, "ema_best", monitor="val_loss")
-        ema = Run(folder, kind, averaging(decay=0.8), keep)
-        validated = float(ema.trainer.validate(ema.net, verbose=False)[0]["val_loss"])
-        assert validated == pytest.approx(ema.callback.report.metrics["quantized/val_loss"])  # not the average's
-        ema.trainer.save_checkpoint(found["ema"])
-        saved["ema"] = ema.saved(found["ema"])
+        average = Run(folder, kind, averaging, keep)
+        validated = float(average.trainer.validate(average.net, verbose=False)[0]["val_loss"])
+        assert validated == pytest.approx(average.callback.report.metrics["quantized/val_loss"])  # not the average's
+        average.trainer.save_checkpoint(found["ema"])
+        saved["ema"] = average.saved(found["ema"])
         path = folder / "ema_best.ckpt"
         saved["ema_best"] = Saved(path, FLOAT, float_outputs(kind, path))
     return saved
+
+
+def ema() -> Any:
+    """Lightning's averaging callback, or ``None`` in the versions before it."""
+    averaging = getattr(lightning.pytorch.callbacks, "EMAWeightAveraging", None)
+    return averaging and averaging(decay=0.8)
 
 
 NAMES = ("best", "last", "save_last", "finished", "weights_only", "ema", "ema_best")
@@ -283,8 +289,26 @@ def test_a_resumed_fit(tmp_path, kind, checkpoint, attached):
         assert not torch.allclose(outputs(net), checkpoint.outputs, atol=1e-6)
         return
     assert is_quantized(net, callback.plan)
-    if checkpoint.holds == QUANTIZED:  # trained on, on the same grids
-        pairs = zip(callback.plan.layers, checkpoint.plan.layers, strict=True)
+    check_settled(callback, checkpoint)
+
+
+@pytest.mark.filterwarnings("ignore:The checkpoint was not created with WeightAveraging")
+def test_a_resumed_fit_that_averages(tmp_path, kind, checkpoint):
+    """Whether the checkpoint was written by an averaging fit or not; ``test_averaging`` looks at the numbers."""
+    callback, averaging, net = quantizer(), ema(), Net(kind)
+    if averaging is None or checkpoint.holds == VALUES:
+        pytest.skip("no EMAWeightAveraging in this version of Lightning, or a checkpoint that no fit resumes from")
+    t = trainer(tmp_path, callbacks=[averaging, callback], max_epochs=EPOCHS + 1)
+    t.fit(net, ckpt_path=checkpoint.path)
+    assert t.current_epoch == EPOCHS + 1
+    assert is_quantized(net, callback.plan)
+    check_settled(callback, checkpoint)
+
+
+def check_settled(callback: CurvatureQuantizationCallback, saved: Saved) -> None:
+    """What was quantized before has been trained on, on the same grids."""
+    if saved.holds == QUANTIZED:
+        pairs = zip(callback.plan.layers, saved.plan.layers, strict=True)
         assert all(torch.equal(a.grid.scale, b.grid.scale) for a, b in pairs)
         assert any("trained on" in note for note in callback.report.notes)
 

@@ -14,6 +14,7 @@ from lit import AtHook, Classifier, blobs, classifier, train_loader, trainer, va
 
 from lightning_caq.callback import CurvatureQuantizationCallback
 from lightning_caq.checkpoints import LATENT
+from lightning_caq.errors import PlanError
 from lightning_caq.quantizers.swap import quantized_modules
 
 BOTH = pytest.mark.parametrize("package", [lightning.pytorch, pytorch_lightning], ids=lambda p: p.__name__)
@@ -232,6 +233,15 @@ def test_a_checkpoint_with_a_plan_and_other_weights_runs_as_float(fitted):
         fitted.new_trainer(callback).predict(fresh, val_loader(), ckpt_path=fitted.quantized)
     assert not quantized_modules(fresh)
     assert callback.plan is None
+
+
+def test_a_checkpoint_of_a_later_version_is_refused(fitted):
+    checkpoint = torch.load(fitted.quantized, weights_only=True)
+    (state,) = [x for key, x in checkpoint["callbacks"].items() if key.startswith("CurvatureQuantizationCallback")]
+    state["version"] = 2
+    torch.save(checkpoint, fitted.quantized)
+    with pytest.raises(PlanError, match="quantization of version 2; version 1 is known"):
+        fitted.new_trainer(quantizer()).predict(Classifier(), val_loader(), ckpt_path=fitted.quantized)
 
 
 @pytest.mark.filterwarnings("ignore:You are using `torch.load` with `weights_only=False`:FutureWarning")  # torch 2.4

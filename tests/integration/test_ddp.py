@@ -102,6 +102,25 @@ def test_ranks_measure_and_decide_what_one_process_does(ranks, alone):
         assert_same(rank["steady"]["tensors"], alone["tensors"])
 
 
+def test_compared_methods_are_validated_on_the_data_of_all_ranks(ranks, tmp_path):
+    """As one process does on all the data; each rank runs the extra loops on its half of them."""
+    expected = ddp_script.compared(tmp_path)
+    wanted = json.loads(expected["report"])
+    assert wanted["metrics"].keys() == {
+        f"{variant}/{name}"
+        for variant in ("float", "quantized", "uniform", "caq")
+        for name in ("val_acc", "val_loss", "distill")
+    }
+    assert len({wanted["metrics"][f"{variant}/val_loss"] for variant in ("float", "quantized", "uniform")}) == 3
+    for rank in (each["compared"] for each in ranks):
+        report = json.loads(rank["report"])
+        assert report["metrics"] == pytest.approx(wanted["metrics"], rel=1e-4, abs=1e-8)
+        assert [row["bits"] for row in report["layers"]] == [row["bits"] for row in wanted["layers"]]
+        assert report["sizes"] == wanted["sizes"]
+        assert rank["logged"]["val_loss"] == pytest.approx(wanted["metrics"]["float/val_loss"], rel=1e-5)
+    assert_same(ranks[0]["compared"]["state"], ranks[1]["compared"]["state"])
+
+
 def test_ranks_share_one_profile(ranks):
     """To the last digit, and with the seconds of rank 0."""
     assert ranks[0]["steady"]["profile"] == ranks[1]["steady"]["profile"]
@@ -174,5 +193,5 @@ def test_rank_zero_alone_writes_and_every_file_once(ranks, folder):
     written = [rank["steady"]["files"] for rank in ranks]
     assert written == [sorted(path.name for path in directory.iterdir()), []]
     assert {"plan.json", "plan.safetensors", "profile.json", "report.json"} <= set(written[0])
-    assert (folder / "console").read_text().count("caq: plan, report and figures are in") == 3  # three fits
+    assert (folder / "console").read_text().count("caq: plan, report and figures are in") == 4  # four fits
     assert json.loads((directory / "profile.json").read_text()) == json.loads(ranks[0]["steady"]["profile"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import logging
 import os
 from pathlib import Path
@@ -113,6 +114,27 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     assert isinstance(end, OSError)
     assert_whole(tmp_path, module, before)
     assert (tmp_path / "caq").read_text() == "in the way"
+
+
+def test_a_checkpoint_of_the_failure_holds_the_float_network(tmp_path, monkeypatch):
+    """``save_on_exception`` writes what is in the network when our error reaches Lightning."""
+    if "save_on_exception" not in inspect.signature(ModelCheckpoint).parameters:
+        pytest.skip("this version of Lightning has no save_on_exception")
+    monkeypatch.setattr("lightning_caq.outputs.write_outputs", raises(FULL))  # the network is swapped by then
+    weights: dict[str, Any] = {}
+
+    class Look(lightning.pytorch.Callback):
+        def on_train_end(self, t: Any, m: Any) -> None:
+            weights.update({name: x.clone() for name, x in m.state_dict().items()})
+
+    keep = ModelCheckpoint(tmp_path / "kept", "{step}", every_n_epochs=99, save_on_exception=True)
+    t = trainer(tmp_path, callbacks=[Look(), quantizer(), keep], enable_checkpointing=True, max_epochs=1)
+    with pytest.raises(OSError, match="No space"):
+        t.fit(Classifier(), train_loader(), val_loader())
+    (path,) = (tmp_path / "kept").glob("*.ckpt")
+    saved = torch.load(path, weights_only=True)
+    assert all(torch.equal(x, saved["state_dict"][name]) for name, x in weights.items())
+    assert not [key for key in saved["callbacks"] if "Quantization" in key]
 
 
 def test_a_second_try_succeeds_after_the_cause_is_gone(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch
 import pytest
 import pytorch_lightning
+import yaml
 from lightning.pytorch.loggers import CSVLogger
 from lit import classifier, train_loader, trainer, val_loader
 from matplotlib.figure import Figure
@@ -25,17 +26,25 @@ def one_small_figure(monkeypatch):
 
 
 def fit(folder: Path, logger: Any, package: Any = lightning.pytorch) -> Any:
+    """Fit a module that has a hyperparameter of its own."""
+
+    class Own(classifier(package)):
+        def __init__(self, width: int = 16) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
     callback = CurvatureQuantizationCallback(
         avg_bits=3, calibration_samples=24, curvature_samples=8, eigenpairs=4, guard=False, compare=[]
     )
     t = trainer(folder, package, callbacks=[callback], logger=logger, max_epochs=1)
-    t.fit(classifier(package)(), train_loader(), val_loader())
+    t.fit(Own(), train_loader(), val_loader())
     return callback, t
 
 
 @BOTH
 def test_tensorboard(tmp_path, package):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     logger = package.loggers.TensorBoardLogger(tmp_path)
     callback, t = fit(tmp_path, [logger, CSVLogger(tmp_path, name="csv")], package)
@@ -46,6 +55,12 @@ def test_tensorboard(tmp_path, package):
     assert (bits.value, bits.step) == (callback.plan.bits["net.0"], t.global_step)
     assert [tag for tag in events.Tags()["images"] if tag.startswith("caq/")] == ["caq/bits"]
     assert "caq/quantized/val_acc" in (tmp_path / "csv" / "version_0" / "metrics.csv").read_text()
+    for folder in (logger.log_dir, tmp_path / "csv" / "version_0"):
+        hparams = yaml.safe_load((Path(folder) / "hparams.yaml").read_text())
+        assert hparams == {"width": 16, "caq": callback.report.options}
+    assert callback.report.options["bits"] == [2, 3, 4, 5, 6, 8]
+    shown = HParamsPluginData.FromString(events.PluginTagToContent("hparams")["_hparams_/session_start_info"])
+    assert set(shown.session_start_info.hparams) == {"width"}  # TensorBoard keeps the first of a run
 
 
 @BOTH
@@ -62,7 +77,8 @@ def test_weights_and_biases(tmp_path, package, monkeypatch):
     pictures = list(tmp_path.rglob("files/media/images/caq/*.png"))
     assert len(pictures) == 1
     assert pictures[0].read_bytes() == (Path(t.log_dir or tmp_path) / "caq" / "bits.png").read_bytes()
-    assert logger.experiment.config["caq"]["method"] == "cet"
+    assert logger.experiment.config["caq"] == callback.report.options
+    assert logger.experiment.config["width"] == 16
     wandb.finish()
 
 
@@ -74,7 +90,8 @@ def test_mlflow(tmp_path, package, monkeypatch):
     callback, _ = fit(tmp_path, logger, package)
     run = logger.experiment.get_run(logger.run_id)
     assert run.data.metrics["caq/bits/net.0"] == callback.plan.bits["net.0"]
-    assert run.data.params["caq/method"] == "cet"
+    options = {f"caq/{k}": str(x) for k, x in callback.report.options.items() if x != []}  # MLflow has no empty lists
+    assert run.data.params == {"width": "16", **options}
     (artifact,) = logger.experiment.list_artifacts(logger.run_id, "caq")
     assert artifact.path == "caq/bits.png"
     assert artifact.file_size == next(tmp_path.rglob("bits.png")).stat().st_size > 0
@@ -101,7 +118,7 @@ class CometLike(CSVLogger):
         self.logged = {**getattr(self, "logged", {}), **metrics}
 
     def log_hyperparams(self, params=None):
-        self.options = params
+        self.options = [*getattr(self, "options", []), params]
 
     def save(self):
         pass
@@ -112,7 +129,7 @@ def test_comet_by_its_interface(tmp_path):
     callback, t = fit(tmp_path, logger)
     assert logger.sent.images == [("bits.png", "caq/bits", t.global_step)]
     assert logger.logged["caq/bits/net.4"] == callback.plan.bits["net.4"]
-    assert logger.options["caq"]["method"] == "cet"
+    assert logger.options == [{"width": 16}, {"caq": callback.report.options}]  # each once
 
 
 def test_every_logger_in_a_list_gets_the_numbers_and_the_files_are_always_written(tmp_path):

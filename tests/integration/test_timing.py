@@ -113,6 +113,35 @@ def test_a_search_for_the_learning_rate_quantizes_nothing(tmp_path):
     assert is_quantized(module, callback)
 
 
+def test_a_search_for_the_batch_size_quantizes_nothing(tmp_path):
+    class Sized(Classifier):
+        batch_size = 2
+
+        def train_dataloader(self) -> Any:
+            return train_loader(batch_size=self.batch_size)
+
+        def val_dataloader(self) -> Any:
+            return val_loader()
+
+    callback, module = quantizer(), Sized()
+    t = trainer(tmp_path, callbacks=[callback], max_epochs=1)
+    found = lightning.pytorch.tuner.Tuner(t).scale_batch_size(module, max_trials=2, steps_per_trial=1)
+    assert found == module.batch_size > 2
+    assert callback.plan is None
+    assert not quantized_modules(module)
+
+
+def test_a_second_fit_of_a_trainer_that_is_at_its_end_changes_nothing(tmp_path):
+    """Lightning trains nothing then and does not call ``on_train_end``."""
+    callback, module = quantizer(), Classifier()
+    t = trainer(tmp_path, callbacks=[callback], max_epochs=1)
+    t.fit(module, train_loader(), val_loader())
+    plan, state = callback.plan, {name: x.clone() for name, x in module.state_dict().items()}
+    t.fit(module, train_loader(), val_loader())
+    assert callback.plan is plan
+    assert all(torch.equal(x, state[name]) for name, x in module.state_dict().items())
+
+
 def test_the_sanity_check_measures_nothing(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr("lightning_caq.callback.training_figures", lambda t, m, o: calls.append(t.current_epoch) or {})

@@ -56,6 +56,21 @@ def test_is_close_to_the_best_grid(draw, bits):
     assert max(ratios) < 1.2
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("draw", ["tails on both sides", "a tail on one side"])
+def test_heavy_tails_are_cut_off_where_it_pays(draw, bits):
+    rng = np.random.default_rng(0)
+    w = rng.standard_t(3, size=4608) if draw == "tails on both sides" else rng.gamma(1.5, size=4608) - 0.7
+    top, span = 2**bits - 1, w.max() - w.min()
+    zeros = np.arange(2 * top + 1)[:, None] / 2
+    best = min(
+        np.square(scale * (np.clip(np.rint(w / scale + zeros), 0, top) - zeros) - w).sum(1).min()
+        for scale in np.geomspace(0.03, 1, 150) * span / top
+    )
+    weight = torch.tensor(w, dtype=torch.float32)[None]
+    assert _error(weight, fit_grid(weight, bits, (1, 1))) < 1.1 * best
+
+
 @pytest.mark.parametrize("bits", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("draw", DRAWS)
 def test_is_never_worse_than_the_full_range(draw, bits):

@@ -13,6 +13,7 @@ from lightning_caq.evaluation.loss_gap import LossGap
 from lightning_caq.evaluation.shares import Energy, ErrorShare, SubspaceShare
 from lightning_caq.evaluation.sweep import SweepPoint
 from lightning_caq.evaluation.tightness import Tightness
+from lightning_caq.evaluation.training import EpochCurvature
 from lightning_caq.measures.profile import CurvatureProfile, LayerCurvature
 from lightning_caq.reporting.figures.eigenpairs import eigenpair_curve
 from lightning_caq.reporting.figures.kappa_vs_bits import kappa_vs_bits
@@ -22,6 +23,7 @@ from lightning_caq.reporting.figures.pareto import pareto
 from lightning_caq.reporting.figures.spectrum import spectrum
 from lightning_caq.reporting.figures.subspace import subspace
 from lightning_caq.reporting.figures.tightness import tightness_curves
+from lightning_caq.reporting.figures.training import training_curves
 from lightning_caq.reporting.figures.waterfall import error_waterfall
 
 
@@ -51,6 +53,45 @@ def test_pareto_leaves_out_what_has_no_metric_and_refuses_to_draw_nothing() -> N
     assert [c.get_label() for c in axes.containers] == ["uniform"]
     with pytest.raises(ValueError, match="finite value"):
         pareto(points[:1], {})
+
+
+def test_pareto_of_one_size_keeps_its_points_together_and_apart_from_each_other() -> None:
+    points = [SweepPoint(name, 2.5 + i / 1000, 12.0, {"acc": 0.9}) for i, name in enumerate(("cet", "uniform", "caq"))]
+    (axes,) = pareto(points, {}).axes
+    low, high = axes.get_xlim()
+    assert low < 2.1 < 2.9 < high  # thousandths of a bit are no distance
+    sizes = [c.lines[0].get_markersize() for c in axes.containers]
+    assert sizes == sorted(set(sizes), reverse=True)  # none hides one that was drawn before
+
+
+def test_training_holds_a_line_a_layer_and_a_panel_a_measure() -> None:
+    kappa, trace = {"a": (3.0, 2.0, 1.0), "b": (5.0, math.nan, 7.0)}, {"a": (0.1, 0.2, 0.4), "b": (0.0, -1.0, math.inf)}
+    epochs = [
+        EpochCurvature(
+            2 * i, {f"kappa/{n}": v[i] for n, v in kappa.items()} | {f"trace/{n}": v[i] for n, v in trace.items()}
+        )
+        for i in range(3)
+    ]
+    first, second = training_curves(epochs).axes
+    assert (first.get_yscale(), second.get_yscale()) == ("log", "log")
+    assert [axes.get_title(loc="left") for axes in (first, second)] == ["κ (out²/in²)", "trace (nat/weight²)"]
+    np.testing.assert_array_equal(first.lines[0].get_xydata(), [[0, 3], [2, 2], [4, 1]])
+    np.testing.assert_array_equal(first.lines[1].get_ydata(), [5, math.nan, 7])
+    np.testing.assert_array_equal(second.lines[0].get_ydata(), [0.1, 0.2, 0.4])
+    assert np.isnan(second.lines[1].get_ydata()).all()  # a logarithmic axis has no place for them
+    assert [t.get_text() for t in second.get_legend().get_texts()] == ["a", "b"]
+    with pytest.raises(ValueError, match="monitor_every_n_epochs"):
+        training_curves([])
+
+
+def test_training_colours_many_layers_by_their_place() -> None:
+    figures = {f"{measure}/l{i}": 1.0 + i for measure in ("kappa", "lipschitz", "trace") for i in range(20)}
+    figure = training_curves([EpochCurvature(0, figures)])
+    *panels, bar = figure.axes
+    assert [len(axes.lines) for axes in panels] == [20, 20, 20]
+    assert [t.get_text() for t in bar.get_yticklabels()] == ["l0", "l19"]
+    lightness = [np.dot(line.get_color()[:3], (0.2126, 0.7152, 0.0722)) for line in panels[0].lines]
+    assert lightness == sorted(lightness)
 
 
 def test_eigenpairs_are_in_order_on_the_axis() -> None:
@@ -199,6 +240,6 @@ def test_landscape_holds_the_path_and_survives_losses_that_are_not_finite() -> N
     figure = loss_landscape(Landscape(axis, axis, loss, (8.0, 2.0), ((0, 0), (0.2, 0.1), (0.4, 0.8)), 0.25))
     assert figure.axes[0].lines[0].get_xydata().tolist() == [[0, 0], [0.2, 0.1], [0.4, 0.8]]
     assert "25% of the whole rounding error's length" in words(figure)
-    assert "short axis 8 nat/weight², along the long axis 2" in words(figure)
+    assert "short axis 8 nat/weight², along the long axis 2 nat/weight²" in words(figure)
     with pytest.raises(ValueError, match="finite"):
         loss_landscape(Landscape(axis, axis, ((math.nan,) * 3,) * 3, (1.0, 1.0)))

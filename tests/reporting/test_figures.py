@@ -9,6 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 from readable import assert_readable, texts
 
+from lightning_caq.evaluation.sweep import sweep_points
 from lightning_caq.measures.profile import CurvatureProfile, LayerCurvature
 from lightning_caq.reporting.figures.bits import bits_heatmap
 from lightning_caq.reporting.figures.curvature import curvature_bars
@@ -93,6 +94,16 @@ def test_columns_say_bits_ratio_and_accuracy(make_report) -> None:
     for word in ("quantized\n(cet)", "uniform", "2.96", "3.00", "10.3x", "10.1x", "0.9171", "0.885", "400"):
         assert word in words
     assert "val_acc (float 0.915)" in words
+
+
+def test_the_chosen_network_has_one_column_where_its_method_was_also_compared_with(make_report) -> None:
+    report = replace(make_report(MANY[:4], METRICS), method="uniform")  # as where uniform bits were better on a holdout
+    (column,) = images(bits_heatmap(report))
+    assert column[:, 0].tolist() == [row.bits["quantized"] for row in report.layers]
+    assert column.shape == (4, 1)
+    assert [point.method for point in sweep_points(report)] == ["uniform"]
+    assert [row[0] for row in report.variant_cells()[1]] == ["float", "quantized (uniform)"]
+    assert [title for title in report.layer_cells()[0] if "bits" in title] == ["bits"]
 
 
 def test_heatmap_without_metrics_has_no_line_for_them(make_report) -> None:

@@ -28,6 +28,7 @@ TAGS = [
     "subspace",
     "landscape",
     "eigenpairs",
+    "training",
 ]
 MANY = [f"stage{1 + i // 20}.{i}.conv" for i in range(54)]
 LONG = [f"{'module.' * 14}{i}.{'x' * 20}" for i in range(5)]
@@ -62,7 +63,7 @@ def test_what_is_not_there_is_not_drawn_and_is_told() -> None:
 def test_a_report_alone_gives_the_figures_that_need_no_profile(make_run) -> None:
     report, _ = make_run(MANY[:4])
     gallery = draw_gallery(report, None)
-    assert list(gallery.figures) == ["bits", "pareto", "tightness", "landscape", "eigenpairs"]
+    assert list(gallery.figures) == ["bits", "pareto", "tightness", "landscape", "eigenpairs", "training"]
     bare = draw_gallery(replace(report, studies=Studies(), metrics={}), None)
     assert list(bare.figures) == ["bits"]
     assert bare.missing["landscape"] == "The loss was not computed on a plane."
@@ -140,8 +141,10 @@ def test_the_page_of_the_docs_says_what_the_figures_say() -> None:
     text = (docs / "gallery.md").read_text(encoding="utf-8")
     for entry in ENTRIES:
         assert f"## {entry.title} (`{entry.tag}`)" in text
-        assert entry.reading in text, f"{entry.tag}: run python docs/gallery.py"
-        assert (docs / f"images/gallery/{entry.tag}.png").is_file()
+        assert entry.reading in text, f"{entry.tag}: run make figures"
+        for run in ("demo", "resnet20"):
+            assert f"(images/gallery/{run}/{entry.tag}.png)" in text
+            assert (docs / f"images/gallery/{run}/{entry.tag}.png").is_file()
 
 
 def test_54_layers_are_drawn_in_seconds(make_run) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from lightning_caq.evaluation.report import QuantizationReport
 from lightning_caq.reporting.files import write_outputs
 from lightning_caq.reporting.gallery import Gallery
 from lightning_caq.reporting.runs import read_run
@@ -54,3 +55,9 @@ def test_a_folder_without_a_run_names_those_below(log_dir) -> None:
         read_run(log_dir / "empty")
     with pytest.raises(FileNotFoundError, match="is no folder"):
         read_run(log_dir / "nowhere")
+
+
+def test_a_report_with_every_study_survives_its_file(make_run) -> None:
+    report, _ = make_run(["a", "b"])
+    assert report.studies.training
+    assert QuantizationReport.from_json(report.to_json()) == report

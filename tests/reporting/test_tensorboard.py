@@ -29,6 +29,7 @@ TAGS = [
     "spectrum",
     "subspace",
     "tightness",
+    "training",
 ]
 
 

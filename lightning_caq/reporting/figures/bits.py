@@ -15,6 +15,7 @@ from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap
 from matplotlib.figure import Figure
 
 from lightning_caq.evaluation.report import QuantizationReport
+from lightning_caq.reporting.figures.scales import lines
 from lightning_caq.reporting.metrics import headline_metric
 from lightning_caq.reporting.sheet import FONT, GREY, LINE, inches, sheet, shorten
 
@@ -142,10 +143,10 @@ def _cells(axes: Axes, bits: np.ma.MaskedArray, colours: tuple[Colormap, Boundar
         axes.text(j, i, f"{b:.3g}" if b else "–", ha="center", va="center_baseline", fontsize=FONT, color=ink)
     rows, columns = bits.shape
     axes.set_xticks([])
-    axes.set_xticks(np.arange(columns - 1) + 0.5, minor=True)
-    axes.set_yticks(np.arange(rows - 1) + 0.5, minor=True)
-    axes.grid(which="minor", color="white", linewidth=1.5)
-    axes.tick_params(which="minor", length=0)
+    level = lines(-0.5, columns - 0.5, np.arange(rows - 1) + 0.5)
+    upright = lines(-0.5, rows - 0.5, np.arange(columns - 1) + 0.5)[::-1]
+    for x, y in (level, upright):
+        axes.plot(x, y, color="white", linewidth=1.5, scalex=False, scaley=False)
     axes.spines[:].set_visible(False)
 
 

@@ -49,7 +49,7 @@ def eigenpair_curve(points: Sequence[SweepPoint], floats: Mapping[str, float], m
     size = f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
     figure, (axes,) = board(
         [(0.85, 4.6)],
-        tall=3.0,
+        tall=3.4,
         title="How many eigenpairs the allocation needs",
         subtitle=f"{drawn[0].method} at {size} bits a weight. A flat curve says that the first pairs told all there "
         "was to know. Error bars: standard error of the mean over seeds, where there are several.",

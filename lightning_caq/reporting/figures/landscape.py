@@ -48,7 +48,7 @@ def loss_landscape(found: Landscape) -> Figure:
         tall=3.6,
         title="The loss around the float network",
         subtitle=f"Curvature along the short axis {figure_text(steep)} nat/weight², along the long axis "
-        f"{figure_text(flat)}. The path rounds one layer after the other, projected on this plane; "
+        f"{figure_text(flat)} nat/weight². The path rounds one layer after the other, projected on this plane; "
         f"{found.off_plane:.0%} of the whole rounding error's length lies outside it. The axes have scales of "
         "their own.",
         right=0.75,

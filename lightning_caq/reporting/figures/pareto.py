@@ -15,6 +15,8 @@ from lightning_caq.reporting.metrics import headline_metric, metric_label
 from lightning_caq.reporting.palette import POINT, series_style
 from lightning_caq.reporting.sheet import FONT, board, legend_aside, shorten, width_of
 
+_APART = 0.5  # bits; networks closer together than this are of one size
+
 
 @style.context("default")
 def pareto(points: Sequence[SweepPoint], floats: Mapping[str, float], metric: str | None = None) -> Figure:
@@ -50,11 +52,15 @@ def pareto(points: Sequence[SweepPoint], floats: Mapping[str, float], metric: st
         "there are several. The ring marks the network that the plan is for.",
         right=width_of([*labels, "the plan's network"]),
     )
+    bits = [p.avg_bits for p in drawn]
+    together = max(bits) - min(bits) < _APART
     reference = floats.get(metric)
     if reference is not None and np.isfinite(reference):
         axes.axhline(reference, color="black", linewidth=1, linestyle=(0, (4, 3)), label=f"float, {reference:.4g}")
     for i, (method, label) in enumerate(zip(methods, labels, strict=True)):
-        _curve(axes, [p for p in drawn if p.method == method], metric, label, i)
+        # Points of one size may hide each other: those drawn first are larger.
+        size = 5.5 + (6 * (1 - (i + 1) / len(methods)) if together else 0.0)
+        _curve(axes, [p for p in drawn if p.method == method], metric, label, i, size)
     for point in (p for p in drawn if p.chosen):
         axes.plot([point.avg_bits], [point.metrics[metric]], "o", markersize=13, fillstyle="none", color=POINT)
     if any(p.chosen for p in drawn):
@@ -64,13 +70,15 @@ def pareto(points: Sequence[SweepPoint], floats: Mapping[str, float], metric: st
     else:
         legend_aside(axes)
     axes.margins(0.12)
+    if together:  # differences of a few thousandths of a bit must not look like differences in size
+        axes.set_xlim(min(bits) - _APART, max(bits) + _APART)
     axes.grid(color="#eeeeee", linewidth=0.6)
     axes.set_xlabel("average bits a weight (scales not counted)", fontsize=FONT)
     axes.set_ylabel(metric_label(metric), fontsize=FONT, parse_math=False)
     return figure
 
 
-def _curve(axes: Axes, points: Sequence[SweepPoint], metric: str, label: str, index: int) -> None:
+def _curve(axes: Axes, points: Sequence[SweepPoint], metric: str, label: str, index: int, size: float) -> None:
     colour, marker = series_style(index)
     points = sorted(points, key=lambda p: p.avg_bits)
     axes.errorbar(
@@ -79,7 +87,9 @@ def _curve(axes: Axes, points: Sequence[SweepPoint], metric: str, label: str, in
         yerr=[p.stderr.get(metric, 0.0) for p in points] if any(metric in p.stderr for p in points) else None,
         color=colour,
         marker=marker,
-        markersize=5.5,
+        markersize=size,
+        markeredgecolor="white",
+        markeredgewidth=0.6,
         linewidth=1.2,
         capsize=3,
         label=label,

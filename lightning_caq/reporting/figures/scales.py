@@ -21,6 +21,19 @@ def numbers(values: Iterable[float | None]) -> NDArray[np.float64]:
     return np.array([np.nan if value is None else float(value) for value in values])
 
 
+def lines(begins: ArrayLike, ends: ArrayLike, places: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Level lines as the points of a single one with gaps in it, which takes far fewer bytes than a line each.
+
+    Example:
+        >>> x, y = lines(0, [3, 4], [0, 1])
+        >>> x.tolist(), y.tolist()
+        ([0.0, 3.0, nan, 0.0, 4.0, nan], [0.0, 0.0, nan, 1.0, 1.0, nan])
+    """
+    left, right, up = np.broadcast_arrays(*(np.asarray(x, dtype=float) for x in (begins, ends, places)))
+    gap = np.full_like(up, np.nan)
+    return np.stack([left, right, gap], axis=-1).ravel(), np.stack([up, up, gap], axis=-1).ravel()
+
+
 def decades(values: ArrayLike) -> tuple[float, float]:
     """Whole decades that hold the positive values, with room for the smallest to be seen as a bar.
 

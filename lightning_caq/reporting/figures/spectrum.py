@@ -60,6 +60,7 @@ def spectrum(profile: CurvatureProfile) -> Figure:
         tall=max(3.0, 0.19 * len(names)),
         title=f"Spectrum of the Hessian: {'an' if profile.shape[0] == 'e' else 'a'} {profile.shape}",
         subtitle=f"{_WORDS[profile.shape]} {_trace(profile, values)}"
+        + (" Middle: how many eigenvalues lie where." if profile.density and names else "")
         + (" Right: the layers that the steep directions live in." if names else ""),
         right=0.35,
     )

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lightning_caq.evaluation.shares import Energy, SubspaceShare
-from lightning_caq.reporting.figures.scales import decades, tidy_log
+from lightning_caq.reporting.figures.scales import decades, lines, tidy_log
 from lightning_caq.reporting.palette import FAINT, POINT, TOLERANCE
 from lightning_caq.reporting.sheet import FONT, GREY, inches, sheet
 
@@ -86,8 +86,8 @@ def _points(axes: Axes, shares: Sequence[SubspaceShare], limits: tuple[float, fl
             before, place + offset, s=size, marker=marker, facecolors="white", edgecolors=colour, linewidths=1, zorder=3
         )
         axes.scatter(after, place + offset, s=size, marker=marker, color=colour, linewidths=1, zorder=3)
-        axes.hlines(place + offset, before, after, color=FAINT, linewidth=1, zorder=1)
-    axes.hlines(place[1:] - 0.5, *limits, color="#eeeeee", linewidth=0.6, zorder=0)
+        axes.plot(*lines(before, after, place + offset), color=FAINT, linewidth=1, zorder=1)
+    axes.plot(*lines(*limits, place[1:] - 0.5), color="#eeeeee", linewidth=0.6, zorder=0)
     axes.set_xlabel("½ ΔᵀHΔ (nat, logarithmic)", fontsize=FONT)
     axes.tick_params(axis="x", labelsize=FONT)
     axes.spines[["right", "top"]].set_visible(False)
