@@ -15,7 +15,7 @@ from lightning_caq.measures.output_rows import choose_rows
 from lightning_caq.measures.weight_rows import pair_work
 from lightning_caq.objective import Objective
 
-OF_SPECTRUM = frozenset({"subspace", "trace", "loss_change", "channel_groups", "top_eigenvalue"})
+OF_SPECTRUM = frozenset({"subspace", "trace", "density", "loss_change", "channel_groups", "top_eigenvalue"})
 OF_ROWS = OF_SPECTRUM | {"diagonal", "gradient_norm"}
 _BLOCK_SAMPLES = 256
 _MATRIX = 512
@@ -120,10 +120,11 @@ def gradients_needed(
         "diagonal": of_rows if distill else 4.0,
         "gradient_norm": 1.0 + of_rows,
         "top_eigenvalue": of_rows if distill else 20.0 * layers,
-        "density": 256.0,
+        # Known with the subspace where that holds every eigenvalue.
+        "density": 0.0 if distill else 256.0,
     }
     asked = set(needs)
-    if asked & {"trace", "loss_change", "channel_groups"}:
+    if asked & {"trace", "density", "loss_change", "channel_groups"}:
         asked.add("subspace")
     if "channel_groups" in asked:  # groups are told apart by the diagonal, and each is tried alone
         asked.add("diagonal")

@@ -23,7 +23,8 @@ class SpectralDensity:
     between nodes.
 
     Attributes:
-        nodes: Ritz values, shape (probes, steps), float64; a run that ended early repeats its last with weight 0.
+        nodes: Ritz values, shape (probes, steps), float64; a run that ended early repeats its last with weight 0. One
+            row where the spectrum itself is known.
         weights: Their weights, each row sums to 1, shape (probes, steps), float64.
         size: Number of eigenvalues, n.
         products: Operator products that were spent.
@@ -61,7 +62,7 @@ class SpectralDensity:
 
         Returns:
             Values, evenly spaced; the density at them, which integrates to 1 (times n it counts eigenvalues), unit
-            1/eigenvalue; its standard errors. Each of shape (points,).
+            1/eigenvalue; its standard errors, 0 for a single row. Each of shape (points,).
         """
         low, high = float(self.nodes.min()), float(self.nodes.max())
         width = width or 0.01 * (high - low) or 0.01 * abs(high) or 1.0
@@ -70,7 +71,25 @@ class SpectralDensity:
             width * math.sqrt(2 * math.pi)
         )
         each = (bells * self.weights).sum(2)  # (points, probes)
-        return values, each.mean(1), each.std(1) / each.shape[1] ** 0.5
+        errors = each.std(1) if each.shape[1] > 1 else torch.zeros_like(values)
+        return values, each.mean(1), errors / each.shape[1] ** 0.5
+
+
+def known_density(values: Tensor, size: int) -> SpectralDensity:
+    """The density of an operator whose non-zero eigenvalues are known.
+
+    Args:
+        values: Its non-zero eigenvalues, shape (m,).
+        size: Number of all eigenvalues, n ≥ m.
+
+    Example:
+        >>> known_density(torch.tensor([3.0, 1.0]), size=4).weights
+        tensor([[0.2500, 0.2500, 0.5000]], dtype=torch.float64)
+    """
+    nodes = torch.cat([values.double(), values.new_zeros(1, dtype=torch.float64)])
+    weights = torch.full_like(nodes, 1 / size)
+    weights[-1] = 1 - len(values) / size
+    return SpectralDensity(nodes[None], weights[None], size, products=0)
 
 
 def spectral_density(

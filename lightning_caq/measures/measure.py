@@ -30,10 +30,8 @@ OF_BLOCKS = frozenset({"kappa", "kappa_mean", "lipschitz", "local_lipschitz"})
 OF_ROUNDING = frozenset(
     {"rounding_error", "output_error", "amplification", "diagonal", "kl", "distribution_distance", "scale_importance"}
 )
-OF_HESSIAN = frozenset({"trace", "subspace", "loss_change", "channel_groups"})
-OF_NETWORK = frozenset(
-    {"inputs", "activation_cost", "gradient_norm", "top_eigenvalue", "lipschitz_amplification", "density"}
-)
+OF_HESSIAN = frozenset({"trace", "subspace", "density", "loss_change", "channel_groups"})
+OF_NETWORK = frozenset({"inputs", "activation_cost", "gradient_norm", "top_eigenvalue", "lipschitz_amplification"})
 MEASURES = OF_BLOCKS | OF_ROUNDING | OF_HESSIAN | OF_NETWORK
 
 
@@ -164,9 +162,6 @@ def _take(
     if needs & {"gradient_norm", "top_eigenvalue"}:
         with step("gradients and top eigenvalues"):
             steps.slopes(model, mine, target, needs, seed, rows)
-    if "density" in needs:
-        with step("spectral density"):
-            whole |= steps.density(model, layers, target, seed, sharing)
     if needs & (OF_ROUNDING | OF_HESSIAN):
         with step("rounding errors"):
             deltas = {layer.name: nearest_errors(model, layer, bits) for layer in mine}
@@ -175,6 +170,9 @@ def _take(
             with step("eigenspace of the Hessian"):
                 spectrum = steps.gram if target.name == "distill" else steps.task_hessian
                 whole |= spectrum(model, layers, target, deltas, eigenpairs, seed, rows, sharing)
+        if "density" in needs and "density" not in whole:
+            with step("spectral density"):
+                whole |= steps.density(model, layers, target, seed, sharing)
         if "loss_change" in needs:
             with step("validity of the quadratic model"):
                 steps.validity(model, layers, target, deltas, rows, sharing)

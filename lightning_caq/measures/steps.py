@@ -19,7 +19,7 @@ from lightning_caq.measures.blocks import record_blocks
 from lightning_caq.measures.carried import carried_errors
 from lightning_caq.measures.channel_groups import masks, row_owners, start_groups
 from lightning_caq.measures.curvature import rademacher_sensitivity, remainder, second_order_sensitivity
-from lightning_caq.measures.density import spectral_density
+from lightning_caq.measures.density import SpectralDensity, known_density, spectral_density
 from lightning_caq.measures.distribution import distribution_distance
 from lightning_caq.measures.folding import batchnorm_folded
 from lightning_caq.measures.gram import gram_spectrum
@@ -191,7 +191,7 @@ def gram(
     rows: Rows,
     sharing: Sharing,
 ) -> dict[str, Any]:
-    """Spectrum, traces and energies of the distill Hessian, by Gram matrices."""
+    """Spectrum, its density, traces and energies of the distill Hessian, by Gram matrices."""
     split = {x.name: row_owners(x, tuple(groups)) for x in layers if (groups := _groups(rows, x.name))}
     spectrum = gram_spectrum(model, layers, target.batches, deltas, k=k, owners=split, seed=seed, sharing=sharing)
     for name in deltas:
@@ -206,7 +206,9 @@ def gram(
             figures["second_order"] = {b: float(p.sum()) for b, p in parts.items()}
     n = sum(layer.weights for layer in layers)
     sampled = (spectrum.rows, spectrum.candidates) if spectrum.rows < spectrum.candidates else None
-    return {**_spectrum_fields(spectrum.values[:k], spectrum.trace, n), "kept": spectrum.kept, "sampled": sampled}
+    whole = {**_spectrum_fields(spectrum.values[:k], spectrum.trace, n), "kept": spectrum.kept, "sampled": sampled}
+    # Single eigenvalues of rows that were drawn are not those of the Hessian.
+    return whole if sampled else {**whole, **_density_fields(known_density(spectrum.values, n))}
 
 
 def task_hessian(
@@ -259,6 +261,10 @@ def density(
         operator = Hessian(model, layers, target, sharing=sharing)
         like, draws = operator.like(torch.zeros(operator.size)), generator(seed, "density")
         found = spectral_density(operator.product, like, draws, probes=DENSITY_PROBES, steps=DENSITY_STEPS)
+    return _density_fields(found)
+
+
+def _density_fields(found: SpectralDensity) -> dict[str, Any]:
     grid, heights, errors = (tuple(x.tolist()) for x in found.curve())
     return {"density": (grid, heights), "density_stderr": errors}
 

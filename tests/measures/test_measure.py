@@ -5,6 +5,7 @@ import copy
 import nets
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 
 from lightning_caq.batches import run_model
@@ -285,10 +286,23 @@ def test_density_against_the_eigenvalues(objective):
     values = torch.linalg.eigvalsh(dense.hessian(loss))
     assert float(torch.trapezoid(heights, grid)) == pytest.approx(1, abs=1e-3)
     assert float(grid[0]) < float(values[0]) < float(values[-1]) < float(grid[-1])
+    if objective == "distill":  # every eigenvalue is known: the density is that of the dense matrix
+        width = 0.01 * float(values[-1])
+        bells = stats.norm.pdf(grid.numpy()[:, None], values.numpy(), width).mean(1)
+        assert heights.numpy() == pytest.approx(bells, rel=1e-3, abs=1e-3 * bells.max())
+        assert not errors.any()
+        return
     # The mean of the density is tr(H)/n; four probes know it to a few standard errors of theirs.
     mean = float(torch.trapezoid(heights * grid, grid))
     spread = float(torch.trapezoid(errors * grid.abs(), grid))
     assert abs(mean - float(values.mean())) < 4 * spread
+
+
+def test_density_is_estimated_where_rows_are_drawn():
+    net, images = nn.Linear(3, 60), [torch.randn(64, 3)]  # 64 · 60 rows of outputs are more than are kept
+    profile = measure(net, images, needs=frozenset({"density"}), bits=(4,))
+    assert profile.sampled is not None
+    assert any(profile.density_stderr)
 
 
 def test_converged_says_which_pairs_are_within_the_tolerance():
