@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
-from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -44,18 +42,7 @@ def keep_grids(trainer: Trainer, callback: Any, plan: QuantizationPlan) -> None:
     """
     for network in averaged_networks(trainer, callback):
         if quantized_modules(network):
-            swap(network, apart(plan).grids(), plan.input_grids())
-
-
-def apart(plan: QuantizationPlan) -> QuantizationPlan:
-    """The plan with grids of its own: the buffers of a swapped module are the tensors of the plan it was swapped by.
-
-    Averaging writes into buffers.
-
-    Args:
-        plan: The plan.
-    """
-    return replace(plan, layers=tuple(replace(layer, grid=deepcopy(layer.grid)) for layer in plan.layers))
+            swap(network, plan.grids(), plan.input_grids())
 
 
 @contextmanager

@@ -369,7 +369,7 @@ class CurvatureQuantizationCallback(Callback):
             raise
 
     def _keep(self, pl_module: nn.Module, outcome: Outcome) -> None:
-        self._outcome = outcome._replace(plan=averaging.apart(outcome.plan))
+        self._outcome = outcome
         self._network = weakref.ref(pl_module)
 
     def _in_force(self, pl_module: LightningModule) -> bool:

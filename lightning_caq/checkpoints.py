@@ -9,7 +9,6 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_caq.averaging import apart
 from lightning_caq.errors import PlanError
 from lightning_caq.evaluation.report import QuantizationReport
 from lightning_caq.measures.profile import CurvatureProfile
@@ -88,7 +87,7 @@ def restore(
         )
         return None
     for network in others:
-        swap(network, apart(plan).grids(), plan.input_grids())
+        swap(network, plan.grids(), plan.input_grids())
     if resuming:
         beside = averages and "current_model_state" in checkpoint
         for network in averages if beside else (*averages, model):

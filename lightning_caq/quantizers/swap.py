@@ -52,7 +52,9 @@ def swap(model: nn.Module, grids: Mapping[str, Values], inputs: Mapping[str, Inp
         for learned in LEARNED:
             module.register_parameter(learned, None)
         for part in NUMBERS:
-            module.register_buffer(part, getattr(here, part, None), persistent=False)
+            numbers = getattr(here, part, None)
+            # A copy: whoever writes into buffers, such as an average of weights, must not write into the plan.
+            module.register_buffer(part, None if numbers is None else numbers.clone(), persistent=False)
 
 
 def restore_modules(model: nn.Module) -> None:
