@@ -23,8 +23,8 @@ lint: $(VENV)/.dev  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev $(VENV)/.bench  ## accuracy of a quantized ResNet-20, cost of curvature; needs the data folder that benchmarks/ptq.py describes
-	$(BIN)/python benchmarks/ptq.py --model resnet20 --avg-bits 3 2.5 2.25
+bench: $(VENV)/.dev $(VENV)/.bench  ## accuracy of a quantized ResNet-20, cost of curvature; needs the data folder that benchmarks/results.py takes with --data
+	$(BIN)/python benchmarks/results.py
 	$(BIN)/python benchmarks/curvature.py
 
 figures: $(VENV)/.dev  ## pictures of the documentation, from real runs; those of docs/ need the data folder too

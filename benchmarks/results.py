@@ -33,7 +33,7 @@ class Case:
 
     Attributes:
         model: The network.
-        avg_bits: The budget, in bits a weight on average.
+        asked_bits: The budget, in bits a weight on average.
         allowed: Largest drop in accuracy that is accepted, points; ``None`` where none was set.
         aim: Drop that is aimed at, points.
         bits: Bit-widths to choose from.
@@ -41,7 +41,7 @@ class Case:
     """
 
     model: str
-    avg_bits: float
+    asked_bits: float
     allowed: float | None = None
     aim: float | None = None
     bits: tuple[int, ...] = WIDTHS
@@ -132,7 +132,7 @@ def run(name: str, seeds: Sequence[int], data: Path) -> list[Result]:
         profiles: dict[tuple[int, ...], CurvatureProfile] = {}
         for case in cases:
             options = QuantizationOptions(
-                avg_bits=case.avg_bits,
+                avg_bits=case.asked_bits,
                 bits=case.bits,
                 activation_bits=case.inputs,
                 calibration_samples=SAMPLES,
@@ -174,7 +174,7 @@ def as_text(results: Sequence[Result], seeds: Sequence[int], command: str) -> st
     cells = [
         [
             x.case.model,
-            f"{x.case.avg_bits:g}",
+            f"{x.case.asked_bits:g}",
             "float" if x.case.inputs is None else f"{x.case.inputs} bits",
             f"{x.ratio:.1f}x",
             *(f"{each:.1f}" for each in x.accuracies),

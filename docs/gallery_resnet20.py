@@ -28,7 +28,7 @@ BITS = (2, 3, 4, 5, 6, 8)
 AVG_BITS, OTHER_BUDGETS = 2.5, (2.25, 3.0, 4.0)
 SAMPLES, CALIBRATION = 64, 512
 EPOCHS, WATCHED = 8, 32
-# What the methods and a studied run need, and the spectral density, which takes longer than all else.
+# What the methods and a studied run need.
 NEEDS = frozenset(
     {
         "kappa", "lipschitz", "inputs", "trace", "rounding_error", "output_error", "amplification", "subspace",

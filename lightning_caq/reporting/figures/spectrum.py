@@ -66,7 +66,8 @@ def spectrum(profile: CurvatureProfile) -> Figure:
     )
     _eigenvalues(axes[0], values, numbers(profile.eigenvalue_residuals))
     if profile.density:
-        _density(axes[1], *profile.density, numbers(profile.density_stderr))
+        weights = sum(row.weights for row in profile.layers)
+        _density(axes[1], *profile.density, numbers(profile.density_stderr), weights)
     if names:
         _layers(axes[-1], names, shares, sizes)
     return figure
@@ -102,17 +103,19 @@ def _eigenvalues(axes: Axes, values: NDArray[np.float64], residuals: NDArray[np.
         axes.legend(fontsize=FONT, frameon=False)
 
 
-def _density(axes: Axes, grid: Sequence[float], values: Sequence[float], errors: NDArray[np.float64]) -> None:
+def _density(
+    axes: Axes, grid: Sequence[float], values: Sequence[float], errors: NDArray[np.float64], weights: int
+) -> None:
     """Share of eigenvalues by value, on logarithmic heights: most of them lie close to zero."""
     height = np.array(values)
     axes.plot(grid, height, color=TOLERANCE, linewidth=1)
-    if len(errors) == len(height):
+    if len(errors) == len(height) and errors.any():
         low, high = height - errors, height + errors
         axes.fill_between(grid, low, high, color=BAR, linewidth=0, label="standard error")
         axes.legend(fontsize=FONT, frameon=False)
     axes.set_yscale("log")
     top = float(np.nanmax(height))
-    axes.set_ylim(1e-6 * top, 2 * top)
+    axes.set_ylim(0.2 * top / max(weights, 1), 2 * top)  # a single eigenvalue stands out
     axes.axvline(0, color=GREY, linewidth=0.8, zorder=0)
     axes.set_xlabel("eigenvalue λ (nat/weight²)", fontsize=FONT)
     axes.set_ylabel("spectral density (weight²/nat, logarithmic)", fontsize=FONT)
