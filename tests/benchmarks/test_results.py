@@ -45,9 +45,9 @@ def test_table_and_json_hold_what_a_reader_needs(results) -> None:
     (row,) = json.loads(results.as_json([found]))
     assert (row["model"], row["asked_bits"], row["avg_bits"], row["allowed"]) == (
         "resnet20",
+        2.5,
         2.49,
         0.5,
-        [91.0, 91.2, 91.7],
     )
 
 
