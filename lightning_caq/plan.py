@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_caq.budget import LayerSizes
 from lightning_caq.errors import OptionError, PlanError
+from lightning_caq.export.codes import pack_codes, unpack_codes
 from lightning_caq.fingerprint import fingerprint
 from lightning_caq.quantizers.activations import InputGrid
 from lightning_caq.quantizers.modules import FakeQuant, on_grid
@@ -23,7 +24,7 @@ from lightning_caq.quantizers.swap import swap
 from lightning_caq.quantizers.values import NUMBERS, Values, from_numbers, numbers
 from lightning_caq.widths import Width, average_bits, code_bytes
 
-VERSION = 1
+VERSION = 2  # 1 had a byte for each code
 SCHEME = "affine, per output channel"
 
 
@@ -187,7 +188,7 @@ class QuantizationPlan:
         return {name: x.input_grid for x in self.layers if x.input_grid is not None for name in x.modules}
 
     def save(self, path: str | Path) -> Path:
-        """Write the plan as JSON that people can read, with its tensors in a safetensors file beside it.
+        """Write the plan as JSON that people can read, with its tensors in a safetensors file beside it, codes packed.
 
         Args:
             path: Where the JSON goes, such as ``plan.json``; the tensors go to ``plan.safetensors``. A name without
@@ -252,7 +253,7 @@ class QuantizationPlan:
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"repair/{name}": tensor for name, tensor in self.repairs.items()}
         for layer in self.layers:
-            tensors[f"codes/{layer.name}"] = layer.codes
+            tensors[f"codes/{layer.name}"] = pack_codes(layer.codes, layer.grid)
             tensors |= {f"{part}/{layer.name}": tensor for part, tensor in numbers(layer.grid).items()}
         return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
@@ -266,16 +267,7 @@ class QuantizationPlan:
         try:
             if fingerprint(tensors) != data["tensors_fingerprint"]:
                 raise PlanError(f"Plan {where} and its tensors do not belong together; save the plan again.")
-            layers = tuple(
-                LayerPlan(
-                    x["name"],
-                    tuple(x["modules"]),
-                    from_numbers(x.get("quantizer", "affine"), x["bits"], _stored(tensors, x["name"])),
-                    tensors[f"codes/{x['name']}"],
-                    InputGrid(**x["input"]) if x.get("input") else None,
-                )
-                for x in data["layers"]
-            )
+            layers = tuple(_layer(x, tensors, version) for x in data["layers"])
             counts = data["sizes"]
             sizes = LayerSizes(
                 tuple(counts["weights"]),
@@ -288,7 +280,7 @@ class QuantizationPlan:
             )
             repairs = {name: tensors[f"repair/{name}"] for name in data["repairs"]}
             return cls(data["method"], data["budget"], data["rounding"], layers, sizes, data["fingerprint"], repairs)
-        except (KeyError, TypeError, OptionError) as error:
+        except (KeyError, TypeError, ValueError, OptionError) as error:
             raise PlanError(f"Plan {where} is damaged: {type(error).__name__} {error}.") from error
 
     def _check_architecture(self, model: nn.Module) -> None:
@@ -331,9 +323,19 @@ def _describe(layer: LayerPlan) -> dict[str, Any]:
     }
 
 
-def _stored(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The tensors of a layer's values."""
-    return {part: tensors[f"{part}/{name}"] for part in NUMBERS if f"{part}/{name}" in tensors}
+def _layer(described: Mapping[str, Any], tensors: Mapping[str, Tensor], version: int) -> LayerPlan:
+    """A layer from its description and its tensors."""
+    name = described["name"]
+    own = {part: tensors[f"{part}/{name}"] for part in NUMBERS if f"{part}/{name}" in tensors}
+    grid = from_numbers(described.get("quantizer", "affine"), described["bits"], own)
+    codes = tensors[f"codes/{name}"]
+    return LayerPlan(
+        name,
+        tuple(described["modules"]),
+        grid,
+        codes if version == 1 else unpack_codes(codes, grid, tuple(described["shape"])),
+        InputGrid(**described["input"]) if described.get("input") else None,
+    )
 
 
 def weights_fingerprint(model: nn.Module, names: list[str]) -> str:

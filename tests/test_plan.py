@@ -8,6 +8,7 @@ from dataclasses import replace
 import nets
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from lightning_caq import QuantizationPlan, quantize
@@ -85,7 +86,7 @@ def test_plans_of_different_budgets_do_not_overwrite_each_other(done, tmp_path):
 
 def test_the_description_can_be_read_by_people(done, tmp_path):
     data = json.loads(done[2].save(tmp_path / "plan").read_text())
-    assert (data["version"], data["method"], data["budget"]) == (1, "uniform", "avg_bits=2.5")
+    assert (data["version"], data["method"], data["budget"]) == (2, "uniform", "avg_bits=2.5")
     assert [x["name"] for x in data["layers"]] == ["0", "4", "10"]
     assert {x["name"]: x["bits"] for x in data["layers"]} == done[2].bits
 
@@ -105,8 +106,23 @@ def test_through_a_checkpoint_that_allows_plain_containers_only(done):
     torch.save({"plan": done[2].state_dict()}, file)
     file.seek(0)
     state = torch.load(file, weights_only=True)["plan"]
-    assert state["version"] == 1
+    assert state["version"] == 2
     _same_plan(done[2], QuantizationPlan.from_state_dict(state))
+
+
+def test_the_file_holds_codes_at_their_bit_width(done, tmp_path):
+    plan = done[2]
+    path = plan.save(tmp_path / "plan").with_suffix(".safetensors")
+    stored = {name: x.nbytes for name, x in load_file(path).items() if name.startswith("codes/")}
+    assert stored == {f"codes/{x.name}": -(-x.codes.numel() * plan.bits[x.name] // 8) for x in plan.layers}
+
+
+def test_plans_with_a_byte_for_each_code_are_read(done):
+    plan = done[2]
+    state = plan.state_dict()
+    tensors = state["tensors"] | {f"codes/{x.name}": x.codes for x in plan.layers}
+    old = {**state, "version": 1, "tensors": tensors, "tensors_fingerprint": fingerprint(tensors)}
+    _same_plan(plan, QuantizationPlan.from_state_dict(old))
 
 
 def test_applying_again_changes_nothing(done):
@@ -222,6 +238,11 @@ def _edit(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def _reshaped(path):
+    layers = json.loads(path.read_text())["layers"]
+    return [{**layers[0], "shape": [1, *layers[0]["shape"]][:-1]}, *layers[1:]]
+
+
 @pytest.mark.parametrize(
     ("damage", "match"),
     [
@@ -231,8 +252,9 @@ def _edit(path, **changes):
         (lambda path: path.write_text("[1]"), "not a quantization plan"),
         (lambda path: path.write_text("{}"), "not a quantization plan"),
         (lambda path: path.with_suffix(".safetensors").write_bytes(b"1234"), "damaged"),
-        (lambda path: _edit(path, version=2), "has format 2; this version of lightning-caq reads up to 1"),
-        (lambda path: _edit(path, layers=[{"name": "0"}]), "damaged: KeyError 'modules'"),
+        (lambda path: _edit(path, version=3), "has format 3; this version of lightning-caq reads up to 2"),
+        (lambda path: _edit(path, layers=_reshaped(path)), "damaged: ValueError .* codes of .* bits take"),
+        (lambda path: _edit(path, layers=[{"name": "0"}]), "damaged: KeyError 'bits'"),
         (lambda path: _edit(path, layers=None), "damaged: TypeError"),
         (lambda path: _edit(path, sizes={}), "damaged: KeyError 'weights'"),
     ],

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_caq.errors import LayerError
-from lightning_caq.export.channel_packing import pack_channels, pack_widths, unpack_channels, unpack_widths
+from lightning_caq.export.channel_packing import pack_widths, unpack_widths
+from lightning_caq.export.codes import pack_codes, unpack_codes
 from lightning_caq.export.packed_table import PackedTable
-from lightning_caq.export.packing import pack, unpack
 from lightning_caq.quantizers.activations import InputGrid
 from lightning_caq.quantizers.affine import Grid
 from lightning_caq.quantizers.modules import FakeQuant, rounding_forward
@@ -69,7 +69,7 @@ class PackedWeight:
                 "A zero point cannot be stored: it must be a multiple of one half between -16384 and 16383.5."
             )
         codes, each = grid.codes(weight.detach()), grid.channel_bits
-        packed = pack(codes, grid.bits) if each is None else pack_channels(codes, each)
+        packed = pack_codes(codes, grid)
         widths = None if each is None else pack_widths(each)
         return cls(grid.bits, tuple(weight.shape), packed, grid.scale, doubled.to(torch.int16), widths)
 
@@ -82,9 +82,7 @@ class PackedWeight:
     def values(self) -> Tensor:
         """The weight, float32."""
         grid = self.grid
-        if grid.channel_bits is not None:
-            return grid.values(unpack_channels(self.codes, grid.channel_bits, self.shape))
-        return grid.values(unpack(self.codes, self.bits, int(torch.Size(self.shape).numel())).view(self.shape))
+        return grid.values(unpack_codes(self.codes, grid, self.shape))
 
     def to(self, device: torch.device) -> PackedWeight:
         """The same on another device."""

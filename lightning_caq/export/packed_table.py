@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_caq.export.packing import pack, unpack
+from lightning_caq.export.codes import pack_codes, unpack_codes
 from lightning_caq.quantizers.codebook import Codebook
 
 
@@ -45,7 +45,7 @@ class PackedTable:
             >>> packed.codes, packed.values()
             (tensor([5], dtype=torch.uint8), tensor([[ 2.0000, -0.5000,  2.0000]]))
         """
-        codes = pack(codebook.codes(weight.detach()), codebook.bits)
+        codes = pack_codes(codebook.codes(weight.detach()), codebook)
         return cls(codebook.quantizer, codebook.bits, tuple(weight.shape), codes, codebook.basis)
 
     @property
@@ -55,8 +55,8 @@ class PackedTable:
 
     def values(self) -> Tensor:
         """The weight, float32."""
-        count = int(torch.Size(self.shape).numel())
-        return self.grid.values(unpack(self.codes, self.bits, count).view(self.shape))
+        values = self.grid
+        return values.values(unpack_codes(self.codes, values, self.shape))
 
     def to(self, device: torch.device) -> PackedTable:
         """The same on another device."""
