@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_caq.batches import HELD_OUT, batch_size, split_samples, take_samples
+from lightning_caq.batches import HELD_OUT, batch_size, split_samples
 from lightning_caq.budget import LayerSizes
 from lightning_caq.choice import Choice
 from lightning_caq.layers import Layer, layer_weight
@@ -27,9 +27,10 @@ from lightning_caq.quantizers.rounding import round_layer
 from lightning_caq.quantizers.swap import restore_modules, swap
 from lightning_caq.quantizers.values import Quantizer
 from lightning_caq.valley import Valley
-from lightning_caq.widths import Width, width_bits
+from lightning_caq.widths import width_bits
 
-INPUT_SAMPLES = 128
+Rounded = tuple[list[LayerPlan], dict[str, InputGrid]]
+"""Weights and grids of inputs, by layer name, those of inputs that stay in float32 missing."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,7 @@ class Workshop:
     def attempt(self, method: str, budget: str, choice: Choice) -> Attempt:
         """Write the rounded weights into the network, and repair what that moved."""
         made_for = weights_fingerprint(self.model, [layer.name for layer in self.layers])
-        plans = self._round(choice.bits) if self.valley is None else self._round_together(choice.bits, self.valley)
-        inputs = self._input_grids(choice.inputs)
+        plans, inputs = self._round(choice) if self.valley is None else self._round_together(choice, self.valley)
         plans = [replace(plan, input_grid=inputs.get(plan.name)) for plan in plans]
         with rounded_inputs(self.model, self.layers, inputs):
             repairs, note = self.repair(self.model) if self.repair is not None else ({}, "")
@@ -105,34 +105,31 @@ class Workshop:
         swap(self.model, plan.grids(), plan.input_grids())  # what is judged is what the plan makes of the network
         return Attempt(plan, self.held_out.value(self.model), (note,) if note else ())
 
-    def _round(self, bits: Sequence[Width]) -> list[LayerPlan]:
+    def _round(self, choice: Choice) -> Rounded:
         """One layer after the other, each for the inputs that the rounded layers before it produce."""
         plans = []
         with PairedPasses(self.model, self.layers, self.fitted, self.floats) as passes:
-            for layer, b in zip(self.layers, bits, strict=True):
+            for index, (layer, b) in enumerate(zip(self.layers, choice.bits, strict=True)):
+                if choice.inputs:
+                    passes.round_inputs(layer, choice.inputs[index])
                 grid, codes = round_layer(self.model, layer, b, self.rounding, passes, self.quantizer)
                 with torch.no_grad():
                     layer_weight(self.model, layer).copy_(grid.values(codes))
                 plans.append(LayerPlan(layer.name, layer.modules, grid, codes))
-        return plans
+        return plans, passes.inputs
 
-    def _round_together(self, bits: Sequence[Width], valley: Valley) -> list[LayerPlan]:
+    def _round_together(self, choice: Choice, valley: Valley) -> Rounded:
         """All layers at once, on the grids of nearest rounding."""
         grids = []
         with PairedPasses(self.model, self.layers, self.fitted, self.floats) as passes:
-            for layer, b in zip(self.layers, bits, strict=True):
+            for layer, b in zip(self.layers, choice.bits, strict=True):
                 grid, _ = round_layer(self.model, layer, b, "nearest", passes, self.quantizer)
                 assert isinstance(grid, Grid)
                 grids.append(grid)
         codes = valley.round(self.model, self.layers, grids)
-        return [LayerPlan(x.name, x.modules, g, c) for x, g, c in zip(self.layers, grids, codes, strict=True)]
-
-    def _input_grids(self, bits: Sequence[int]) -> dict[str, InputGrid]:
-        """Grids of the layers' inputs, for the weights as they are now; none where inputs stay in float32."""
-        if not bits:
-            return {}
-        samples = take_samples(self.fitted, INPUT_SAMPLES)
-        return calibrate_inputs(self.model, self.layers, samples, bits)
+        plans = [LayerPlan(x.name, x.modules, g, c) for x, g, c in zip(self.layers, grids, codes, strict=True)]
+        inputs = calibrate_inputs(self.model, self.layers, self.fitted, choice.inputs) if choice.inputs else {}
+        return plans, inputs
 
     def restore(self) -> None:
         """Make the network the float one again."""

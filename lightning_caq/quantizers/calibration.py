@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from lightning_caq.batches import batch_size
 from lightning_caq.layers import Layer, layer_modules
 from lightning_caq.quantizers.activations import InputGrid, change_first, fit_input_grid
 from lightning_caq.seeding import generator
-from lightning_caq.stepping import SteppedPasses
+from lightning_caq.stepping import Call, SteppedPasses
 from lightning_caq.visits import visit_modules
 
 FIRST_BITS = 8
@@ -141,11 +141,25 @@ def calibrate_inputs(
     # Passes wait ahead of the rounding: they see inputs as they come, and go on with rounded ones.
     with SteppedPasses(model, modules, batches) as passes, rounded_inputs(model, layers, grids):
         for layer, b in zip(layers, bits, strict=True):
-            sample = _Sample(layer, sum(map(batch_size, batches)))
-            found = passes.calls(layer_modules(model, layer), layer.calls)
-            for batch, calls in zip(batches, found, strict=True):
-                for call in calls:
-                    sample.add(call.inputs, batch_size(batch))
-            if sample.values:
-                grids[layer.name] = fit_input_grid(torch.cat(sample.values), b)
+            calls = passes.calls(layer_modules(model, layer), layer.calls)
+            grids |= input_grid(layer, calls, list(map(batch_size, batches)), b)
     return grids
+
+
+def input_grid(layer: Layer, calls: Iterable[Sequence[Call]], sizes: Sequence[int], bits: int) -> dict[str, InputGrid]:
+    """A grid for the input of one layer.
+
+    Args:
+        layer: The layer.
+        calls: Its calls, batch by batch.
+        sizes: Number of samples in each batch.
+        bits: Bit-width b_a.
+
+    Returns:
+        The layer's name to its grid; nothing if the layer takes tokens or is not called.
+    """
+    sample = _Sample(layer, sum(sizes))
+    for size, found in zip(sizes, calls, strict=True):
+        for call in found:
+            sample.add(call.inputs, size)
+    return {layer.name: fit_input_grid(torch.cat(sample.values), bits)} if sample.values else {}

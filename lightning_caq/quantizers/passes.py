@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_caq.batches import batch_size
 from lightning_caq.layers import Layer, layer_modules
+from lightning_caq.quantizers.activations import InputGrid, change_first
+from lightning_caq.quantizers.calibration import input_grid, rounded_inputs
 from lightning_caq.stepping import Call, SteppedPasses
 
 
@@ -27,6 +30,7 @@ class PairedPasses:
 
     Attributes:
         samples: Number of samples.
+        inputs: Layer name to the grid that its input is rounded to, in the network as it is alone.
 
     Example:
         >>> net, layer = nn.Linear(2, 1), Layer("", "linear", (1, 2), calls=1, modules=("",))
@@ -45,26 +49,53 @@ class PairedPasses:
         modules = [module for layer in layers for module in layer_modules(model, layer)]
         self._now, self._before = (SteppedPasses(model, modules, batches) for _ in range(2))
         self._stack = ExitStack()
-        self.samples = sum(map(batch_size, batches))
+        self._layers, self._sizes = layers, list(map(batch_size, batches))
+        self._rounding: dict[str, InputGrid] = {}  # what hooks round to: nothing while the float network runs
+        self.inputs: dict[str, InputGrid] = {}
+        self.samples = sum(self._sizes)
 
     def __enter__(self) -> PairedPasses:
         """Watch the layers."""
         for passes in (self._now, self._before):
             self._stack.enter_context(passes)
+        # Passes wait ahead of the rounding: they see inputs as they come, and go on with rounded ones.
+        self._stack.enter_context(rounded_inputs(self._model, self._layers, self._rounding))
         return self
 
     def __exit__(self, *exception: object) -> None:
         """End all passes."""
         self._stack.close()
 
+    def round_inputs(self, layer: Layer, bits: int) -> None:
+        """From here on round what reaches a layer, on a grid for what reaches it now."""
+        calls = self._now.calls(layer_modules(self._model, layer), layer.calls)
+        self.inputs |= input_grid(layer, calls, self._sizes, bits)
+        self._rounding.update(self.inputs)
+
     def calls(self, layer: Layer) -> Iterator[tuple[list[Call], list[Call]]]:
-        """For each batch every call of a layer: in the network as it is, and in the float one."""
-        modules = layer_modules(self._model, layer)
+        """For each batch every call of a layer: in the network as it is, its input rounded, and in the float one."""
+        modules, grid = layer_modules(self._model, layer), self.inputs.get(layer.name)
         before = self._before.calls(modules, layer.calls)
         for now in self._now.calls(modules, layer.calls):
-            with holding(self._floats):
+            with self._in_float():
                 floating = next(before)
-            yield now, floating
+            yield now if grid is None else [_rounded(call, grid) for call in now], floating
+
+    @contextmanager
+    def _in_float(self) -> Iterator[None]:
+        """While open, the network is the float one."""
+        self._rounding.clear()
+        try:
+            with holding(self._floats):
+                yield
+        finally:
+            self._rounding.update(self.inputs)
+
+
+def _rounded(call: Call, grid: InputGrid) -> Call:
+    """The same call with its input on the grid."""
+    args, kwargs = change_first(grid.round, call.args, call.kwargs)
+    return replace(call, args=args, kwargs=kwargs)
 
 
 @contextmanager
