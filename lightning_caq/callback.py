@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
+from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_caq import averaging, bridge, loggers, pipeline, ranks, trainers
@@ -22,6 +23,7 @@ from lightning_caq.errors import OptionError, PlanError
 from lightning_caq.evaluation.report import QuantizationReport
 from lightning_caq.evaluation.training import EpochCurvature
 from lightning_caq.isolation import preserved
+from lightning_caq.layers import chosen_layers
 from lightning_caq.measures.profile import CurvatureProfile
 from lightning_caq.monitoring import training_figures
 from lightning_caq.options import QuantizationOptions
@@ -228,6 +230,16 @@ class CurvatureQuantizationCallback(Callback):
         if stage == "fit":
             trainers.warn_of_late_averaging(trainer, self)
             self._monitored, self._watched = None, []
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called before training; refuses what is certain to fail after it."""
+        if self.on_error == "warn" or trainers.is_superseded(trainer, self) or quantized_modules(pl_module):
+            return
+        if self.options.objective == "task" and self.loss_fn is None:
+            bridge.check_loss(pl_module)
+        if not any(map(is_lazy, pl_module.parameters())):
+            chosen_layers(pl_module, self.options.include, self.options.exclude)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

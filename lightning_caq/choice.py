@@ -52,6 +52,17 @@ def check_separable(method: str) -> None:
         )
 
 
+def composes_errors(method: str) -> bool:
+    """Whether the costs of a method are squared output errors, so that their sum can be a budget.
+
+    Example:
+        >>> composes_errors("caq"), composes_errors("cet")
+        (True, False)
+    """
+    found = get_method(method)
+    return not is_search(found) and hasattr(found, "floors")
+
+
 def _separable(method: str) -> bool:
     found = get_method(method)
     return not is_search(found) and found.needs <= _OF_GROUPS

@@ -159,11 +159,7 @@ def find_layers(
         >>> [(x.name, x.kind, x.weights, x.macs) for x in find_layers(net, torch.zeros(3, 4))]
         [('0', 'linear', 32, 32), ('2', 'linear', 16, 16)]
     """
-    every = quantizable_layers(model)
-    if not every:
-        known = ", ".join(kind.__name__ for kind in KINDS)
-        raise LayerError(f"{type(model).__name__} has no layer that can be quantized; known kinds are {known}.")
-    chosen = _select(every, include, exclude)
+    chosen = chosen_layers(model, include, exclude)
     for layer in chosen:
         weight = layer_weight(model, layer)
         if not bool(torch.isfinite(weight).all()):
@@ -171,6 +167,32 @@ def find_layers(
                 f"Layer '{layer.name}' holds NaN or infinite weights; only finite weights can be quantized."
             )
     return _in_execution_order(model, chosen, batch)
+
+
+def chosen_layers(
+    model: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
+) -> list[Layer]:
+    """The layers that patterns choose, in the order of ``named_modules``; costs and order of execution not yet known.
+
+    Args:
+        model: The network.
+        include: Shell patterns of layer names; all by default.
+        exclude: Shell patterns of those to leave out.
+
+    Raises:
+        LayerError: If there is no layer to quantize, or a lazy one is not initialised.
+        OptionError: If a pattern matches no layer.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> [layer.name for layer in chosen_layers(net, exclude=["2"])]
+        ['0']
+    """
+    every = quantizable_layers(model)
+    if not every:
+        known = ", ".join(kind.__name__ for kind in KINDS)
+        raise LayerError(f"{type(model).__name__} has no layer that can be quantized; known kinds are {known}.")
+    return _select(every, include, exclude)
 
 
 def kind_of(module: nn.Module) -> str | None:

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from lightning_caq.allocation.methods import available_methods, get_method
 from lightning_caq.budget import Budget, make_budget
-from lightning_caq.choice import GRANULARITIES, check_separable
-from lightning_caq.errors import OptionError
+from lightning_caq.choice import GRANULARITIES, check_separable, composes_errors
+from lightning_caq.errors import BudgetError, OptionError
 from lightning_caq.mixed import MIXED, check_mixed
 from lightning_caq.mixed import NEEDS as OF_MIXED
 from lightning_caq.quantizers.ranges import RANGES, SYMMETRIES
@@ -125,6 +125,8 @@ class QuantizationOptions:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise OptionError(f"{name}={value!r} is not allowed; give a whole number from 1 up.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise OptionError(f"seed={self.seed!r} is not allowed; give a whole number from 0 up.")
         self._check_inputs()
         seconds = self.time_budget
         if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, Real) or not seconds > 0):
@@ -133,6 +135,20 @@ class QuantizationOptions:
             if getattr(self, name) is not None:
                 _names(name, getattr(self, name))
         _ = self.budget
+        self._check_reach()
+
+    def _check_reach(self) -> None:
+        """Refuse budgets that no network can meet, and those that the method does not know."""
+        least = min(self.bits)
+        if self.ratio is not None and self.ratio > 32 / least:
+            raise BudgetError(
+                f"ratio={self.ratio:g} cannot be reached with bits={self.bits}: weights of {least} bits are at most "
+                f"{32 / least:g} times smaller. Ask for less, or add smaller bit-widths."
+            )
+        if self.error is not None and not composes_errors(self.method):
+            raise BudgetError(
+                f"error={self.error:g} needs a method that composes errors, such as 'caq'; got {self.method!r}."
+            )
 
     def _check_quantizer(self) -> None:
         _one_of("quantizer", self.quantizer, QUANTIZERS)

@@ -220,7 +220,7 @@ def run(
     progress = progress or Progress()
     if quantized_modules(model):
         raise LayerError(
-            f"{type(model).__name__} is quantized already; restore its float weights before quantizing it again."
+            f"{type(model).__name__} is quantized already; build it anew, with its float weights, to quantize it again."
         )
     device = next((p.device for p in model.parameters()), None)
     # A data loader draws from the global random state as it is read, so that belongs to what is preserved.

@@ -57,7 +57,7 @@ class LayerPlan:
         return next(iter(numbers(self.grid).values())).numel()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class QuantizationPlan:
     """A quantized network, apart from its architecture.
 
@@ -78,6 +78,12 @@ class QuantizationPlan:
     sizes: LayerSizes
     fingerprint: str
     repairs: dict[str, Tensor] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """The plan in lines, one a layer, without its tensors."""
+        head = f"{self.method} with {self.budget}: {self.avg_bits:.2f} bits on average, {self.ratio:.1f}x smaller"
+        rows = [f"  {name}: {b:g} bits" for name, b in self.bits.items()]
+        return "\n".join([f"QuantizationPlan({head})", *rows])
 
     @property
     def widths(self) -> dict[str, Width]:
@@ -216,7 +222,10 @@ class QuantizationPlan:
             description = json.loads(path.read_text())
             tensors = load_tensors(path.with_suffix(".safetensors").read_bytes())
         except OSError as error:
-            raise PlanError(f"Plan {path} cannot be read: {error.strerror} ({error.filename}).") from error
+            raise PlanError(
+                f"Plan {path} cannot be read: {error.strerror} ({error.filename}). A plan is two files side by side, "
+                "one ending in .json and one in .safetensors."
+            ) from error
         except (ValueError, SafetensorError) as error:
             raise PlanError(f"Plan {path} or its tensors are damaged: {error}.") from error
         return cls._build(description, tensors, str(path))

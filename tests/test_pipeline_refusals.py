@@ -38,7 +38,10 @@ BAD_OPTIONS = {
     "two budgets": ({"ratio": 8}, BudgetError, "Got two budgets"),
     "too small": ({"avg_bits": 1.5}, BudgetError, "avg_bits=1.5 cannot be met.*from 2 to 8"),
     "too large": ({"avg_bits": 9}, BudgetError, "avg_bits=9 cannot be met"),
-    "ratio too large": ({"avg_bits": None, "ratio": 40}, BudgetError, "ratio=40 cannot be met.*the most that"),
+    "ratio too large": ({"avg_bits": None, "ratio": 15.9}, BudgetError, "ratio=15.9 cannot be met.*the most that"),
+    "ratio of no bits": ({"avg_bits": None, "ratio": 40}, BudgetError, "ratio=40 cannot be reached.* at most 16 times"),
+    "seed": ({"seed": "a"}, OptionError, "seed='a' is not allowed; give a whole number from 0 up"),
+    "error of cet": ({"avg_bits": None, "error": 0.05}, BudgetError, "error=0.05 needs a method.*such as 'caq'"),
     "ratio too small": ({"avg_bits": None, "ratio": 1.5}, BudgetError, "ratio=1.5 is already met"),
     "method": (
         {"method": "magic"},

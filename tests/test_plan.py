@@ -371,3 +371,10 @@ def test_damaged_input_grids(rounded, wrong):
     state["layers"][1]["input"] = wrong
     with pytest.raises(PlanError, match="in the checkpoint is damaged"):
         QuantizationPlan.from_state_dict(state)
+
+
+def test_printed_it_is_one_line_a_layer_and_no_tensors(done):
+    plan = done[2]
+    lines = repr(plan).splitlines()
+    assert lines[0].startswith("QuantizationPlan(uniform with avg_bits=2.5: ")
+    assert lines[1:] == [f"  {name}: {bits:g} bits" for name, bits in plan.bits.items()]

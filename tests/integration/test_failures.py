@@ -14,10 +14,10 @@ import pytest
 import pytorch_lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lit import Classifier, train_loader, trainer, val_loader
+from lit import Classifier, fit, quantizer, same, train_loader, trainer, val_loader, weights
 
 from lightning_caq import CurvatureQuantizationCallback
-from lightning_caq.errors import OptionError
+from lightning_caq.errors import CAQError, OptionError
 from lightning_caq.quantizers.swap import quantized_modules
 
 pytestmark = [
@@ -174,3 +174,20 @@ def test_strategies_that_shard_weights_are_refused_with_the_remedy(tmp_path, pac
     t._accelerator_connector.strategy = object.__new__(getattr(package.strategies, name))
     with pytest.raises(OptionError, match=rf"{name} shards the weights.*one device.*trainer\.validate"):
         quantizer().setup(t, Classifier(), stage)
+
+
+@pytest.mark.parametrize(
+    ("options", "manual", "match"),
+    [
+        ({"include": ["enc.*"]}, False, r"include pattern 'enc\.\*' matches no layer"),
+        ({"exclude": ["*"]}, False, "leave no layer to quantize"),
+        ({"objective": "task"}, True, "optimises by hand"),
+    ],
+)
+def test_what_is_certain_to_fail_is_refused_before_training(tmp_path, options, manual, match):
+    module = Classifier()
+    module.automatic_optimization = not manual
+    before = weights(module)
+    with pytest.raises(CAQError, match=match):
+        fit(tmp_path, quantizer(**options), module)
+    assert same(weights(module), before)

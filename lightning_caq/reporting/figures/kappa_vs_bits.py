@@ -62,12 +62,16 @@ def kappa_vs_bits(report: QuantizationReport, profile: CurvatureProfile) -> Figu
     left_out = len(report.layers) - len(drawn)
     key = [f"{n}  {names[drawn[i]]}" for n, i in enumerate(named, 1)]
     heading = "all layers" if len(named) == len(drawn) else f"the {len(named)} most out of rank"
+    said = [
+        agreement(kappa, bits),
+        "κ is one of several measures; where bits come from others too, no perfect agreement is to be expected.",
+        f"{left_out} layers without a positive κ are left out." if left_out else "",
+    ]
     figure, (axes,) = board(
         [(0.65, _WIDE)],
         tall=_TALL,
         title="Do the layers with larger κ get more bits?",
-        subtitle=f"{agreement(kappa, bits)} κ is one of several measures; where bits come from others too, no perfect "
-        f"agreement is to be expected.{f' {left_out} layers without a positive κ are left out.' if left_out else ''}",
+        subtitle=" ".join(filter(None, said)),
         right=max(map(inches, [*key, heading])) + 0.35,
     )
     _points(axes, kappa, place, named)
