@@ -14,7 +14,7 @@ import pytest
 import pytorch_lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lit import Classifier, fit, quantizer, same, train_loader, trainer, val_loader, weights
+from lit import Classifier, same, train_loader, trainer, val_loader, weights
 
 from lightning_caq import CurvatureQuantizationCallback
 from lightning_caq.errors import CAQError, OptionError
@@ -189,5 +189,5 @@ def test_what_is_certain_to_fail_is_refused_before_training(tmp_path, options, m
     module.automatic_optimization = not manual
     before = weights(module)
     with pytest.raises(CAQError, match=match):
-        fit(tmp_path, quantizer(**options), module)
+        trainer(tmp_path, callbacks=[quantizer(**options)]).fit(module, train_loader(), val_loader())
     assert same(weights(module), before)
