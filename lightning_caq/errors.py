@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentError
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
+
+_NAME = "CurvatureQuantizationCallback"
 
 
 class CAQError(Exception):
@@ -40,10 +44,14 @@ def short_errors() -> Iterator[None]:
     """End a program with one sentence where an option is not allowed, for programs with a ``LightningCLI``.
 
     The parser of such programs (jsonargparse) wraps the sentence into a list of all that the callbacks could have been,
-    and that into a traceback. Other errors go on as they are.
+    and that into a traceback, or ends the program with it after a page of usage. Other errors go on as they are.
+
+    With ``LightningCLI(..., parser_kwargs={"exit_on_error": False})`` the parser raises what it has to say of a
+    wrong type or name, so that it can be shortened too.
 
     Raises:
-        SystemExit: With the sentence, in place of an error that is or comes from an ``OptionError``.
+        SystemExit: With the sentence, in place of an error that is or comes from an ``OptionError``, or that the parser
+            raised.
 
     Example:
         >>> with short_errors():
@@ -57,6 +65,17 @@ def short_errors() -> Iterator[None]:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, OptionError):
             cause = cause.__cause__
+        if cause is None and isinstance(error, ArgumentError):
+            sys.exit(_of_callback(str(error)))
         if cause is None:
             raise
         sys.exit(str(cause))
+
+
+def _of_callback(message: str) -> str:
+    """What a parser says of our callback in a list of all that it could have been, in one line; or all of it."""
+    if _NAME not in message:
+        return message
+    lines = message[message.index(_NAME) :].splitlines()[1:]
+    said = takewhile(lambda line: not line.lstrip().startswith("- Problem"), lines)
+    return f"{_NAME}: {' '.join(line.strip() for line in said)}"

@@ -28,4 +28,4 @@ from models import Classifier
 
 if __name__ == "__main__":
     with short_errors():
-        LightningCLI(Classifier, Digits, seed_everything_default=0)
+        LightningCLI(Classifier, Digits, seed_everything_default=0, parser_kwargs={"exit_on_error": False})
