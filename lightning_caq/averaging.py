@@ -17,6 +17,7 @@ from torch import nn
 from lightning_caq._compat import every
 from lightning_caq.plan import QuantizationPlan
 from lightning_caq.quantizers.swap import quantized_modules, swap
+from lightning_caq.trainers import later
 
 
 def averaged_networks(trainer: Trainer, callback: Any) -> list[nn.Module]:
@@ -67,12 +68,11 @@ def averages_settled(trainer: Trainer, callback: Any, pl_module: LightningModule
         each._average_model = None
 
 
-def _averaging(trainer: Trainer) -> list[Any]:
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+def _averaging(trainer: Any) -> list[Any]:
     kinds = every("callbacks", "WeightAveraging")
-    return [each for each in callbacks if isinstance(each, kinds) and each._average_model is not None]
+    return [each for each in trainer.callbacks if isinstance(each, kinds) and each._average_model is not None]
 
 
 def _ahead(trainer: Trainer, callback: Any) -> list[Any]:
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return [each for each in _averaging(trainer) if callbacks.index(each) < callbacks.index(callback)]
+    behind = later(trainer, callback)
+    return [each for each in _averaging(trainer) if each not in behind]

@@ -183,18 +183,6 @@ def quiet_loss(pl_module: LightningModule, loss_fn: Loss | None = None) -> Loss:
 _REMEDY = "give loss_fn=, a function of (module, batch) that returns the loss, or define curvature_loss(self, batch)"
 
 
-def check_loss(pl_module: LightningModule) -> None:
-    """Refuse a module whose own loss cannot be taken.
-
-    Args:
-        pl_module: The module.
-
-    Raises:
-        OptionError: If it has no ``curvature_loss``, and its ``training_step`` cannot be called from outside.
-    """
-    _own_loss(pl_module)
-
-
 def _own_loss(pl_module: LightningModule) -> Loss:
     if callable(getattr(pl_module, "curvature_loss", None)):
         return lambda model, batch: model.curvature_loss(batch)  # type: ignore[operator]

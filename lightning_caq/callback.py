@@ -21,11 +21,10 @@ from lightning_caq.checkpoints import put_on_grid, restore, state_of
 from lightning_caq.contexts import curvature_safe
 from lightning_caq.errors import OptionError, PlanError
 from lightning_caq.evaluation.report import QuantizationReport
-from lightning_caq.evaluation.training import EpochCurvature
 from lightning_caq.isolation import preserved
 from lightning_caq.layers import chosen_layers
 from lightning_caq.measures.profile import CurvatureProfile
-from lightning_caq.monitoring import training_figures
+from lightning_caq.monitoring import Monitor
 from lightning_caq.options import QuantizationOptions
 from lightning_caq.outputs import Outcome, float_weights, output_directory, write
 from lightning_caq.plan import QuantizationPlan
@@ -188,10 +187,9 @@ class CurvatureQuantizationCallback(Callback):
         self.evaluate = evaluate
         self.on_error = on_error
         self.monitor_every_n_epochs = monitor_every_n_epochs
+        self._monitor = Monitor(monitor_every_n_epochs)
         self._outcome: Outcome | None = None
         self._network: weakref.ref[nn.Module] | None = None  # the network that the plan is in force on
-        self._monitored: int | None = None  # the epoch that was measured last
-        self._watched: list[EpochCurvature] = []  # what was measured during training
 
     @property
     def plan(self) -> QuantizationPlan | None:
@@ -229,15 +227,15 @@ class CurvatureQuantizationCallback(Callback):
             loggers.announce(trainer, self.options)
         if stage == "fit":
             trainers.warn_of_late_averaging(trainer, self)
-            self._monitored, self._watched = None, []
+            self._monitor.restart()
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called before training; refuses what is certain to fail after it."""
         if self.on_error == "warn" or trainers.is_superseded(trainer, self) or quantized_modules(pl_module):
             return
-        if self.options.objective == "task" and self.loss_fn is None:
-            bridge.check_loss(pl_module)
+        if self.options.objective == "task":
+            bridge.quiet_loss(pl_module, self.loss_fn)
         if not any(map(is_lazy, pl_module.parameters())):
             chosen_layers(pl_module, self.options.include, self.options.exclude)
 
@@ -249,7 +247,7 @@ class CurvatureQuantizationCallback(Callback):
         if trainer.state.fn == "fit":
             if self._outcome:
                 averaging.keep_grids(trainer, self, self._outcome.plan)
-            self._monitor(trainer, pl_module)
+            self._monitor.look(trainer, pl_module, self.options)
         elif not self._in_force(pl_module):
             self._quantize(trainer, pl_module)
 
@@ -323,7 +321,6 @@ class CurvatureQuantizationCallback(Callback):
             batches = bridge.training_batches(trainer, pl_module, options.calibration_samples, options.seed, whole=task)
             loss = bridge.quiet_loss(pl_module, self.loss_fn) if task else None
             validate = bridge.isolated_validation(trainer, pl_module) if self.evaluate else None
-            progress = Progress(rank_zero_info)
             result = pipeline.run(
                 pl_module,
                 batches,
@@ -331,11 +328,11 @@ class CurvatureQuantizationCallback(Callback):
                 loss_fn=loss,
                 evaluate=validate,
                 profile=read_profile(directory) or self.profile,
-                progress=progress,
+                progress=Progress(rank_zero_info),
                 sharing=sharing,
             )
             plan = ranks.agree(trainer, pl_module, result.plan, float_state)
-            studies = replace(result.report.studies, training=tuple(self._watched))
+            studies = replace(result.report.studies, training=tuple(self._monitor.epochs))
             outcome = Outcome(plan, result.profile, replace(result.report, studies=studies))
             write(trainer, directory, outcome, floats)
             self._keep(pl_module, outcome)
@@ -401,15 +398,3 @@ class CurvatureQuantizationCallback(Callback):
             )
             return False
         return True
-
-    def _monitor(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure and log κ, L, trace and top eigenvalue of every layer; the network is not touched."""
-        epoch, every_n = trainer.current_epoch, self.monitor_every_n_epochs
-        if not every_n or (self._monitored is not None and epoch - self._monitored < every_n):
-            return
-        self._monitored = epoch
-        figures = training_figures(trainer, pl_module, self.options)
-        named = {tag.removeprefix("caq/training/"): value for tag, value in figures.items()}
-        self._watched.append(EpochCurvature(epoch, named))
-        for logger in trainer.loggers:
-            logger.log_metrics(figures, step=trainer.global_step)

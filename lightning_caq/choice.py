@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lightning_caq.allocation.knapsack import smallest, solve
-from lightning_caq.allocation.methods import available_methods, get_method, is_search
+from lightning_caq.allocation.methods import ComposingMethod, available_methods, get_method, is_search
 from lightning_caq.allocation.search import search_space
 from lightning_caq.budget import Budget, ErrorBudget, LayerSizes
 from lightning_caq.errors import BudgetError, OptionError
@@ -52,15 +52,20 @@ def check_separable(method: str) -> None:
         )
 
 
-def composes_errors(method: str) -> bool:
-    """Whether the costs of a method are squared output errors, so that their sum can be a budget.
+def composing_method(name: str, budget: ErrorBudget) -> ComposingMethod:
+    """The method that predicts the error which a budget limits.
+
+    Raises:
+        BudgetError: If the method of that name predicts none.
 
     Example:
-        >>> composes_errors("caq"), composes_errors("cet")
-        (True, False)
+        >>> "amplification" in composing_method("caq", ErrorBudget(0.05)).needs
+        True
     """
-    found = get_method(method)
-    return not is_search(found) and hasattr(found, "floors")
+    found = get_method(name)
+    if not isinstance(found, ComposingMethod):
+        raise BudgetError(f"{budget} needs a method that composes errors, such as 'caq'; got {name!r}.")
+    return found
 
 
 def _separable(method: str) -> bool:
@@ -121,9 +126,7 @@ class Chooser:
 
     def keeps(self, method: str, budget: ErrorBudget, bits: Sequence[Width]) -> bool:
         """Whether the error that a method predicts of whole layers' bits is within a budget."""
-        found = get_method(method)
-        assert not is_search(found)
-        costs = found.costs(self.profile, self.bits)
+        costs = composing_method(method, budget).costs(self.profile, self.bits)
         total = sum(row[self.bits.index(b)] for row, b in zip(costs, bits, strict=True))  # Φ_rss²
         return bool(total <= (budget.value * self.output_norm) ** 2 * (1 + 1e-12))
 
@@ -145,17 +148,15 @@ class Chooser:
         found, names = get_method(method), [row.name for row in profile.layers]
         constraints = budget.constraints(sizes, self.bits)
         if isinstance(budget, ErrorBudget):
-            floors = getattr(found, "floors", None)
-            if is_search(found) or floors is None:
-                raise BudgetError(f"{budget} needs a method that composes errors, such as 'caq'; got {method!r}.")
+            composing = composing_method(method, budget)
             epsilon = budget.value * self.output_norm
             # These costs are squares of output errors: their sum is Φ_rss².
             return smallest(
-                found.costs(profile, self.bits),
+                composing.costs(profile, self.bits),
                 self.bits,
                 np.multiply.outer(np.asarray(sizes.weights), np.asarray(self.bits)),
                 epsilon**2,
-                floors=np.minimum(floors(profile, epsilon), max(self.bits)),
+                floors=np.minimum(composing.floors(profile, epsilon), max(self.bits)).tolist(),
                 names=names,
             ).bits
         if is_search(found):

@@ -96,10 +96,7 @@ class Contest:
                 "allow a larger drop or add larger bit-widths."
             )
         good = [found for found in made.values() if found[0] <= budget.value]
-        self.notes.append(
-            f"{budget}: {len(made)} networks were tried, at most {self.options.max_evaluations} may be; one a little "
-            "smaller may be within the drop too."
-        )
+        self.notes.append(f"{budget}: {len(made)} networks were tried; more max_evaluations search more finely.")
         _, self.attempts[CHOSEN], self.metrics[CHOSEN] = min(good, key=lambda found: found[1].plan.avg_bits)
 
     def _drop(self, metrics: Mapping[str, float], budget: MaxDrop) -> float:

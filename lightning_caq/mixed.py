@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final, Literal
 
+import numpy as np
+
 from lightning_caq.allocation.constraint import Constraint
 from lightning_caq.allocation.joint import JointChoices, solve_joint
 from lightning_caq.allocation.knapsack import solve
@@ -107,11 +109,11 @@ def choose_mixed(
     check_mixed(method)
     if not isinstance(budget, (Bops, SizeAndBops)):
         raise BudgetError(f"{budget} says nothing about operations, by which bits of inputs are chosen; give bops.")
+    choices = JointChoices(bits, candidates)
     if method == UNIFORM:
-        return _uniform(budget, profile, sizes, bits, candidates)
+        return _uniform(budget, profile, sizes, choices)
     found, names = get_method(method), [row.name for row in profile.layers]
     assert not is_search(found)
-    choices = JointChoices(bits, candidates)
     chosen = solve_joint(
         choices,
         found.costs(profile, bits),
@@ -140,22 +142,18 @@ def _input_costs(row: LayerCurvature, bits: Sequence[int]) -> list[float]:
 
 
 def _uniform(
-    budget: Budget,
-    profile: CurvatureProfile,
-    sizes: LayerSizes,
-    bits: Sequence[int],
-    candidates: Sequence[Sequence[int]],
+    budget: Budget, profile: CurvatureProfile, sizes: LayerSizes, choices: JointChoices
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Uniform bits of weights for each bit-width of inputs, and of these networks the least noisy one."""
     method = get_method(UNIFORM)
     assert not is_search(method)
-    costs, names = method.costs(profile, bits), [row.name for row in profile.layers]
+    costs, names = method.costs(profile, choices.bits), [row.name for row in profile.layers]
     made: list[tuple[float, tuple[int, ...], tuple[int, ...]]] = []
-    for inputs in zip(*candidates, strict=True):  # upwards: the first takes the fewest operations
-        limits = budget.constraints(replace(sizes, activation_bits=inputs), bits)
+    for inputs in map(tuple, np.transpose(choices.activation_bits).tolist()):  # the first takes the fewest operations
+        limits = budget.constraints(replace(sizes, activation_bits=inputs), choices.bits)
         if made and any(limit.usage.min(1).sum() > limit.limit for limit in limits):
             break
-        found = solve(costs, bits, limits, names=names)
+        found = solve(costs, choices.bits, limits, names=names)
         noise = sum(n * 0.25**a for n, a in zip(sizes.weights, inputs, strict=True))
         made.append((found.cost + noise, found.bits, inputs))
     return min(made)[1:]

@@ -8,8 +8,8 @@ from numbers import Real
 from typing import Any, Literal
 
 from lightning_caq.allocation.methods import available_methods, get_method
-from lightning_caq.budget import Budget, make_budget
-from lightning_caq.choice import GRANULARITIES, check_separable, composes_errors
+from lightning_caq.budget import Budget, ErrorBudget, make_budget
+from lightning_caq.choice import GRANULARITIES, check_separable, composing_method
 from lightning_caq.errors import BudgetError, OptionError
 from lightning_caq.mixed import MIXED, check_mixed
 from lightning_caq.mixed import NEEDS as OF_MIXED
@@ -134,21 +134,18 @@ class QuantizationOptions:
         for name in ("include", "exclude"):
             if getattr(self, name) is not None:
                 _names(name, getattr(self, name))
-        _ = self.budget
         self._check_reach()
 
     def _check_reach(self) -> None:
         """Refuse budgets that no network can meet, and those that the method does not know."""
-        least = min(self.bits)
+        budget, least = self.budget, min(self.bits)
         if self.ratio is not None and self.ratio > 32 / least:
             raise BudgetError(
                 f"ratio={self.ratio:g} cannot be reached with bits={self.bits}: weights of {least} bits are at most "
                 f"{32 / least:g} times smaller. Ask for less, or add smaller bit-widths."
             )
-        if self.error is not None and not composes_errors(self.method):
-            raise BudgetError(
-                f"error={self.error:g} needs a method that composes errors, such as 'caq'; got {self.method!r}."
-            )
+        if isinstance(budget, ErrorBudget):
+            composing_method(self.method, budget)
 
     def _check_quantizer(self) -> None:
         _one_of("quantizer", self.quantizer, QUANTIZERS)

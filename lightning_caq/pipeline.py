@@ -305,7 +305,7 @@ class _Road:
         seconds = (time.perf_counter() - start) * (20 + len(self.layers) * (1 + len(self.options.methods)))
         self.progress.say(
             f"{len(self.layers)} layers, {sum(self.sizes.weights):,} weights, {objective.samples} samples, "
-            f"{self.options.method} with {self.options.budget}: about {duration(seconds)}"
+            f"{self.options.method} with {self.options.budget}: about {duration(seconds)}, curvature not counted"
         )
         return objective
 

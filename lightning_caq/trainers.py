@@ -40,10 +40,11 @@ def is_superseded(trainer: Trainer, callback: Any) -> bool:
         trainer: The trainer.
         callback: The callback.
     """
-    return any(isinstance(later, type(callback)) for later in _later(trainer, callback))
+    return any(isinstance(each, type(callback)) for each in later(trainer, callback))
 
 
-def _later(trainer: Any, callback: Any) -> list[Any]:
+def later(trainer: Any, callback: Any) -> list[Any]:
+    """The callbacks that follow another one in the list; none if that is not in it."""
     place = next((i for i, other in enumerate(trainer.callbacks) if other is callback), len(trainer.callbacks))
     return list(trainer.callbacks[place + 1 :])
 
@@ -57,7 +58,7 @@ def warn_of_late_averaging(trainer: Trainer, callback: Any) -> None:
     """
     for name in ("WeightAveraging", "StochasticWeightAveraging", "ModelPruning"):
         kinds = every("callbacks", name)
-        if any(isinstance(later, kinds) for later in _later(trainer, callback)):
+        if any(isinstance(each, kinds) for each in later(trainer, callback)):
             rank_zero_warn(
                 f"caq: {name} comes after {type(callback).__name__} in the list of callbacks: the weights are "
                 f"quantized without it, and what it does to them then may spoil that; put {name} first."

@@ -30,3 +30,9 @@ def trained_cnn():
     net = nets.trained(nets.small_cnn(), *nets.images(512, 0), steps=250)
     assert nets.accuracy(copy.deepcopy(net).eval(), *nets.images(400, 2)) > 0.95
     return net
+
+
+@pytest.fixture
+def net(trained_cnn):
+    """A copy of that network."""
+    return copy.deepcopy(trained_cnn)

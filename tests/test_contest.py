@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_caq import quantize
+from lightning_caq.allocation import methods
 from lightning_caq.allocation.methods import register_method
 from lightning_caq.attempt import Attempt
 from lightning_caq.budget import LayerSizes
@@ -32,7 +33,13 @@ class Worst:
         return [[-row.second_order[b] for b in bits] for row in profile.layers]
 
 
-register_method("worst", Worst())
+@pytest.fixture(scope="module", autouse=True)
+def _registered():
+    """For these tests alone: others look at every method that there is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(methods, "_registered", dict(methods._registered))
+        register_method("worst", Worst())
+        yield
 
 
 @pytest.fixture(scope="module")

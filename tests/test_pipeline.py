@@ -19,11 +19,6 @@ CALIBRATION, TEST = nets.images(96, 1), nets.images(400, 2)
 FAST = {"curvature_samples": 48, "eigenpairs": 8}
 
 
-@pytest.fixture
-def net(trained_cnn):
-    return copy.deepcopy(trained_cnn)
-
-
 def _evaluate(net):
     return {"acc": nets.accuracy(net, *TEST)}
 

@@ -1,7 +1,5 @@
 """``quantize`` on networks, data, types and modes of every kind."""
 
-import copy
-
 import nets
 import numpy as np
 import pytest
@@ -15,11 +13,6 @@ from lightning_caq.quantizers.swap import quantized_modules, restore_modules
 
 CALIBRATION = nets.images(96, 1)
 FAST = {"curvature_samples": 48, "eigenpairs": 8}
-
-
-@pytest.fixture
-def net(trained_cnn):
-    return copy.deepcopy(trained_cnn)
 
 
 def test_calibration_samples_are_a_limit(net):

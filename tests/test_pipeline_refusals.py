@@ -16,11 +16,6 @@ CALIBRATION = nets.images(96, 1)
 FAST = {"curvature_samples": 48, "eigenpairs": 8}
 
 
-@pytest.fixture
-def net(trained_cnn):
-    return copy.deepcopy(trained_cnn)
-
-
 def _nan_weight(net):
     net[4].weight[0, 0, 0, 0] = float("nan")
 
@@ -118,8 +113,8 @@ def test_bad_options(net, name):
 def test_bad_batches(net, name):
     batches, message = BAD_BATCHES[name]
     calls = []
-    evaluate = lambda m: calls.append(1) or {}  # noqa: E731
-    _refused(net, lambda: quantize(net, batches, avg_bits=3, evaluate=evaluate, **FAST), CalibrationError, message)
+    kwargs = {"avg_bits": 3, "evaluate": lambda m: calls.append(1) or {}, **FAST}
+    _refused(net, lambda: quantize(net, batches, **kwargs), CalibrationError, message)
     assert not calls
 
 

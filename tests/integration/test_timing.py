@@ -144,7 +144,9 @@ def test_a_second_fit_of_a_trainer_that_is_at_its_end_changes_nothing(tmp_path):
 
 def test_the_sanity_check_measures_nothing(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr("lightning_caq.callback.training_figures", lambda t, m, o: calls.append(t.current_epoch) or {})
+    monkeypatch.setattr(
+        "lightning_caq.monitoring.training_figures", lambda t, m, o: calls.append(t.current_epoch) or {}
+    )
     callback = quantizer(monitor_every_n_epochs=1)
     trainer(tmp_path, callbacks=[callback], max_epochs=2, num_sanity_val_steps=2).fit(
         Classifier(), train_loader(), val_loader()

@@ -12,7 +12,7 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,14 @@ class AllocationMethod(Protocol):
 
     def costs(self, profile: CurvatureProfile, bits: Sequence[int]) -> NDArray[np.float64]:
         """Predicted damage of giving layer i b bits, shape (layers, bit-widths)."""
+
+
+@runtime_checkable
+class ComposingMethod(AllocationMethod, Protocol):
+    """A table method whose costs are squared output errors, so that their sum can be a budget (CAQ 2.3)."""
+
+    def floors(self, profile: CurvatureProfile, epsilon: float) -> NDArray[np.float64]:
+        """Bits that each layer needs at least for an output error of ε, shape (layers,)."""
 
 
 class SearchMethod(Protocol):
