@@ -123,3 +123,12 @@ def test_a_chain_of_linear_maps_attains_the_bound():
     bound = float(torch.linalg.svdvals(after)[0])
     assert found.at_output("0", 3) / before[3] == pytest.approx(bound)
     assert found.at_output("0", 4) / before[4] < bound
+
+
+def test_no_more_samples_are_run_at_a_time_than_their_tensors_and_their_graph_allow():
+    net, x, seen = nn.Sequential(nn.Linear(4, 10)), torch.randn(12, 4), []
+    (layer,) = layers = find_layers(net, x)
+    net.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    # A sample has ten outputs of four bytes: one for each of two bit-widths, and eight for what the graph holds.
+    carried_errors(net, layers, [x], {layer.name: {b: torch.zeros(10, 4) for b in (2, 3)}}, memory=5 * 10 * 4 * (2 + 8))
+    assert seen[1:] == [5, 5, 2]  # after the two samples that are tried

@@ -160,3 +160,15 @@ def test_stretched_keeps_what_it_does_not_change():
     found = stretched(grid, torch.tensor([[2.0], [0.0]]))
     assert found.scale.flatten().tolist() == pytest.approx([2.0, 1e-3])
     assert found.width == (2, 4)
+
+
+def test_each_channel_has_the_step_of_its_own_bits():
+    w, out = torch.randn(2, 40), torch.randn(2, 40)
+    whole = [fit_grid(row[None], bits, (1, 1)) for row, bits in zip(w, (2, 6), strict=True)]
+    joined = fit_grid(w, (2, 6), (2, 1))
+    factors = [torch.ones(1, 1, requires_grad=True) for _ in whole]
+    for row, o, grid, factor in zip(w, out, whole, factors, strict=True):
+        (lsq_round(row[None], grid, factor) * o).sum().backward()
+    factor = torch.ones(2, 1, requires_grad=True)
+    (lsq_round(w, joined, factor) * out).sum().backward()
+    torch.testing.assert_close(factor.grad, torch.cat([each.grad for each in factors]))
