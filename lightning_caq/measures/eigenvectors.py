@@ -15,7 +15,7 @@ from lightning_caq.errors import OptionError
 from lightning_caq.layers import Layer
 from lightning_caq.matrix import from_matrix
 from lightning_caq.measures.folding import batchnorm_folded
-from lightning_caq.measures.gram import gram_spectrum
+from lightning_caq.measures.gram import ROWS_MEMORY, gram_spectrum
 from lightning_caq.measures.hessian import Hessian
 from lightning_caq.measures.hutchinson import estimate_layer_traces
 from lightning_caq.measures.lanczos import lanczos
@@ -25,7 +25,6 @@ from lightning_caq.quadratic_model import QuadraticModel
 from lightning_caq.seeding import generator
 
 LARGEST = 2**31  # bytes
-ROWS_MEMORY = 3 * 2**27  # bytes
 
 
 def check_memory(layers: Sequence[Layer], k: int) -> None:

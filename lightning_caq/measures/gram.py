@@ -23,6 +23,8 @@ from lightning_caq.measures.row_forms import Rows
 from lightning_caq.measures.sharing import ALONE, Sharing
 from lightning_caq.measures.weight_rows import Piece, passes, weight_rows
 
+ROWS_MEMORY = 5 * 2**26  # bytes
+
 
 @dataclass(frozen=True)
 class GramSpectrum:
@@ -67,7 +69,7 @@ def gram_spectrum(
     owners: Mapping[str, Tensor] | None = None,
     tolerance: float = 1e-5,
     max_rows: int = 2048,
-    memory: int = 5 * 2**26,
+    memory: int = ROWS_MEMORY,
     seed: int = 0,
     sharing: Sharing = ALONE,
 ) -> GramSpectrum:
