@@ -146,17 +146,7 @@ def progress(message: str) -> None:
 
 def as_text(rows: Sequence[Row], args: argparse.Namespace, command: str) -> str:
     """The table, and what a reader needs to judge and to repeat it."""
-    header = [
-        "bits",
-        "rounding",
-        "seed",
-        "accuracy %",
-        "divergence, calibration",
-        "other",
-        "energy in S",
-        "‖Δ‖²",
-        "share",
-    ]
+    header = ["bits", "rounding", "seed", "accuracy %", "divergence", "on others", "energy in S", "‖Δ‖²", "share"]
     cells = [
         [
             f"{row.avg_bits:g}",
@@ -172,9 +162,9 @@ def as_text(rows: Sequence[Row], args: argparse.Namespace, command: str) -> str:
         for row in rows
     ]
     notes = (
-        f"{args.model}, bits by {METHOD}, batch-norm: {args.batchnorm}. Divergence from the float network in nat, on the "
-        f"{SAMPLES}\ncalibration images and on the other training images; S is spanned by {EIGENPAIRS} eigenvectors. "
-        f"Accuracy on 1,000\ntest images.\nCommand: {command}"
+        f"{args.model}, bits by {METHOD}, batch-norm: {args.batchnorm}. Divergence from the float network in nat, on the\n"
+        f"{SAMPLES} calibration images and on the other training images; S is spanned by {EIGENPAIRS} eigenvectors. Accuracy\n"
+        f"on 1,000 test images.\nCommand: {command}"
     )
     return f"{text_table(header, cells)}\n\n{notes}"
 
