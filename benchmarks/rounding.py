@@ -162,8 +162,8 @@ def as_text(rows: Sequence[Row], args: argparse.Namespace, command: str) -> str:
         for row in rows
     ]
     notes = (
-        f"{args.model}, bits by {METHOD}, batch-norm: {args.batchnorm}. Divergence from the float network in nat, on the\n"
-        f"{SAMPLES} calibration images and on the other training images; S is spanned by {EIGENPAIRS} eigenvectors. Accuracy\n"
+        f"{args.model}, bits by {METHOD}, batch-norm: {args.batchnorm}. Divergence from the float network in nat, on\n"
+        f"the {SAMPLES} calibration images and on the other training images; S has {EIGENPAIRS} dimensions. Accuracy\n"
         f"on 1,000 test images.\nCommand: {command}"
     )
     return f"{text_table(header, cells)}\n\n{notes}"
