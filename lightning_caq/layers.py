@@ -79,6 +79,16 @@ class Layer:
         return tuple(size if d == axis else 1 for d, size in enumerate(self.shape))
 
     @property
+    def channel_axis(self) -> int:
+        """Axis of the output channels in the layer's output, counted from its end.
+
+        Example:
+            >>> Layer("conv", "conv2d", (16, 3, 3, 3)).channel_axis, Layer("fc", "linear", (10, 16)).channel_axis
+            (-3, -1)
+        """
+        return 1 - len(self.shape) if self.kind.startswith("conv") else -1
+
+    @property
     def channels(self) -> int:
         """Number of scales, one an output channel (a row, for an embedding)."""
         return int(torch.Size(self.channel_shape).numel())

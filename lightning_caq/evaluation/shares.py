@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_caq.batches import batch_size, run_model
-from lightning_caq.layers import Layer, layer_weight
+from lightning_caq.evaluation.perturbed import perturbed
+from lightning_caq.layers import Layer
 from lightning_caq.measures.folding import batchnorm_folded
 from lightning_caq.measures.gram import gram_spectrum
 from lightning_caq.measures.hessian import Hessian
@@ -28,7 +29,8 @@ class ErrorShare:
         name: The layer.
         bits: Its bit-width b_i, on average where its channels differ.
         predicted: A_i e_i(b_i), in the unit of the network's output; ``None`` where it was not measured.
-        observed: Root mean square over samples of the output's change with only this layer rounded, same unit;
+        observed: Root mean square over samples of the output's change with only this layer rounded, the mean of its
+            error corrected, same unit;
             ``None`` where it was not measured.
     """
 
@@ -69,7 +71,11 @@ def error_shares(
 
 
 def observed_errors(
-    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], errors: Mapping[str, Tensor]
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batches: Sequence[Any],
+    errors: Mapping[str, Tensor],
+    shifts: Mapping[str, Tensor],
 ) -> dict[str, float]:
     """Error of the network's output with one layer rounded at a time: rms over samples of ‖F(w + Δ_i) − F(w)‖.
 
@@ -80,6 +86,7 @@ def observed_errors(
         layers: The layers.
         batches: The samples.
         errors: Layer name to Δ_i; layers without one are left out.
+        shifts: Layer name to what corrects the mean of its error, where something does.
 
     Returns:
         Layer name to error, in the unit of the network's output.
@@ -87,7 +94,7 @@ def observed_errors(
     Example:
         >>> net = nn.Linear(2, 1, bias=False)
         >>> layer = Layer("", "linear", (1, 2), calls=1, modules=("",))
-        >>> observed_errors(net, [layer], [torch.eye(2)], {"": torch.tensor([[3.0, 4.0]])})  # √((3² + 4²) / 2)
+        >>> observed_errors(net, [layer], [torch.eye(2)], {"": torch.tensor([[3.0, 4.0]])}, {})  # √((3² + 4²) / 2)
         {'': 3.53553...}
     """
     samples = sum(map(batch_size, batches))
@@ -97,16 +104,11 @@ def observed_errors(
         for layer in layers:
             if layer.name not in errors:
                 continue
-            weight = layer_weight(model, layer)
-            before = weight.detach().clone()
-            try:
-                weight.add_(errors[layer.name])
+            with perturbed(model, [layer], errors, shifts):
                 total = sum(
                     float((run_model(model, batch) - y).double().square().sum())
                     for batch, y in zip(batches, reference, strict=True)
                 )
-            finally:
-                weight.copy_(before)
             found[layer.name] = (total / samples) ** 0.5
     return found
 

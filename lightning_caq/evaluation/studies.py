@@ -17,6 +17,7 @@ from lightning_caq.evaluation.tightness import Tightness, tightness
 from lightning_caq.evaluation.training import EpochCurvature
 from lightning_caq.isolation import preserved
 from lightning_caq.layers import Layer, layer_weight
+from lightning_caq.measures.bias_correction import bias_corrections
 from lightning_caq.measures.measure import differentiable
 from lightning_caq.measures.rounding_errors import nearest_errors
 from lightning_caq.objective import make_objective
@@ -116,12 +117,15 @@ def study(
             weight, width = layer_weight(model, layer).detach(), plan.widths[layer.name]
             nearest[layer.name] = nearest_errors(model, layer, [width])[width]
             rounded[layer.name] = chosen[layer.name].values.to(weight) - weight
+        widths = {name: {plan.widths[name]: error} for name, error in nearest.items()}
+        corrections = bias_corrections(model, layers, samples, widths)
+        shifts = {name: found[plan.widths[name]] for name, found in corrections.items()}
         energies: dict[str, Energy] = {}
         if with_energies:
             target = make_objective(profile.objective, model, samples, loss_fn)
             energies = rounding_energies(model, layers, target, rounded, profile)
         return Studies(
-            alone=observed_errors(model, layers, samples, nearest),
+            alone=observed_errors(model, layers, samples, nearest, shifts),
             energies=energies,
             tightness={
                 b: tightness(model, layers, few, profile, {layer.name: b for layer in layers})

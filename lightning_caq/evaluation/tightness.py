@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +14,10 @@ from lightning_caq.allocation.composition import compose, correlated_bound
 from lightning_caq.batches import batch_size, run_model
 from lightning_caq.contexts import curvature_safe
 from lightning_caq.errors import OptionError
+from lightning_caq.evaluation.perturbed import perturbed
 from lightning_caq.isolation import preserved
-from lightning_caq.layers import Layer, layer_weight
+from lightning_caq.layers import Layer
+from lightning_caq.measures.bias_correction import bias_corrections
 from lightning_caq.measures.carried import carried_errors
 from lightning_caq.measures.profile import CurvatureProfile
 from lightning_caq.measures.rounding_errors import nearest_errors
@@ -28,12 +29,14 @@ class Tightness:
     """Output errors, observed and predicted, all in the unit of the network's output.
 
     Attributes:
-        observed: Root mean square over samples of ‖F_q(x) − F(x)‖, F_q with every weight rounded to nearest.
-        bound: Φ = Σ A_i e_i with A_i from the Jacobian: the layers' errors all point the same way.
+        observed: Root mean square over samples of ‖F_q(x) − F(x)‖, F_q with every weight rounded to nearest and the
+            mean of its error taken out of each layer's output that can be corrected.
+        bound: Φ, root mean square over samples of Σ_i ‖J_i u_i‖: the layers' errors all point the same way. Taken
+            sample by sample the triangle inequality is sharper than Σ A_i e_i, the sum that bits are chosen by.
         correlated: Φ_corr = (Σ_ij |G_ij|)^½, the same with the alignment that the errors really have, at its worst
             signs.
-        rss: Φ_rss = (Σ (A_i e_i)²)^½: the layers' errors are independent.
-        linear: Root mean square of ‖Σ_i J_i Δ_i z_i‖, the first-order error with its signs.
+        rss: Φ_rss = (Σ (A_i e_i)²)^½ with A_i from the Jacobian: the layers' errors are independent.
+        linear: Root mean square of ‖Σ_i J_i u_i‖, the first-order error with its signs.
         lipschitz: Φ with A_i from Lipschitz constants; ``None`` where they were not measured.
     """
 
@@ -66,9 +69,10 @@ def tightness(
 ) -> Tightness:
     """Compare the predicted with the observed error of a network whose weights are rounded to nearest.
 
-    Costs three forward passes over the batches and a backward pass for each output of a sample, at most 16, each worth
-    about two forward passes: some 23 for ten classes, 35 at most, however many layers there are. A few dozen samples
-    are enough to judge by.
+    Biases are corrected for the mean of each layer's error, as re-centring does: a shift that is the same for every
+    sample is not what is to be predicted. Costs four forward passes over the batches and a backward pass for each
+    output of a sample, at most 16, each worth about two forward passes: some 24 for ten classes, 36 at most, however
+    many layers there are. A few dozen samples are enough to judge by.
 
     Args:
         model: The float network; left as it was.
@@ -97,17 +101,23 @@ def tightness(
     chosen = {layer.name: bits[layer.name] for layer in layers}
     with curvature_safe(model), preserved(model):
         deltas = {layer.name: nearest_errors(model, layer, [chosen[layer.name]]) for layer in layers}
-        carried = carried_errors(model, layers, batches, deltas, seed=profile.seed)
-        observed = _observed(model, layers, batches, {name: errors[chosen[name]] for name, errors in deltas.items()})
+        shifts = bias_corrections(model, layers, batches, deltas)
+        carried = carried_errors(model, layers, batches, deltas, shifts, seed=profile.seed)
+        observed = _observed(
+            model,
+            layers,
+            batches,
+            {name: errors[chosen[name]] for name, errors in deltas.items()},
+            {name: errors[chosen[name]] for name, errors in shifts.items()},
+        )
     gram = carried.gram(chosen)
-    composed = compose([1.0] * len(layers), gram.diagonal().sqrt().tolist())
     gains = [profile[name].lipschitz_amplification for name in chosen]
     errors = [carried.errors[name][b] for name, b in chosen.items()]
     return Tightness(
         observed=observed,
-        bound=composed.bound,
+        bound=carried.bound(chosen),
         correlated=correlated_bound(gram.numpy()),
-        rss=composed.rss,
+        rss=float(gram.trace()) ** 0.5,
         linear=float(gram.sum().clamp_min(0)) ** 0.5,
         lipschitz=None if None in gains else compose([g for g in gains if g is not None], errors).bound,
     )
@@ -125,27 +135,19 @@ def output_norm(model: nn.Module, batches: Sequence[Any]) -> float:
     return math.sqrt(sum(squares) / sum(map(batch_size, batches)))
 
 
-def _observed(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], deltas: Mapping[str, Tensor]) -> float:
+def _observed(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batches: Sequence[Any],
+    deltas: Mapping[str, Tensor],
+    shifts: Mapping[str, Tensor],
+) -> float:
     """Root mean square over samples of ‖F_q(x) − F(x)‖."""
     with torch.no_grad():
         before = [run_model(model, batch) for batch in batches]
-        with _added(model, layers, deltas):
+        with perturbed(model, layers, deltas, shifts):
             moved = [run_model(model, batch) - output for batch, output in zip(batches, before, strict=True)]
     return float((sum(x.double().square().sum() for x in moved) / sum(map(batch_size, batches))) ** 0.5)
-
-
-@contextmanager
-def _added(model: nn.Module, layers: Sequence[Layer], deltas: Mapping[str, Tensor]) -> Iterator[None]:
-    """While open, every weight has its error added."""
-    weights = {layer.name: layer_weight(model, layer) for layer in layers}
-    before = {name: weight.detach().clone() for name, weight in weights.items()}
-    try:
-        for name, weight in weights.items():
-            weight.add_(deltas[name])
-        yield
-    finally:
-        for name, weight in weights.items():
-            weight.copy_(before[name])
 
 
 def _ratio(predicted: float, observed: float) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_caq.batches import batch_size, run_model, take_samples
 from lightning_caq.layers import Layer, apply_weight, layer_modules
+from lightning_caq.measures.bias_correction import along_channels
 from lightning_caq.seeding import generator
 from lightning_caq.visits import watching
 from lightning_caq.widths import W, Width
@@ -28,24 +29,35 @@ class CarriedErrors:
     """Errors of layers, to first order, where they arise and where they arrive.
 
     Attributes:
-        components: Layer name to bits (one width, or one a channel) to J_i Δ_i(b) z_i, one row a sample, its components
+        components: Layer name to bits (one width, or one a channel) to J_i u_i(b), one row a sample, its components
             along the probes: the network's outputs themselves, or random directions that keep squared norms and inner
             products in the mean. Shape (N, probes), float64, on the CPU.
-        errors: Layer name to bits to e_i(b), root mean square of ‖Δ_i(b) z_i‖ over samples.
+        errors: Layer name to bits to e_i(b), root mean square of ‖u_i(b)‖ over samples.
     """
 
     components: dict[str, dict[Width, Tensor]]
     errors: dict[str, dict[Width, float]]
 
     def at_output(self, name: str, bits: Width) -> float:
-        """A_i(b) e_i(b), root mean square of ‖J_i Δ_i(b) z_i‖ over samples."""
+        """A_i(b) e_i(b), root mean square of ‖J_i u_i(b)‖ over samples."""
         rows = self.components[name][bits]
         return math.sqrt(float(rows.square().sum()) / len(rows))
 
     def gram(self, bits: Mapping[str, Width]) -> Tensor:
-        """G_ij, mean over samples of ⟨J_i u_i, J_j u_j⟩ with u_i = Δ_i(b_i) z_i; shape (k, k), in the order of bits."""
-        rows = torch.stack([self.components[name][b] for name, b in bits.items()]).flatten(1)
-        return rows @ rows.T / len(next(iter(self.components[next(iter(bits))].values())))
+        """G_ij, mean over samples of ⟨J_i u_i, J_j u_j⟩; shape (k, k), in the order of bits."""
+        rows = self._rows(bits)
+        return rows.flatten(1) @ rows.flatten(1).T / rows.shape[1]
+
+    def bound(self, bits: Mapping[str, Width]) -> float:
+        """Φ = (E (Σ_i ‖J_i u_i‖)²)^½: on each sample the layers' errors all point the same way.
+
+        At most Σ A_i e_i, by Minkowski's inequality: samples differ in which layers' errors they feel.
+        """
+        return math.sqrt(float(self._rows(bits).norm(dim=2).sum(0).square().mean()))
+
+    def _rows(self, bits: Mapping[str, Width]) -> Tensor:
+        """J_i u_i, shape (k, N, probes)."""
+        return torch.stack([self.components[name][b] for name, b in bits.items()])
 
 
 def carried_errors(
@@ -53,11 +65,12 @@ def carried_errors(
     layers: Sequence[Layer],
     batches: Sequence[Any],
     deltas: Mapping[str, Mapping[W, Tensor]],
+    shifts: Mapping[str, Mapping[W, Tensor]],
     *,
     seed: int = 0,
     memory: int = 2**28,
 ) -> CarriedErrors:
-    """J_i Δ_i(b) z_i for every layer and bit-width at once (theory: composition, ``jacobian``).
+    """J_i u_i of u_i = Δ_i(b) z_i + δ_i(b) for every layer and bit-width at once (theory: composition, ``jacobian``).
 
     A probe v at the output is pulled back to every layer's output by one backward pass, g_i = J_iᵀ v, and
     ⟨v, J_i u⟩ = ⟨g_i, u⟩ for any error u there. Up to 16 outputs a sample the probes are the outputs and the result is
@@ -69,6 +82,8 @@ def carried_errors(
         layers: The layers.
         batches: The samples.
         deltas: Layer name to bits to Δ_i(b).
+        shifts: Layer name to bits to δ_i(b), one number an output channel, such as from ``bias_corrections``; layers
+            that are not named have none.
         seed: Seed of the probes; the same for a sample however the samples are cut into batches.
         memory: Bytes that some samples may take, by a rough count; so many samples are run at a time.
 
@@ -80,7 +95,7 @@ def carried_errors(
         >>> net = nn.Sequential(nn.Linear(2, 1, bias=False), nn.Linear(1, 1, bias=False))
         >>> _ = net[1].weight.data.fill_(3.0)
         >>> x = torch.tensor([[1.0, 0.0]])
-        >>> found = carried_errors(net, find_layers(net, x)[:1], [x], {"0": {2: torch.tensor([[0.5, 9.0]])}})
+        >>> found = carried_errors(net, find_layers(net, x)[:1], [x], {"0": {2: torch.tensor([[0.5, 9.0]])}}, {})
         >>> found.errors["0"][2], found.at_output("0", 2)
         (0.5, 1.5)
     """
@@ -91,9 +106,12 @@ def carried_errors(
         calls, output = _run(model, layers, batch)
         count = batch_size(batch)
         us = {
-            (name, b): [apply_weight(module, delta, z).detach() for module, z, _ in calls[name]]
-            for name, errors in deltas.items()
-            for b, delta in errors.items()
+            (layer.name, b): [
+                _shifted(layer, apply_weight(module, delta, z).detach(), shifts.get(layer.name, {}).get(b))
+                for module, z, _ in calls[layer.name]
+            ]
+            for layer in layers
+            for b, delta in deltas[layer.name].items()
         }
         for (name, b), errors in us.items():
             squares[name][b] += sum(float(u.double().square().sum()) for u in errors)
@@ -112,6 +130,10 @@ def carried_errors(
         {name: {b: torch.cat(rows) for b, rows in by_bits.items()} for name, by_bits in components.items()},
         {name: {b: (total / samples) ** 0.5 for b, total in by_bits.items()} for name, by_bits in squares.items()},
     )
+
+
+def _shifted(layer: Layer, error: Tensor, shift: Tensor | None) -> Tensor:
+    return error if shift is None else error + along_channels(layer, shift, error)
 
 
 def _run(model: nn.Module, layers: Sequence[Layer], batch: Any) -> tuple[Calls, Tensor]:

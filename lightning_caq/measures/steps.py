@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_caq.batches import take_samples
 from lightning_caq.layers import Layer, layer_weight
 from lightning_caq.measures.activation_costs import activation_costs
+from lightning_caq.measures.bias_correction import bias_corrections
 from lightning_caq.measures.blocks import record_blocks
 from lightning_caq.measures.carried import carried_errors
 from lightning_caq.measures.channel_groups import masks, row_owners, start_groups
@@ -163,7 +164,8 @@ def rounding(
             for layer in mine:
                 rows[layer.name]["groups"] = start_groups(layer, diagonals[layer.name], deltas[layer.name])
     if "amplification" in needs:
-        carried = carried_errors(model, mine, batches, deltas, seed=seed)
+        shifts = bias_corrections(model, mine, batches, deltas)
+        carried = carried_errors(model, mine, batches, deltas, shifts, seed=seed)
         for name, before in carried.errors.items():
             rows[name]["carried_error"] = {b: carried.at_output(name, b) for b in before}
             # One number for all bit-widths: the gain along the error at the middle one.

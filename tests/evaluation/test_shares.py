@@ -41,7 +41,7 @@ def test_observed_errors_are_those_of_networks_with_one_weight_replaced(name) ->
     layers = find_layers(case.net, case.batches[0])
     errors = {layer.name: nearest_errors(case.net, layer, [2])[2] for layer in layers}
     before = {key: x.clone() for key, x in case.net.state_dict().items()}
-    found = observed_errors(case.net, layers, case.batches, errors)
+    found = observed_errors(case.net, layers, case.batches, errors, {})
     assert all(torch.equal(x, before[key]) for key, x in case.net.state_dict().items())
     dense = nets.Dense(case.net, [layer.name for layer in layers])
     samples = sum(len(next(iter(b.values())) if isinstance(b, dict) else b) for b in case.batches)

@@ -33,7 +33,7 @@ def test_two_linear_maps_by_hand():
     inner = (first * second).sum() / len(x)
     expected = Tightness(
         observed=rms(x @ (w + dw).T @ (v + dv).T - x @ w.T @ v.T),
-        bound=rms(first) + rms(second),
+        bound=rms(np.linalg.norm(first, axis=1) + np.linalg.norm(second, axis=1)),
         correlated=np.sqrt(rms(first) ** 2 + rms(second) ** 2 + 2 * abs(inner)),
         rss=np.hypot(rms(first), rms(second)),
         linear=rms(first + second),
@@ -42,6 +42,26 @@ def test_two_linear_maps_by_hand():
     for name in ("observed", "bound", "correlated", "rss", "linear"):
         assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-5)
     assert found.lipschitz == pytest.approx(expected.lipschitz, rel=2e-3)
+
+
+def test_with_biases_the_mean_of_each_error_is_taken_out():
+    net = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)).double()
+    x = torch.randn(8, 4, dtype=torch.float64) + 3.0
+    found = tightness(net, find_layers(net, x), [x], _profile(net, [x]), {"0": 3, "1": 3})
+    x, inner = x.numpy(), net[0](x).detach().numpy()
+    w, v = (layer.weight.detach() for layer in net)
+    dw, dv = ((fit_grid(m, 3, (len(m), 1)).nearest(m) - m).double().numpy() for m in (w, v))
+    u, t = x @ dw.T, inner @ dv.T
+    u, t = u - u.mean(0), t - t.mean(0)
+    first, v = u @ v.numpy().T, v.numpy()
+
+    def rms(change):
+        return np.sqrt(np.square(change).sum() / len(x))
+
+    assert found.bound == pytest.approx(rms(np.linalg.norm(first, axis=1) + np.linalg.norm(t, axis=1)), rel=1e-5)
+    assert found.bound < rms(first) + rms(t)
+    assert found.linear == pytest.approx(rms(first + t), rel=1e-5)
+    assert found.observed == pytest.approx(rms(first + t + u @ dv.T), rel=1e-5)
 
 
 def test_a_trained_network_keeps_its_state_and_the_order_of_the_predictions():

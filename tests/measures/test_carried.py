@@ -30,7 +30,7 @@ def test_few_outputs_are_exact(name, memory):
     case = nets.make_case(name)
     layers = find_layers(case.net, case.batches[0])
     deltas = _deltas(layers)
-    found = carried_errors(case.net, layers, case.batches, deltas, memory=memory)
+    found = carried_errors(case.net, layers, case.batches, deltas, {}, memory=memory)
     samples = sum(len(next(iter(x.values())) if isinstance(x, dict) else x) for x in case.batches)
     for b in (2, 3):
         expected = _dense(case, layers, deltas, b)
@@ -52,10 +52,28 @@ def test_many_outputs_are_estimated_without_bias(name):
     layers = find_layers(case.net, case.batches[0])
     deltas = _deltas(layers)
     expected = _dense(case, layers, deltas, 2)
-    found = carried_errors(case.net, layers, case.batches, deltas).gram({x.name: 2 for x in layers})
+    found = carried_errors(case.net, layers, case.batches, deltas, {}).gram({x.name: 2 for x in layers})
     scale = (expected @ expected.T).diagonal().sqrt() / 40**0.5
     # 40 samples with 16 probes each: a standard error of about √(2 / 640) = 6 % of a squared norm.
     assert float(((found - expected @ expected.T / 40) / torch.outer(scale, scale)).abs().max()) < 0.2
+
+
+def test_a_shift_of_a_layer_is_carried_with_its_error():
+    """The shift of a bias is one more parameter of the Jacobian."""
+    net = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 4)).double().eval()
+    case = nets.Case(net, [torch.randn(5, 2, 3, 3, dtype=torch.float64)])
+    layers = find_layers(net, case.batches[0])[:1]
+    delta, shift = torch.randn(3, 2, 2, 2, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    found = carried_errors(net, layers, case.batches, {"0": {2: delta}}, {"0": {2: shift}})
+    parameters = {name: x.detach() for name, x in net.named_parameters()}
+    changes = {"0.weight": delta, "0.bias": shift}
+    tangents = {name: changes.get(name, torch.zeros_like(x)) for name, x in parameters.items()}
+    _, moved = torch.func.jvp(
+        lambda p: torch.func.functional_call(net, p, (case.batches[0],)), (parameters,), (tangents,)
+    )
+    assert torch.allclose(found.components["0"][2], moved)
+    error = nn.functional.conv2d(case.batches[0], delta, shift)
+    assert found.errors["0"][2] == pytest.approx(float(error.square().sum() / 5) ** 0.5)
 
 
 def test_probes_do_not_depend_on_how_samples_are_cut():
@@ -63,9 +81,9 @@ def test_probes_do_not_depend_on_how_samples_are_cut():
     x = torch.randn(6, 3, dtype=torch.float64)
     layers = find_layers(net, x)
     deltas = _deltas(layers)
-    whole = carried_errors(net, layers, [x], deltas, seed=3)
-    cut = carried_errors(net, layers, [x[:4], x[4:]], deltas, seed=3, memory=1)
-    other = carried_errors(net, layers, [x], deltas, seed=4)
+    whole = carried_errors(net, layers, [x], deltas, {}, seed=3)
+    cut = carried_errors(net, layers, [x[:4], x[4:]], deltas, {}, seed=3, memory=1)
+    other = carried_errors(net, layers, [x], deltas, {}, seed=4)
     assert torch.allclose(whole.components["0"][2], cut.components["0"][2])
     assert not torch.allclose(whole.components["0"][2], other.components["0"][2])
 
@@ -88,7 +106,7 @@ def test_samples_along_another_axis_are_run_one_by_one():
     deltas = _deltas(layers)
     dense = nets.Dense(net, ["first"])
     expected = dense.jacobian(lambda f: f(case.batches[0])).flatten(0, 1) @ deltas["first"][2].flatten()
-    found = carried_errors(net, layers, case.batches, deltas)
+    found = carried_errors(net, layers, case.batches, deltas, {})
     assert found.at_output("first", 2) == pytest.approx(float(expected.square().sum() / 4) ** 0.5, rel=1e-8)
 
 
@@ -104,7 +122,7 @@ def test_a_layer_without_effect_carries_nothing():
 
     net, x = Idle().double().eval(), torch.randn(4, 3, dtype=torch.float64)
     layers = find_layers(net, x)
-    found = carried_errors(net, layers, [x], _deltas(layers))
+    found = carried_errors(net, layers, [x], _deltas(layers), {})
     assert found.at_output("used", 2) > 0
     assert found.at_output("lost", 2) == found.at_output("idle", 2) == 0
     assert found.errors["lost"][2] > 0 == found.errors["idle"][2]
@@ -118,7 +136,7 @@ def test_a_chain_of_linear_maps_attains_the_bound():
     after = (net[2].weight @ net[1].weight).detach()
     steepest = torch.linalg.svd(after).Vh[0]
     deltas = {3: torch.outer(steepest, torch.randn(4, dtype=torch.float64)), 4: torch.randn(4, 4, dtype=torch.float64)}
-    found = carried_errors(net, [layer], [x], {"0": deltas})
+    found = carried_errors(net, [layer], [x], {"0": deltas}, {})
     before = output_errors(net, [layer], [x], {"0": deltas})["0"]
     bound = float(torch.linalg.svdvals(after)[0])
     assert found.at_output("0", 3) / before[3] == pytest.approx(bound)
@@ -130,5 +148,6 @@ def test_no_more_samples_are_run_at_a_time_than_their_tensors_and_their_graph_al
     (layer,) = layers = find_layers(net, x)
     net.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     # A sample has ten outputs of four bytes: one for each of two bit-widths, and eight for what the graph holds.
-    carried_errors(net, layers, [x], {layer.name: {b: torch.zeros(10, 4) for b in (2, 3)}}, memory=5 * 10 * 4 * (2 + 8))
+    deltas = {layer.name: {b: torch.zeros(10, 4) for b in (2, 3)}}
+    carried_errors(net, layers, [x], deltas, {}, memory=5 * 10 * 4 * (2 + 8))
     assert seen[1:] == [5, 5, 2]  # after the two samples that are tried

@@ -1,0 +1,54 @@
+"""Perturbed: a network with the rounding errors of some layers in it, for as long as it is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lightning_caq.layers import Layer, layer_modules, layer_weight
+from lightning_caq.measures.bias_correction import along_channels
+from lightning_caq.visits import watching
+
+
+@contextmanager
+def perturbed(
+    model: nn.Module, layers: Sequence[Layer], errors: Mapping[str, Tensor], shifts: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """While open, weights have errors added to them and outputs of layers are shifted.
+
+    Args:
+        model: The network.
+        layers: The layers to change.
+        errors: Layer name to Δ_i, for every layer.
+        shifts: Layer name to what is added to its output, one number an output channel; layers that are not named are
+            not shifted.
+
+    Example:
+        >>> net, layer = nn.Linear(2, 1), Layer("", "linear", (1, 2), modules=("",))
+        >>> x, errors, shifts = torch.ones(1, 2), {"": torch.tensor([[1.0, 2.0]])}, {"": torch.tensor([-0.5])}
+        >>> with torch.no_grad():
+        ...     before = net(x)
+        ...     with perturbed(net, [layer], errors, shifts):
+        ...         round(float(net(x) - before), 4)
+        2.5
+    """
+    weights = {layer.name: layer_weight(model, layer) for layer in layers}
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    owners = {m: layer for layer in layers if layer.name in shifts for m in layer_modules(model, layer)}
+
+    def hook(module: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
+        return output + along_channels(owners[module], shifts[owners[module].name], output)
+
+    try:
+        with watching(owners, hook):
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    weight.add_(errors[name])
+            yield
+    finally:
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(before[name])
