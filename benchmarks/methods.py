@@ -167,7 +167,7 @@ class Bench:
         if (rounding, bits) not in self.found:
             start = time.perf_counter()
             options = replace(self.options, rounding=rounding)
-            workshop = open_workshop(self.model, self.layers, self.sizes, options, self.batches, None)
+            workshop = open_workshop(self.model, self.layers, self.sizes, options, self.batches)
             with preserved(self.model):
                 plan = workshop.attempt(method, f"avg_bits={avg_bits:g}", bits).plan
                 spent = time.perf_counter() - start

@@ -108,7 +108,7 @@ def run(model: nn.Module, train: Images, test: Images, args: argparse.Namespace,
         for rounding in args.rounding:
             used = valley if rounding == "long_axis" else None
             how = replace(options, rounding=rounding)
-            workshop = open_workshop(model, layers, sizes, how, batches, None, used)
+            workshop = open_workshop(model, layers, sizes, how, batches, used)
             with preserved(model):
                 workshop.attempt(METHOD, str(options.budget), choice)
                 delta = errors(model, layers, floats)

@@ -14,7 +14,6 @@ from lightning_caq.batches import HELD_OUT, batch_size, split_samples
 from lightning_caq.budget import LayerSizes
 from lightning_caq.choice import Choice
 from lightning_caq.layers import Layer, layer_weight
-from lightning_caq.objective import Loss, Objective, make_objective
 from lightning_caq.options import QuantizationOptions
 from lightning_caq.plan import LayerPlan, QuantizationPlan, weights_fingerprint
 from lightning_caq.quantizers.activations import InputGrid
@@ -26,6 +25,7 @@ from lightning_caq.quantizers.repair import Repair, prepare_repair
 from lightning_caq.quantizers.rounding import round_layer
 from lightning_caq.quantizers.swap import restore_modules, swap
 from lightning_caq.quantizers.values import Quantizer
+from lightning_caq.reference import Reference, make_reference
 from lightning_caq.valley import Valley
 from lightning_caq.widths import width_bits
 
@@ -39,7 +39,7 @@ class Attempt:
 
     Attributes:
         plan: What was done to the network.
-        held_out: The objective on the samples that nothing was fitted to, nat.
+        held_out: The output error on the samples that nothing was fitted to, a part of the output.
         notes: What the reader of the report should know; none as a rule.
     """
 
@@ -59,7 +59,7 @@ class Workshop:
         rounding: How weights are rounded.
         quantizer: How the values are chosen that they may take.
         fitted: The samples that rounding and repair are fitted to.
-        held_out: The objective on other samples.
+        held_out: The float network's outputs on other samples.
         repair: What to repair after rounding, if anything.
         floats: Every tensor of the float network by its state-dict key.
         valley: For long-axis rounding, the steep directions to keep out of.
@@ -71,7 +71,7 @@ class Workshop:
     rounding: str
     quantizer: Quantizer
     fitted: Sequence[Any]
-    held_out: Objective
+    held_out: Reference
     repair: Repair | None
     floats: Mapping[str, Tensor]
     valley: Valley | None = None
@@ -103,7 +103,7 @@ class Workshop:
         sizes = replace(self.sizes, activation_bits=choice.inputs, widths=sum(map(width_bits, choice.bits)))
         plan = QuantizationPlan(method, budget, self.rounding, tuple(plans), sizes, made_for, repairs).cpu()
         swap(self.model, plan.grids(), plan.input_grids())  # what is judged is what the plan makes of the network
-        return Attempt(plan, self.held_out.value(self.model), (note,) if note else ())
+        return Attempt(plan, self.held_out.error(self.model), (note,) if note else ())
 
     def _round(self, choice: Choice) -> Rounded:
         """One layer after the other, each for the inputs that the rounded layers before it produce."""
@@ -146,12 +146,11 @@ def open_workshop(
     sizes: LayerSizes,
     options: QuantizationOptions,
     batches: Sequence[Any],
-    loss_fn: Loss | None,
     valley: Valley | None = None,
 ) -> Workshop:
     """Prepare a float network for attempts; the last eighth of the samples is held out to judge them by."""
     fitted, held_out = split_samples(batches)
-    judge = make_objective(options.objective, model, held_out, loss_fn)
+    judge = make_reference(model, held_out)
     repair = prepare_repair(model, layers, fitted, judge) if options.batchnorm == "recentre" else None
     floats = {name: tensor.detach().clone() for name, tensor in tensors(model).items()}
     quantizer = Quantizer(options.quantizer, options.range, options.symmetry)

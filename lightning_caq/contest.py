@@ -124,7 +124,7 @@ class Contest:
         if uniform.held_out < chosen.held_out and self._guard_meets(self.options.budget):
             told = (
                 f"uniform bits are better than those of {method} on samples held out "
-                f"({uniform.held_out:.4g} against {chosen.held_out:.4g} nat) and are used instead"
+                f"(output error {uniform.held_out:.1%} against {chosen.held_out:.1%}) and are used instead"
             )
             self.notes.append(told.capitalize() + ".")
             warnings.warn(f"caq: {told}; pass guard=False to keep those of {method}.", stacklevel=2)

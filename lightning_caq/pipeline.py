@@ -361,7 +361,7 @@ class _Road:
                 samples = take_samples(self.batches, profile.samples)
                 objective = make_objective(o.objective, self.model, samples, self.loss_fn)
                 valley = find_valley(self.model, self.layers, objective, o.eigenpairs, o.seed)
-        return open_workshop(self.model, self.layers, self.sizes, o, self.batches, self.loss_fn, valley)
+        return open_workshop(self.model, self.layers, self.sizes, o, self.batches, valley)
 
     def _report(
         self, contest: Contest, metrics: Mapping[str, float], profile: CurvatureProfile, held: Tightness

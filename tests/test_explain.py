@@ -33,7 +33,7 @@ def case():
     objective = make_objective("distill", net, batches)
     contest = Contest(
         Chooser(profile, sizes, options.bits, 1.0, lambda bits: 0.0, 0),
-        open_workshop(net, layers, sizes, options, batches, None),
+        open_workshop(net, layers, sizes, options, batches),
         lambda: {"distill": objective.value(net)},
         options,
         Progress(),

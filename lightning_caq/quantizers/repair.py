@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_caq.layers import Layer, layer_module
-from lightning_caq.objective import Objective
+from lightning_caq.reference import Reference
 from lightning_caq.stepping import SteppedPasses
 from lightning_caq.visits import visit_modules
 
@@ -144,41 +144,41 @@ class Repair:
         modules: What can be repaired, by name.
         reference: Moments in the float network.
         fitted: The samples that moments are measured on.
-        held_out: The objective on other samples, by which a repair is judged.
+        held_out: The float network's outputs on other samples, by which a repair is judged.
     """
 
     modules: Mapping[str, nn.Module]
     reference: Mapping[str, Moments]
     fitted: Sequence[Any]
-    held_out: Objective
+    held_out: Reference
 
     def __call__(self, model: nn.Module) -> tuple[dict[str, Tensor], str]:
-        """Repair a quantized network in place, if that lowers the objective on the samples held out.
+        """Repair a quantized network in place, if that brings its outputs nearer on the samples held out.
 
         Returns:
             State-dict key to the repaired tensor, and a note: empty unless the repair was dropped.
         """
-        before = self.held_out.value(model)
+        before = self.held_out.error(model)
         live = model.state_dict(keep_vars=True)
         kept = {name: tensor.detach().clone() for name, tensor in live.items()}
         changed = move_statistics(model, self.modules, self.reference, self.fitted)
-        after = self.held_out.value(model)
+        after = self.held_out.error(model)
         if after <= before:
             return changed, ""
         with torch.no_grad():
             for name in changed:
                 live[name].copy_(kept[name])
-        return {}, f"repair dropped: objective {before:.4g} without it, {after:.4g} with it, on samples held out"
+        return {}, f"repair dropped: output error {before:.1%} without it, {after:.1%} with it, on samples held out"
 
 
-def prepare_repair(model: nn.Module, layers: Sequence[Layer], fitted: Sequence[Any], held_out: Objective) -> Repair:
+def prepare_repair(model: nn.Module, layers: Sequence[Layer], fitted: Sequence[Any], held_out: Reference) -> Repair:
     """Measure a float network for later repairs.
 
     Args:
         model: The float network, in eval mode.
         layers: The layers.
         fitted: The calibration batches that moments are measured on.
-        held_out: The objective on other samples, to judge repairs by.
+        held_out: Its outputs on other samples, to judge repairs by.
 
     Returns:
         The repair, to be called on the quantized network.

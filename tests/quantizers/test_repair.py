@@ -9,9 +9,9 @@ from torch import nn
 
 from lightning_caq.batches import split_samples
 from lightning_caq.layers import find_layers
-from lightning_caq.objective import make_objective
 from lightning_caq.quantizers.affine import fit_grid
 from lightning_caq.quantizers.repair import Repair, measure_moments, move_statistics, prepare_repair, repairable
+from lightning_caq.reference import make_reference
 
 
 def _round(net, bits=2):
@@ -142,29 +142,25 @@ def test_a_constant_channel_keeps_its_variance():
     torch.testing.assert_close(net[1].running_var, torch.tensor([1.0, 0.25]))
 
 
-def halves(net, batches, objective="distill", loss=None):
-    """Samples to fit to, and the objective on the others."""
+def halves(net, batches):
+    """Samples to fit to, and the float outputs for the others."""
     fitted, others = split_samples(batches)
-    return fitted, make_objective(objective, net, others, loss)
+    return fitted, make_reference(net, others)
 
 
-def _setup_repair(objective="distill"):
+def _setup_repair():
     net, (x, y) = _cnn(), nets.images(80, 1)
-    loss = lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1])  # noqa: E731
-    return net, prepare_repair(
-        net, find_layers(net, x), *halves(net, [(x[:50], y[:50]), (x[50:], y[50:])], objective, loss)
-    )
+    return net, prepare_repair(net, find_layers(net, x), *halves(net, [(x[:50], y[:50]), (x[50:], y[50:])]))
 
 
-@pytest.mark.parametrize("objective", ["distill", "task"])
-def test_is_kept_where_it_helps_on_samples_held_out(objective):
-    net, repair = _setup_repair(objective)
+def test_is_kept_where_it_helps_on_samples_held_out():
+    net, repair = _setup_repair()
     _round(net)
-    before = repair.held_out.value(net)
+    before = repair.held_out.error(net)
     changed, note = repair(net)
     assert note == ""
     assert "1.running_mean" in changed
-    assert repair.held_out.value(net) < before
+    assert repair.held_out.error(net) < before
 
 
 def test_the_samples_it_is_judged_by_are_not_those_it_is_fitted_to():
@@ -186,12 +182,12 @@ def test_is_dropped_where_it_does_not_help():
     state = {k: v.clone() for k, v in net.state_dict().items()}
     changed, note = Repair(repair.modules, float_moments, odd, repair.held_out)(net)
     assert changed == {}
-    assert note.startswith("repair dropped: objective")
+    assert note.startswith("repair dropped: output error")
     assert all(torch.equal(state[k], v) for k, v in net.state_dict().items())
 
 
 def test_one_sample_judges_itself():
     net, x = nn.Linear(5, 4), torch.randn(1, 5)
     repair = prepare_repair(net, find_layers(net, x), *halves(net, [x]))
-    assert (len(repair.fitted), repair.held_out.samples) == (1, 1)
-    assert isinstance(repair.held_out, type(make_objective("distill", net, [x])))
+    assert torch.equal(torch.cat(repair.fitted), x)
+    assert torch.equal(torch.cat(repair.held_out.batches), x)
