@@ -134,6 +134,7 @@ def _existing(path: Path) -> Path:
 
 def accuracy(model: nn.Module, images: Images) -> float:
     """Percentage of images whose class the model names."""
+    device = next(model.parameters()).device
     with torch.no_grad():
-        right = sum(int((model(x).argmax(1) == y).sum()) for x, y in images.batches(250))
+        right = sum(int((model(x.to(device)).argmax(1).cpu() == y).sum()) for x, y in images.batches(250))
     return 100 * right / len(images)

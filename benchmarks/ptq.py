@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from networks import BLOCKS, DATA, Images, ResNet, accuracy, load_cifar10, load_network
 
 from lightning_caq import CurvatureProfile, quantize
@@ -43,6 +44,7 @@ class Row:
         steps: Step of the work to the seconds it took.
         peak_mb: Most memory that this process has held so far, in MiB.
         seed: Seed of the calibration subset and of every random number.
+        gpu_mb: Most memory that ``quantize`` has taken on the GPU, in MiB; 0 on a CPU.
     """
 
     model: str
@@ -57,6 +59,7 @@ class Row:
     steps: dict[str, float]
     peak_mb: float
     seed: int
+    gpu_mb: float = 0.0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -66,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         train, test = load_cifar10(args.data)
         if args.samples > len(train):
             raise ValueError(f"--samples {args.samples} is more than the {len(train):,} training images there are.")
-        model = load_network(args.model, args.data)
+        model = load_network(args.model, args.data).to(args.device)
         float_accuracy = accuracy(model, test)
         rows = []
         for seed, run_options in zip(args.seed, runs, strict=True):
@@ -98,6 +101,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--samples", type=int, default=512, help="training images to calibrate on")
     result.add_argument("--seed", type=int, nargs="+", default=[0], help="chooses these images and all that is random")
     result.add_argument("--data", type=Path, default=DATA, help="folder with the trained networks and the images")
+    result.add_argument("--device", default="cpu", help="where the network is, such as cuda; the images are on the CPU")
     result.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
     return result
 
@@ -140,10 +144,14 @@ def run(
 ) -> tuple[Row, CurvatureProfile]:
     """Quantize a copy of ``model`` to one budget and measure it; what was measured serves the next budget."""
     progress(f"{name}: {options.method} at {options.budget} ...")
+    on_gpu = next(model.parameters()).is_cuda
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     batches = calibration.batches(64)
     result = quantize(copy.deepcopy(model), batches, **asdict(options), profile=profile, say=progress)
     seconds = time.perf_counter() - start
+    gpu_mb = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else 0.0
     row = Row(
         model=name,
         method=options.method,
@@ -157,6 +165,7 @@ def run(
         steps={step: round(spent, 2) for step, spent in result.report.seconds.items()},
         peak_mb=round(peak_mb(), 1),
         seed=options.seed,
+        gpu_mb=round(gpu_mb, 1),
     )
     progress(f"{name}: {row.accuracy:.1f} % at {row.avg_bits:.3f} bits in {seconds:.0f} s")
     return row, result.profile
@@ -175,7 +184,7 @@ def peak_mb() -> float:
 def as_text(rows: Sequence[Row], images: int, args: argparse.Namespace, command: str) -> str:
     """The table, and what a reader needs to judge and to repeat it."""
     header = ["network", "seed", "asked bits", "avg bits", "ratio"]
-    header += ["accuracy %", "± s.e.", "float %", "seconds", "peak MB"]
+    header += ["accuracy %", "± s.e.", "float %", "seconds", "peak MB", "GPU MB"]
     cells = [
         [
             f"{row.model} {row.method} {row.rounding}",
@@ -188,6 +197,7 @@ def as_text(rows: Sequence[Row], images: int, args: argparse.Namespace, command:
             f"{row.float_accuracy:.1f}",
             f"{row.seconds:.1f}",
             f"{row.peak_mb:,.0f}",
+            f"{row.gpu_mb:,.0f}",
         ]
         for row in rows
     ]

@@ -16,12 +16,43 @@ Evaluate = Callable[[nn.Module], Mapping[str, float]]
 
 
 @contextmanager
+def full_float32() -> Iterator[None]:
+    """Take products of float32 numbers in float32.
+
+    A GPU's convolutions round their factors to TF32, of 10 binary digits, unless told otherwise; matrix products do
+    where ``torch.set_float32_matmul_precision`` allows it.
+
+    Example:
+        >>> torch.set_float32_matmul_precision("high")
+        >>> with full_float32():
+        ...     torch.get_float32_matmul_precision()
+        'highest'
+        >>> torch.get_float32_matmul_precision()
+        'high'
+        >>> torch.set_float32_matmul_precision("highest")
+    """
+    backends: Any = torch.backends
+    with ExitStack() as stack:
+        try:
+            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            stack.callback(setattr, backends.cudnn, "allow_tf32", backends.cudnn.allow_tf32)
+            torch.set_float32_matmul_precision("highest")
+            backends.cudnn.allow_tf32 = False
+        except RuntimeError:  # set by the switches of torch 2.9, beside which the old ones cannot be read
+            stack.pop_all()
+            for part in (backends.cuda.matmul, backends.mkldnn.matmul, backends.cudnn.conv, backends.cudnn.rnn):
+                stack.callback(setattr, part, "fp32_precision", part.fp32_precision)
+                part.fp32_precision = "ieee"
+        yield
+
+
+@contextmanager
 def curvature_safe(model: nn.Module) -> Iterator[None]:
     """Make second derivatives possible and exact, in any hook.
 
-    Inference mode and autocast are off and gradients on; attention runs in its one kernel that can be differentiated
-    twice, outside its fused layers; compiled modules run eagerly, and recurrent layers without fused kernels, for
-    the same reason.
+    Inference mode and autocast are off and gradients on; float32 is not shortened; attention runs in its one kernel
+    that can be differentiated twice, outside its fused layers; compiled modules run eagerly, and recurrent layers
+    without fused kernels, for the same reason.
 
     Args:
         model: The network that will be differentiated.
@@ -32,6 +63,7 @@ def curvature_safe(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(full_float32())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         for device in devices:
             stack.enter_context(torch.autocast(device, enabled=False))
@@ -40,8 +72,10 @@ def curvature_safe(model: nn.Module) -> Iterator[None]:
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
         if recurrent:
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            fused: list[Any] = [torch.backends.cudnn, torch.backends.mkldnn]
+            for backend in fused:
+                stack.callback(setattr, backend, "enabled", backend.enabled)
+                backend.enabled = False
         yield
 
 

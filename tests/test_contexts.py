@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_caq.contexts import InFloat32, curvature_safe
+from lightning_caq.contexts import InFloat32, curvature_safe, full_float32
 from lightning_caq.isolation import seeded
 
 
@@ -26,6 +26,41 @@ def test_curvature_safe_allows_attention_and_leaves_autocast():
         assert (q @ q.transpose(-1, -2)).dtype == torch.float32
         (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
         assert torch.autograd.grad(grad.square().sum(), q)[0].norm() > 0
+
+
+def _shortened():
+    """Whether matrix products and convolutions may shorten float32, by whichever switches this version of torch has."""
+    backends = torch.backends
+    if hasattr(backends.cudnn, "conv"):
+        parts = (backends.cuda.matmul, backends.mkldnn.matmul, backends.cudnn.conv, backends.cudnn.rnn)
+        return [part.fp32_precision in ("tf32", "bf16") for part in parts]
+    return [torch.get_float32_matmul_precision() != "highest", backends.cudnn.allow_tf32]
+
+
+@pytest.mark.parametrize("allowed", ["highest", "medium"])
+def test_float32_is_not_shortened(allowed):
+    torch.set_float32_matmul_precision(allowed)
+    try:
+        before = _shortened()
+        assert any(before)  # of convolutions it is, unless told otherwise
+        with curvature_safe(nn.Linear(1, 1)):
+            assert not any(_shortened())
+        assert _shortened() == before
+        assert torch.get_float32_matmul_precision() == allowed
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this version of torch has one kind of switch")
+def test_float32_is_not_shortened_where_the_new_switches_were_used():
+    matmul = torch.backends.cuda.matmul
+    try:
+        matmul.fp32_precision = "tf32"
+        with full_float32():
+            assert not any(_shortened())
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_float32_and_back_returns_the_very_values():

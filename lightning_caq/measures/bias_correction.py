@@ -51,6 +51,7 @@ def bias_corrections(
         missing, and so are those that no batch reaches.
 
     Example:
+        >>> import torch
         >>> net, x = nn.Linear(2, 1), torch.tensor([[1.0, 0.0], [3.0, 2.0]])
         >>> layer = Layer("", "linear", (1, 2), calls=1, modules=("",))
         >>> bias_corrections(net, [layer], [x], {"": {3: torch.tensor([[0.5, 0.25]])}})
@@ -80,6 +81,7 @@ def along_channels(layer: Layer, values: Tensor, output: Tensor) -> Tensor:
     """A vector, one number an output channel, in a shape and type that adds to the layer's output.
 
     Example:
+        >>> import torch
         >>> layer = Layer("conv", "conv2d", (2, 1, 3, 3))
         >>> along_channels(layer, torch.zeros(2), torch.zeros(5, 2, 8, 8)).shape
         torch.Size([2, 1, 1])

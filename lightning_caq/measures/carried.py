@@ -68,7 +68,7 @@ def carried_errors(
     shifts: Mapping[str, Mapping[W, Tensor]],
     *,
     seed: int = 0,
-    memory: int = 2**28,
+    memory: int = 2**27,
 ) -> CarriedErrors:
     """J_i u_i of u_i = Δ_i(b) z_i + δ_i(b) for every layer and bit-width at once (theory: composition, ``jacobian``).
 

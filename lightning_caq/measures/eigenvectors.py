@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_caq.errors import OptionError
-from lightning_caq.layers import Layer
+from lightning_caq.layers import Layer, layer_weight
 from lightning_caq.matrix import from_matrix
 from lightning_caq.measures.folding import batchnorm_folded
-from lightning_caq.measures.gram import ROWS_MEMORY, gram_spectrum
+from lightning_caq.measures.gram import gram_spectrum, rows_memory
 from lightning_caq.measures.hessian import Hessian
 from lightning_caq.measures.hutchinson import estimate_layer_traces
 from lightning_caq.measures.lanczos import lanczos
@@ -84,12 +84,13 @@ def _from_rows(model: nn.Module, layers: Sequence[Layer], target: Objective, k: 
     sizes = tuple(layer.weights for layer in layers)
     vectors = torch.zeros(sum(sizes), len(values), dtype=torch.float32)
     edges = dict(zip([x.name for x in layers], pairwise(torch.tensor([0, *sizes]).cumsum(0).tolist()), strict=True))
-    for pieces in passes(model, layers, target.batches, len(mix), ROWS_MEMORY):
+    memory = rows_memory(layer_weight(model, layers[0]))
+    for pieces in passes(model, layers, target.batches, len(mix), memory):
         every = weight_rows(model, pieces, target.batches, spectrum.chosen)
         while every:
             piece, held = every.popitem()  # let go before the next pass holds its own
             start, stop = edges[piece.layer.name]
-            vectors[start:stop][_places(piece.layer)[:, piece.cut].flatten()] = held.combine(mix).float()
+            vectors[start:stop][_places(piece.layer)[:, piece.cut].flatten()] = held.combine(mix).float().cpu()
     rest = spectrum.trace - float(values.sum())
     return QuadraticModel(sizes, values, vectors, _mean(rest, vectors), torch.zeros(sum(sizes)))
 

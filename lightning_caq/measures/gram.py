@@ -23,7 +23,7 @@ from lightning_caq.measures.row_forms import Rows
 from lightning_caq.measures.sharing import ALONE, Sharing
 from lightning_caq.measures.weight_rows import Piece, passes, weight_rows
 
-ROWS_MEMORY = 5 * 2**26  # bytes
+_ROWS_MEMORY, _ROWS_MEMORY_GPU = 7 * 2**25, 2**31  # bytes
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def gram_spectrum(
     owners: Mapping[str, Tensor] | None = None,
     tolerance: float = 1e-5,
     max_rows: int = 2048,
-    memory: int = ROWS_MEMORY,
+    memory: int | None = None,
     seed: int = 0,
     sharing: Sharing = ALONE,
 ) -> GramSpectrum:
@@ -90,8 +90,8 @@ def gram_spectrum(
         owners: Layer name to whose the rows of its matrices are, whole numbers from 0, shape (groups, outputs).
         tolerance: Share of the output Hessian's trace that may be dropped with the lightest rows.
         max_rows: Most rows; of more, so many are drawn.
-        memory: Bytes that rows may take at a time. As many layers are worked on in one pass as fit; a layer that does
-            not fit alone is cut along its output channels.
+        memory: Bytes that rows may take at a time, by default ``rows_memory``. As many layers are worked on in one pass
+            as fit; a layer that does not fit alone is cut along its output channels.
         seed: Seed of the draw of rows.
         sharing: Who divides the layers.
 
@@ -108,7 +108,8 @@ def gram_spectrum(
     choice = sharing.first(choose_rows(model, batches, tolerance, max_rows, seed=seed), "rows of outputs")
     rows = choice.rows
     # In the precision of the rows: with many layers these matrices are what takes the room.
-    dtype = layer_weight(model, layers[0]).dtype
+    weight = layer_weight(model, layers[0])
+    dtype = weight.dtype
     grams = {layer.name: torch.zeros(len(rows), len(rows), dtype=dtype) for layer in mine}
     owners = owners or {}
     counts = {layer.name: int(owners[layer.name].max()) + 1 if layer.name in owners else 1 for layer in mine}
@@ -116,13 +117,13 @@ def gram_spectrum(
         layer.name: {b: torch.zeros(len(rows), counts[layer.name], dtype=torch.float64) for b in deltas[layer.name]}
         for layer in mine
     }
-    for pieces in passes(model, mine, batches, len(rows), memory):
+    for pieces in passes(model, mine, batches, len(rows), memory or rows_memory(weight)):
         every = weight_rows(model, pieces, batches, rows)
         while every:
             piece, held = every.popitem()  # let go before the next pass holds its own
-            grams[piece.layer.name] += held.gram()
+            grams[piece.layer.name] += held.gram().cpu()
             for b, delta in deltas[piece.layer.name].items():
-                projections[piece.layer.name][b] += _project(held, piece, delta, owners)
+                projections[piece.layer.name][b] += _project(held, piece, delta, owners).cpu()
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64)
     for gram in grams.values():
         total += gram
@@ -149,6 +150,18 @@ def gram_spectrum(
         chosen=rows,
         combinations=vectors.cpu(),
     )
+
+
+def rows_memory(weight: Tensor) -> int:
+    """Bytes that rows may take at a time, beside a weight: 224 MiB, and 2 GiB on a GPU.
+
+    A pass over the samples costs the same for few layers as for many, and a GPU is soon done with what a layer takes.
+
+    Example:
+        >>> rows_memory(torch.zeros(1)) / 2**20
+        224.0
+    """
+    return _ROWS_MEMORY_GPU if weight.is_cuda else _ROWS_MEMORY
 
 
 def _project(held: Rows, piece: Piece, delta: Tensor, owners: Mapping[str, Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_caq.batches import take_samples
+from lightning_caq.batches import calibration_batches, take_samples
 from lightning_caq.contexts import InFloat32, curvature_safe
 from lightning_caq.errors import OptionError
 from lightning_caq.fingerprint import fingerprint
@@ -60,7 +60,7 @@ def measure(
 
     Args:
         model: The float network.
-        batches: Calibration batches on the model's device.
+        batches: Calibration batches.
         layers: The layers, from ``find_layers``; by default all that can be quantized.
         objective: ``"distill"`` or ``"task"``.
         loss_fn: Loss of a model and a batch, for ``"task"``.
@@ -96,7 +96,8 @@ def measure(
     progress = progress or Progress()
     start = time.perf_counter()
     with sharing.agreed("measuring"), curvature_safe(model), preserved(model), InFloat32(model) as float32:
-        chosen = float32.batches(take_samples(batches, samples))
+        device = next((p.device for p in model.parameters()), None)
+        chosen = float32.batches(calibration_batches(batches, samples, device))
         layers = find_layers(model, chosen[0]) if layers is None else layers
         with differentiable(model, layers):
             target = make_objective(objective, model, chosen, loss_fn)

@@ -16,6 +16,9 @@ from torch import Tensor
 
 _BLOCK_NUMBERS = 2**22  # numbers in one block of pairs, 16 MB
 
+Device = torch.device | None
+"""Where rows are held; on the CPU by default."""
+
 
 class DenseRows:
     """Rows as they are.
@@ -24,8 +27,10 @@ class DenseRows:
         rows: Shape (rows, groups · outputs · columns).
     """
 
-    def __init__(self, rows: int, groups: int, outputs: int, columns: int, dtype: torch.dtype) -> None:
-        self.rows = torch.zeros(rows, groups * outputs * columns, dtype=dtype)
+    def __init__(
+        self, rows: int, groups: int, outputs: int, columns: int, dtype: torch.dtype, device: Device = None
+    ) -> None:
+        self.rows = torch.zeros(rows, groups * outputs * columns, dtype=dtype, device=device)
 
     def put(self, place: slice, gradients: Tensor, inputs: Tensor) -> None:
         """Add to some rows what one call of the layer gave.
@@ -83,9 +88,18 @@ class FactoredRows:
         inputs: x_t, shape (rows, groups, positions, columns).
     """
 
-    def __init__(self, rows: int, groups: int, outputs: int, columns: int, positions: int, dtype: torch.dtype) -> None:
-        self.gradients = torch.zeros(rows, groups, positions, outputs, dtype=dtype)
-        self.inputs = torch.zeros(rows, groups, positions, columns, dtype=dtype)
+    def __init__(
+        self,
+        rows: int,
+        groups: int,
+        outputs: int,
+        columns: int,
+        positions: int,
+        dtype: torch.dtype,
+        device: Device = None,
+    ) -> None:
+        self.gradients = torch.zeros(rows, groups, positions, outputs, dtype=dtype, device=device)
+        self.inputs = torch.zeros(rows, groups, positions, columns, dtype=dtype, device=device)
 
     def put(self, place: slice, gradients: Tensor, inputs: Tensor) -> None:
         """Write some rows, with the positions of all calls of the layer; shapes as above."""
@@ -146,12 +160,14 @@ class WordRows:
         words: Which words of the table.
         width: Numbers of a word.
         dtype: Of the gradients.
+        device: Where to hold them.
     """
 
-    def __init__(self, rows: int, words: range, width: int, dtype: torch.dtype) -> None:
+    def __init__(self, rows: int, words: range, width: int, dtype: torch.dtype, device: Device = None) -> None:
         self._rows, self._words = rows, words
-        self._keys = [torch.empty(0, dtype=torch.long)]  # word · rows + row, so that sorting goes by words
-        self._values = [torch.empty(0, width, dtype=dtype)]
+        # word · rows + row, so that sorting goes by words
+        self._keys = [torch.empty(0, dtype=torch.long, device=device)]
+        self._values = [torch.empty(0, width, dtype=dtype, device=device)]
 
     def put(self, place: slice, gradients: Tensor, words: Tensor) -> None:
         """Add to some rows what one call gave.
@@ -162,10 +178,10 @@ class WordRows:
             words: Shape (rows, positions).
         """
         words = words.to(self._keys[0]) - self._words.start
-        keys = words * self._rows + torch.arange(place.start, place.stop)[:, None]
+        keys = words * self._rows + torch.arange(place.start, place.stop, device=words.device)[:, None]
         here = (words >= 0) & (words < len(self._words))
         self._keys.append(keys[here])
-        self._values.append(gradients.to(self._values[0])[here.to(gradients.device)])
+        self._values.append(gradients.to(self._values[0])[here])
 
     def gram(self) -> Tensor:
         """A_i A_iᵀ, shape (rows, rows): the sum over words of what the rows that hold a word have in common."""
@@ -187,7 +203,8 @@ class WordRows:
         words, rows, values = self._entries()
         along = (values * delta[0].to(values)[words]).sum(1)
         count = int(owner.max()) + 1
-        return values.new_zeros(self._rows * count).index_add(0, rows * count + owner[0, words], along).view(-1, count)
+        places = rows * count + owner.to(words.device)[0, words]
+        return values.new_zeros(self._rows * count).index_add(0, places, along).view(-1, count)
 
     def squares(self) -> Tensor:
         """Sum of the squares of the rows, number by number, shape (words, width)."""
@@ -216,7 +233,8 @@ Rows = DenseRows | FactoredRows | WordRows
 
 def _by_owner(parts: Tensor, owner: Tensor) -> Tensor:
     """Sums over the outputs of each owner; parts of shape (rows, outputs of all groups)."""
-    return parts.new_zeros(len(parts), int(owner.max()) + 1).index_add(1, owner.flatten(), parts)
+    owner = owner.flatten().to(parts.device)
+    return parts.new_zeros(len(parts), int(owner.max()) + 1).index_add(1, owner, parts)
 
 
 def _pairs(left: Tensor, right: Tensor) -> Tensor:

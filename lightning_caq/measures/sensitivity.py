@@ -210,7 +210,7 @@ def _grams(
     grams: dict[str, Tensor] = {}
     for pieces in passes(model, layers, objective.batches, len(rows), memory):
         for piece, held in weight_rows(model, pieces, objective.batches, rows).items():
-            gram = held.gram().double()
+            gram = held.gram().double().cpu()
             grams[piece.layer.name] = grams[piece.layer.name] + gram if piece.layer.name in grams else gram
     return [grams[layer.name] for layer in layers]
 

@@ -56,14 +56,14 @@ class Piece:
             return rows * max(1, self.positions * width * outputs // whole)
         return rows * groups * (self.positions * (outputs + width) if self.factored else outputs * width)
 
-    def empty(self, rows: int, dtype: torch.dtype) -> Rows:
-        """Room for so many rows."""
+    def empty(self, rows: int, like: Tensor) -> Rows:
+        """Room for so many rows, of the type of a tensor and beside it."""
         groups, _, width = matrix_shape(self.layer)
         if self.looked_up:
-            return WordRows(rows, self.outputs, width, dtype)
+            return WordRows(rows, self.outputs, width, like.dtype, like.device)
         if self.factored:
-            return FactoredRows(rows, groups, len(self.outputs), width, self.positions, dtype)
-        return DenseRows(rows, groups, len(self.outputs), width, dtype)
+            return FactoredRows(rows, groups, len(self.outputs), width, self.positions, like.dtype, like.device)
+        return DenseRows(rows, groups, len(self.outputs), width, like.dtype, like.device)
 
 
 def matrix_shape(layer: Layer) -> tuple[int, int, int]:
@@ -142,7 +142,7 @@ def weight_rows(
     for piece in pieces:
         by_layer.setdefault(piece.layer.name, []).append(piece)
     watched = {id(module): piece.layer for piece in pieces for module in layer_modules(model, piece.layer)}
-    held = {piece: piece.empty(len(rows), layer_weight(model, piece.layer).dtype) for piece in pieces}
+    held = {piece: piece.empty(len(rows), layer_weight(model, piece.layer)) for piece in pieces}
     first = take_rows(batches[rows[0].batch], [rows[0].sample])
     axis = sample_axis(model, first)
     axes = _sample_axes(model, watched, first, axis)

@@ -17,6 +17,7 @@ from lightning_caq.quantizers.moments import damped
 
 _ROUNDS = 2
 _SWEEPS = 3
+_BLOCK = 8
 
 
 def output_error(layer: Layer, weight: Tensor, rounded: Tensor, curvature: Tensor) -> Tensor:
@@ -75,17 +76,27 @@ def improve(layer: Layer, weight: Tensor, grid: Grid, codes: Tensor, curvature: 
 def _sweep(w: Tensor, c: Tensor, s: Tensor, z: Tensor, top: Tensor, h: Tensor) -> bool:
     """Visit every column once and change ``c`` in place; whether anything changed.
 
+    Most columns stay as they are. So a block of them is looked at together, as far as the first that changes.
+
     Shapes: w, c and z (groups, columns, outputs), s and top (groups, outputs), h (groups, columns, columns).
     """
     slope = h @ (s[:, None] * (c - z) - w)  # half the gradient of the error
-    changed, low = False, torch.zeros_like(top)
-    for j in range(w.shape[1]):
-        best = c[:, j] - slope[:, j] / (h[:, j, j, None] * s)
-        step = best.round_().clamp_(low, top) - c[:, j]
-        if bool(step.any()):
-            changed = True
-            c[:, j] += step
-            slope.baddbmm_(h[:, :, j, None], (step * s)[:, None])
+    bend = h.diagonal(dim1=1, dim2=2)[..., None] * s[:, None]
+    changed, low, top = False, torch.zeros_like(top)[:, None], top[:, None]
+    start = 0
+    while start < w.shape[1]:
+        block = slice(start, start + _BLOCK)
+        best = c[:, block] - slope[:, block] / bend[:, block]
+        steps = best.round_().clamp_(low, top) - c[:, block]
+        moving = steps.any(2).any(0).tolist()
+        if not any(moving):
+            start += _BLOCK
+            continue
+        first = moving.index(True)
+        step, j = steps[:, first], start + first
+        c[:, j] += step
+        slope.baddbmm_(h[:, :, j, None], (step * s)[:, None])
+        changed, start = True, j + 1
     return changed
 
 

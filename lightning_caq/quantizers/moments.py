@@ -108,11 +108,12 @@ def samples_needed(model: nn.Module, layers: Sequence[Layer], samples: int) -> d
     return found
 
 
-def damped(curvature: Tensor) -> Tensor:
-    """A curvature that can be inverted, float64: a hundredth of the mean diagonal entry is added to the diagonal.
+def damped(curvature: Tensor, share: float = _DAMPING) -> Tensor:
+    """A curvature that can be inverted, float64: a share of the mean diagonal entry is added to the diagonal.
 
     Args:
         curvature: Shape (…, columns, columns).
+        share: That share.
 
     Example:
         >>> damped(torch.tensor([[2.0, 0.0], [0.0, 0.0]])).diagonal()
@@ -120,7 +121,7 @@ def damped(curvature: Tensor) -> Tensor:
     """
     h = curvature.double()
     mean = h.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    return h + torch.eye(h.shape[-1], dtype=h.dtype, device=h.device) * torch.where(mean > 0, _DAMPING * mean, 1.0)
+    return h + torch.eye(h.shape[-1], dtype=h.dtype, device=h.device) * torch.where(mean > 0, share * mean, 1.0)
 
 
 def _flat(columns: Tensor) -> Tensor:

@@ -23,13 +23,15 @@ def _lower_left(points):
             chain.append(point)
     kept = []
     for point in chain:
-        while len(kept) > 1 and np.cross(kept[-1] - kept[-2], point - kept[-1]) <= 1e-12:
+        while len(kept) > 1:
+            (a, b), (c, d) = kept[-1] - kept[-2], point - kept[-1]
+            if a * d - b * c > 1e-12:
+                break
             kept.pop()
         kept.append(point)
     return np.array(kept)
 
 
-@pytest.mark.filterwarnings("ignore:Arrays of 2-dimensional vectors are deprecated:DeprecationWarning")
 @pytest.mark.parametrize("seed", range(30))
 def test_all_corners_and_nothing_above_the_hull(seed):
     rng = np.random.default_rng(seed)

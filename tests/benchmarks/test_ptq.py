@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "../shared/data"
 KEYS = ["model", "method", "rounding", "asked_bits", "avg_bits", "ratio"]
-KEYS += ["accuracy", "float_accuracy", "seconds", "steps", "peak_mb", "seed"]
+KEYS += ["accuracy", "float_accuracy", "seconds", "steps", "peak_mb", "seed", "gpu_mb"]
 
 needs_data = pytest.mark.skipif(
     not (DATA / "resnet20_cifar10.th").is_file(), reason=f"the benchmark's data is not in {DATA}"

@@ -39,7 +39,7 @@ def _compare(found, matrix):
 @pytest.mark.parametrize("memory", [2**30, 2000])
 @pytest.mark.parametrize("name", nets.CASES)
 def test_distill_against_the_dense_gauss_newton_matrix(name, memory, monkeypatch):
-    monkeypatch.setattr(eigenvectors, "ROWS_MEMORY", memory)
+    monkeypatch.setattr(eigenvectors, "rows_memory", lambda weight: memory)
     case = nets.make_case(name)
     found, dense = _model(case, "distill")
     rest = _compare(found, nets.gauss_newton(case, dense))

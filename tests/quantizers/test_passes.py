@@ -59,8 +59,8 @@ def test_weights_make_up_for_the_rounding_of_their_inputs(rounding):
     if rounding == "nearest":
         assert torch.equal(plain, fitted)
         return
-    # Eight bits and one part in a hundred of damping away from the optimum, which is far from the float weight.
-    assert float((fitted - best).norm()) < 0.1 * float((plain - best).norm())
+    # Eight bits and a tenth of damping away from the optimum, which is far from the float weight.
+    assert float((fitted - best).norm()) < 0.5 * float((plain - best).norm())
 
 
 def test_an_error_between_two_layers_leaves_no_hooks():

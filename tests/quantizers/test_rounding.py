@@ -10,13 +10,13 @@ from torch import nn
 
 from lightning_caq.layers import Layer, find_layers
 from lightning_caq.matrix import from_matrix, to_matrix
-from lightning_caq.quantizers import moments
+from lightning_caq.quantizers import moments, rounding
 from lightning_caq.quantizers.affine import fit_grid
 from lightning_caq.quantizers.descent import improve
 from lightning_caq.quantizers.moments import InputMoments
 from lightning_caq.quantizers.rounding import corrected_weight, round_error_feedback, round_nearest
 
-DAMPING = 0.01
+DAMPING, CORRECTION_DAMPING = 0.01, 0.1
 
 
 def _obq(w, scale, zero, bits, curvature):
@@ -148,7 +148,7 @@ def test_corrected_weight_is_the_ridge_regression_on_the_float_outputs():
     z = z_float @ torch.randn(7, 7, generator=draws).double() + torch.randn(50, 7, generator=draws)
     moments_of = InputMoments((z.T @ z / 50)[None], ((z_float - z).T @ z / 50)[None])
     found = corrected_weight(Layer("fc", "linear", (4, 7)), w, moments_of)
-    ridge = DAMPING * float((z.T @ z / 50).diagonal().mean())
+    ridge = CORRECTION_DAMPING * float((z.T @ z / 50).diagonal().mean())
     rows = np.concatenate([z.numpy() / 50**0.5, ridge**0.5 * np.eye(7)])
     aims = np.concatenate([(z_float @ w.T).numpy() / 50**0.5, ridge**0.5 * w.T.numpy()])
     torch.testing.assert_close(found, torch.from_numpy(np.linalg.lstsq(rows, aims, rcond=None)[0].T))
@@ -197,7 +197,7 @@ def test_nearest_takes_the_grid_as_it_is_fitted():
 
 
 def test_damping_is_the_one_of_the_reference():
-    assert moments._DAMPING == DAMPING
+    assert (moments._DAMPING, rounding._CORRECTION_DAMPING) == (DAMPING, CORRECTION_DAMPING)
 
 
 def test_does_not_touch_the_weight():
