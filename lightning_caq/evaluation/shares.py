@@ -23,7 +23,7 @@ from lightning_caq.seeding import generator
 
 @dataclass(frozen=True)
 class ErrorShare:
-    """One layer's part of Φ = Σ A_i e_i(b_i), the predicted error of the network's output.
+    """One layer's part of Σ A_i e_i(b_i), which bounds the error Φ of the network's output.
 
     Attributes:
         name: The layer.
@@ -43,7 +43,7 @@ class ErrorShare:
 def error_shares(
     profile: CurvatureProfile, bits: Mapping[str, int | float], observed: Mapping[str, float] | None = None
 ) -> tuple[ErrorShare, ...]:
-    """Every layer's part of Φ, for nearest rounding; layers that the profile does not know are left out.
+    """Every layer's part of Σ A_i e_i, for nearest rounding; layers that the profile does not know are left out.
 
     Costs nothing: A_i e_i(b) is in the profile (measure ``amplification``).
 

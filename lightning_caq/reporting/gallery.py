@@ -146,7 +146,7 @@ ENTRIES = (
         "error_waterfall",
         "Where the output error comes from",
         "Each bar is the error that rounding one layer is predicted to cause at the network's output, the largest "
-        "first, and each starts where the one before ends, so that they add up to Φ in the last row. A point at the "
+        "first, and each starts where the one before ends, so that they add up in the last row. A point at the "
         "end of its bar says that the prediction agrees with what was seen when only that layer was rounded; short of"
         " it the prediction was too large, beyond it too small. The layers at the top are those on which the next bit "
         "is best spent.",

@@ -124,7 +124,7 @@ def test_waterfall_adds_up_and_sorts() -> None:
     ]
     figure = error_waterfall(shares)
     axes = figure.axes[0]
-    assert [t.get_text() for t in axes.get_yticklabels()] == ["b", "c", "a", "Φ, all layers"]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["b", "c", "a", "all layers"]
     bars = [(bar.get_x(), bar.get_width()) for bar in axes.patches]
     assert bars == [(0, 4), (4, 2), (6, 1), (0, 7)]
     observed = np.ma.filled(axes.collections[-1].get_offsets(), np.nan)
@@ -136,7 +136,7 @@ def test_waterfall_adds_up_and_sorts() -> None:
 def test_waterfall_groups_all_but_the_thirty_largest() -> None:
     figure = error_waterfall([ErrorShare(f"l{i}", 2, float(i + 1)) for i in range(40)])
     axes = figure.axes[0]
-    assert [t.get_text() for t in axes.get_yticklabels()][-2:] == ["10 other layers", "Φ, all layers"]
+    assert [t.get_text() for t in axes.get_yticklabels()][-2:] == ["10 other layers", "all layers"]
     assert axes.patches[30].get_width() == sum(range(1, 11))
     assert axes.patches[31].get_width() == sum(range(1, 41))
 

@@ -20,7 +20,7 @@ from lightning_caq.reporting.sheet import FONT, board, legend_aside, width_of
 # Field of Tightness, what it is, colour and marker.
 _PREDICTIONS = (
     ("lipschitz", "Lipschitz constants (certified)", SERIES[3], "^"),
-    ("bound", "Φ, sum (bound to first order)", SERIES[1], "D"),
+    ("bound", "Φ, bound to first order", SERIES[1], "D"),
     ("correlated", "Φ corr, errors as they align", SERIES[5], "P"),
     ("rss", "Φ rss, independent errors", SERIES[2], "s"),
     ("linear", "signed sum, first order", SERIES[0], "v"),

@@ -22,7 +22,7 @@ SHOWN = 30
 
 @style.context("default")
 def error_waterfall(shares: Sequence[ErrorShare]) -> Figure:
-    """Each layer's part of Φ = Σ A_i e_i, largest first, with what was observed when only that layer was rounded.
+    """Each layer's part of Σ A_i e_i, which bounds Φ, largest first, with what was observed when only that layer was rounded.
 
     The 30 layers with the largest parts have a row each; all others share one.
 
@@ -56,7 +56,7 @@ def error_waterfall(shares: Sequence[ErrorShare]) -> Figure:
     missing = len(shares) - len(known)
     shares_text = [f"{part / total:.1%}" if total > 0 else "–" for part in parts]
     figure, panels = sheet(
-        [*names, "Φ, all layers"],
+        [*names, "all layers"],
         title="Which layers the output error comes from",
         subtitle="Bars: the error that each layer's rounding is predicted to cause at the network's output, A·e, each "
         "from where the one before ends. Points: the error that was observed with only that layer rounded, from the "
@@ -65,7 +65,7 @@ def error_waterfall(shares: Sequence[ErrorShare]) -> Figure:
         width=4.2,
         right=0.25 + inches("100.0%") + inches("bits") + 0.2,
         header=0.3,
-        labels=["Φ, all layers"],
+        labels=["all layers"],
         footer=0.8,
     )
     # All rows fit one panel: there are at most 32.
@@ -73,7 +73,7 @@ def error_waterfall(shares: Sequence[ErrorShare]) -> Figure:
     _columns(panels[0][0], bits, [*shares_text, "100%"])
     handles = [
         Patch(color=BAR, label="predicted, A·e"),
-        Patch(color=TOLERANCE, label="their sum Φ"),
+        Patch(color=TOLERANCE, label="their sum"),
         Line2D([], [], color=POINT, marker="D", markersize=4, linestyle="none", label="observed, alone"),
     ]
     figure.legend(handles=handles, loc="lower left", ncols=3, fontsize=FONT, frameon=False, borderpad=1.2)
@@ -97,7 +97,7 @@ def _bars(axes: Axes, parts: Sequence[float], observed: Sequence[float], total: 
     axes.set_xlabel("error of the network's output (its own unit, rms over samples)", fontsize=FONT)
     axes.tick_params(axis="x", labelsize=FONT)
     axes.spines[["right", "top"]].set_visible(False)
-    axes.set_title(f"Φ = {figure_text(total)}", fontsize=FONT, loc="left", color=TOLERANCE, weight="bold")
+    axes.set_title(f"Σ A·e = {figure_text(total)}", fontsize=FONT, loc="left", color=TOLERANCE, weight="bold")
 
 
 def _columns(axes: Axes, bits: Sequence[str], shares: Sequence[str]) -> None:
@@ -111,7 +111,7 @@ def _columns(axes: Axes, bits: Sequence[str], shares: Sequence[str]) -> None:
     }
     first = 0.15 + inches("bits")
     second = first + 0.2 + inches("100.0%")
-    for x, head, texts in ((first, "bits", bits), (second, "of Φ", shares)):
+    for x, head, texts in ((first, "bits", bits), (second, "share", shares)):
         for i, text in [(-0.9, head), *enumerate(texts)]:
             at = axes.get_yaxis_transform()
             axes.annotate(text, (1, i), (72 * x, 0), xycoords=at, textcoords="offset points", **plain)
