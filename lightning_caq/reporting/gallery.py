@@ -156,9 +156,9 @@ ENTRIES = (
     Entry(
         "tightness",
         "Predicted against observed output error",
-        "All layers are rounded to the same bit-width, or to the plan's (hollow marks), and the error of the output "
-        "(black) is compared with predictions of it. On the right the same as ratios: a bound must lie above 1, an "
-        "estimate should lie near 1."
+        "All layers are rounded to the same bit-width, or to the plan's (hollow marks), biases are corrected for the "
+        "mean of each layer's error, and the error of the output (black) is compared with predictions of it. On the "
+        "right the same as ratios: a bound must lie above 1, an estimate should lie near 1."
         " The closer the lines, the more an error budget that is set on them can be trusted.",
         ("report",),
         lambda report, profile: _tightness(report),

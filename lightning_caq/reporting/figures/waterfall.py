@@ -22,7 +22,7 @@ SHOWN = 30
 
 @style.context("default")
 def error_waterfall(shares: Sequence[ErrorShare]) -> Figure:
-    """Each layer's part of Σ A_i e_i, which bounds Φ, largest first, with what was observed when only that layer was rounded.
+    """Each layer's part of Σ A_i e_i ≥ Φ, largest first, with what was observed when only that layer was rounded.
 
     The 30 layers with the largest parts have a row each; all others share one.
 
