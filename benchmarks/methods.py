@@ -28,13 +28,13 @@ from lightning_caq.budget import AvgBits
 from lightning_caq.choice import GRANULARITIES, Choice, Chooser, check_separable
 from lightning_caq.errors import CAQError
 from lightning_caq.evaluation.report import text_table
-from lightning_caq.evaluation.tightness import output_norm
 from lightning_caq.isolation import preserved
 from lightning_caq.layers import find_layers, layer_sizes
 from lightning_caq.measures.rounded_loss import rounded_loss
 from lightning_caq.objective import make_objective
 from lightning_caq.options import ALWAYS, ROUNDINGS, QuantizationOptions
 from lightning_caq.progress import Progress
+from lightning_caq.reference import make_reference
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,9 @@ class Bench:
         self.profile = measure(model, batches, layers=self.layers, needs=needs, seed=seed, progress=Progress(progress))
         samples = take_samples(batches, self.profile.samples)
         loss = rounded_loss(model, self.layers, make_objective("distill", model, samples), self.options.bits)
-        self.chooser = Chooser(self.profile, self.sizes, self.options.bits, output_norm(model, samples), loss, seed)
+        self.chooser = Chooser(
+            self.profile, self.sizes, self.options.bits, make_reference(model, samples).size, loss, seed
+        )
         self.choices: dict[tuple[str, str, float], tuple[Choice, float]] = {}
         self.found: dict[tuple[str, Choice], tuple[float, float, int, float]] = {}
 

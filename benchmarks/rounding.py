@@ -24,7 +24,6 @@ from lightning_caq.budget import AvgBits
 from lightning_caq.choice import Chooser
 from lightning_caq.errors import CAQError
 from lightning_caq.evaluation.report import text_table
-from lightning_caq.evaluation.tightness import output_norm
 from lightning_caq.isolation import preserved
 from lightning_caq.layers import Layer, find_layers, layer_sizes, layer_weight
 from lightning_caq.measures.measure import measure
@@ -32,6 +31,7 @@ from lightning_caq.measures.rounded_loss import rounded_loss
 from lightning_caq.objective import make_objective
 from lightning_caq.options import ALWAYS, BATCHNORM, ROUNDINGS, QuantizationOptions
 from lightning_caq.progress import Progress
+from lightning_caq.reference import make_reference
 from lightning_caq.valley import find_valley
 
 METHOD, SAMPLES, EIGENPAIRS = "cet", 512, 64
@@ -103,7 +103,7 @@ def run(model: nn.Module, train: Images, test: Images, args: argparse.Namespace,
     for avg_bits in args.avg_bits:
         options = QuantizationOptions(avg_bits=avg_bits, batchnorm=args.batchnorm, seed=seed)
         loss = rounded_loss(model, layers, measured, options.bits)
-        chooser = Chooser(profile, sizes, options.bits, output_norm(model, samples), loss, seed)
+        chooser = Chooser(profile, sizes, options.bits, make_reference(model, samples).size, loss, seed)
         choice = chooser.choose(METHOD, AvgBits(avg_bits))
         for rounding in args.rounding:
             used = valley if rounding == "long_axis" else None

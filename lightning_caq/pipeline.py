@@ -19,7 +19,7 @@ from lightning_caq.contest import Contest
 from lightning_caq.contexts import Evaluate, InFloat32, curvature_safe
 from lightning_caq.errors import BudgetError, LayerError
 from lightning_caq.evaluation.report import LayerRow, QuantizationReport, Size
-from lightning_caq.evaluation.tightness import Tightness, output_norm, tightness
+from lightning_caq.evaluation.tightness import Tightness, tightness
 from lightning_caq.evaluation.versions import versions
 from lightning_caq.explain import explain
 from lightning_caq.isolation import preserved
@@ -35,6 +35,7 @@ from lightning_caq.options import QuantizationOptions
 from lightning_caq.plan import QuantizationPlan
 from lightning_caq.progress import Progress, Say, duration, silent
 from lightning_caq.quantizers.swap import quantized_modules
+from lightning_caq.reference import make_reference
 from lightning_caq.reporting.gallery import draw_gallery
 from lightning_caq.reporting.html import write_html
 from lightning_caq.valley import find_valley
@@ -349,7 +350,7 @@ class _Road:
         samples = take_samples(self.batches, profile.samples)
         objective = make_objective(self.options.objective, self.model, samples, self.loss_fn)
         loss = rounded_loss(self.model, self.layers, objective, self.options.bits)
-        norm = output_norm(self.model, samples)
+        norm = make_reference(self.model, samples).size
         o = self.options
         mixed = self.candidates if o.activation_bits == MIXED else ()
         return Chooser(profile, self.sizes, o.bits, norm, loss, o.seed, o.granularity, mixed)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_caq.batches import run_model
+from lightning_caq.batches import batch_size, run_model
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,18 @@ class Reference:
     batches: tuple[Any, ...]
     outputs: tuple[Tensor, ...]
 
+    @property
+    def size(self) -> float:
+        """Root mean square over samples of ‖F(x)‖."""
+        return self._rms(self.outputs)
+
+    def distance(self, model: nn.Module) -> float:
+        """Root mean square over samples of ‖F_q(x) − F(x)‖, F_q being a network as it is now."""
+        with torch.no_grad():
+            return self._rms([run_model(model, x) - y for x, y in zip(self.batches, self.outputs, strict=True)])
+
     def error(self, model: nn.Module) -> float:
-        """The output error of a network, rms ‖F_q(x) − F(x)‖ over rms ‖F(x)‖: a part of the output.
+        """The output error of a network, its distance over the size of the outputs: a part of the output.
 
         Example:
             >>> doubled = nn.Linear(1, 1, bias=False)
@@ -39,9 +49,11 @@ class Reference:
             >>> Reference((torch.tensor([[3.0]]),), (torch.tensor([[3.0]]),)).error(doubled)
             1.0
         """
-        with torch.no_grad():
-            moved = [run_model(model, batch) - x for batch, x in zip(self.batches, self.outputs, strict=True)]
-        return math.sqrt(_squares(moved) / (_squares(self.outputs) or 1.0))
+        return self.distance(model) / (self.size or 1.0)
+
+    def _rms(self, outputs: Sequence[Tensor]) -> float:
+        squares = sum(float(x.double().square().sum()) for x in outputs)
+        return math.sqrt(squares / sum(map(batch_size, self.batches)))
 
 
 def make_reference(model: nn.Module, batches: Sequence[Any]) -> Reference:
@@ -58,7 +70,3 @@ def make_reference(model: nn.Module, batches: Sequence[Any]) -> Reference:
     """
     with torch.no_grad():
         return Reference(tuple(batches), tuple(run_model(model, batch) for batch in batches))
-
-
-def _squares(outputs: Sequence[Tensor]) -> float:
-    return sum(float(x.double().square().sum()) for x in outputs)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_caq.batches import batch_size, run_model
 from lightning_caq.evaluation.perturbed import perturbed
 from lightning_caq.layers import Layer
 from lightning_caq.measures.folding import batchnorm_folded
@@ -18,6 +17,7 @@ from lightning_caq.measures.hessian import Hessian
 from lightning_caq.measures.lanczos import lanczos
 from lightning_caq.measures.profile import CurvatureProfile
 from lightning_caq.objective import Objective
+from lightning_caq.reference import make_reference
 from lightning_caq.seeding import generator
 
 
@@ -97,19 +97,12 @@ def observed_errors(
         >>> observed_errors(net, [layer], [torch.eye(2)], {"": torch.tensor([[3.0, 4.0]])}, {})  # √((3² + 4²) / 2)
         {'': 3.53553...}
     """
-    samples = sum(map(batch_size, batches))
-    with torch.no_grad():
-        reference = [run_model(model, batch) for batch in batches]
-        found = {}
-        for layer in layers:
-            if layer.name not in errors:
-                continue
+    reference = make_reference(model, batches)
+    found = {}
+    for layer in layers:
+        if layer.name in errors:
             with perturbed(model, [layer], errors, shifts):
-                total = sum(
-                    float((run_model(model, batch) - y).double().square().sum())
-                    for batch, y in zip(batches, reference, strict=True)
-                )
-            found[layer.name] = (total / samples) ** 0.5
+                found[layer.name] = reference.distance(model)
     return found
 
 

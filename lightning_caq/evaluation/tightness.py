@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_caq.allocation.composition import compose, correlated_bound
-from lightning_caq.batches import batch_size, run_model
 from lightning_caq.contexts import curvature_safe
 from lightning_caq.errors import OptionError
 from lightning_caq.evaluation.perturbed import perturbed
@@ -21,6 +18,7 @@ from lightning_caq.measures.bias_correction import bias_corrections
 from lightning_caq.measures.carried import carried_errors
 from lightning_caq.measures.profile import CurvatureProfile
 from lightning_caq.measures.rounding_errors import nearest_errors
+from lightning_caq.reference import make_reference
 from lightning_caq.widths import Width
 
 
@@ -103,13 +101,14 @@ def tightness(
         deltas = {layer.name: nearest_errors(model, layer, [chosen[layer.name]]) for layer in layers}
         shifts = bias_corrections(model, layers, batches, deltas)
         carried = carried_errors(model, layers, batches, deltas, shifts, seed=profile.seed)
-        observed = _observed(
+        reference = make_reference(model, batches)
+        with perturbed(
             model,
             layers,
-            batches,
             {name: errors[chosen[name]] for name, errors in deltas.items()},
             {name: errors[chosen[name]] for name, errors in shifts.items()},
-        )
+        ):
+            observed = reference.distance(model)
     gram = carried.gram(chosen)
     gains = [profile[name].lipschitz_amplification for name in chosen]
     errors = [carried.errors[name][b] for name, b in chosen.items()]
@@ -121,33 +120,6 @@ def tightness(
         linear=float(gram.sum().clamp_min(0)) ** 0.5,
         lipschitz=None if None in gains else compose([g for g in gains if g is not None], errors).bound,
     )
-
-
-def output_norm(model: nn.Module, batches: Sequence[Any]) -> float:
-    """Root mean square over samples of ‖F(x)‖, by which output errors become parts of the output.
-
-    Example:
-        >>> output_norm(nn.Identity(), [torch.tensor([[3.0, 4.0]])])
-        5.0
-    """
-    with torch.no_grad():
-        squares = [float(run_model(model, batch).double().square().sum()) for batch in batches]
-    return math.sqrt(sum(squares) / sum(map(batch_size, batches)))
-
-
-def _observed(
-    model: nn.Module,
-    layers: Sequence[Layer],
-    batches: Sequence[Any],
-    deltas: Mapping[str, Tensor],
-    shifts: Mapping[str, Tensor],
-) -> float:
-    """Root mean square over samples of ‖F_q(x) − F(x)‖."""
-    with torch.no_grad():
-        before = [run_model(model, batch) for batch in batches]
-        with perturbed(model, layers, deltas, shifts):
-            moved = [run_model(model, batch) - output for batch, output in zip(batches, before, strict=True)]
-    return float((sum(x.double().square().sum() for x in moved) / sum(map(batch_size, batches))) ** 0.5)
 
 
 def _ratio(predicted: float, observed: float) -> float:
