@@ -86,6 +86,7 @@ def tightness(
         OptionError: If a layer has no bits.
 
     Example:
+        >>> import torch
         >>> from lightning_caq.layers import find_layers
         >>> from lightning_caq.measures.measure import measure
         >>> net, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(32, 8)
