@@ -20,10 +20,10 @@ from scipy.optimize import LinearConstraint, milp
 from scipy.sparse import csr_array
 from stopwatch import by_turns, machine, ratios
 
-from lightning_caq.allocation.constraint import Constraint, bops_limit, size_limit
-from lightning_caq.allocation.frontier import frontier
-from lightning_caq.allocation.knapsack import Allocation, smallest, solve
-from lightning_caq.evaluation.report import text_table
+from lightning_caq.allocation.solver.constraint import Constraint, bops_limit, size_limit
+from lightning_caq.allocation.solver.frontier import frontier
+from lightning_caq.allocation.solver.knapsack import Allocation, smallest, solve
+from lightning_caq.report import text_table
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 AVG_BITS = 3.0

@@ -25,13 +25,13 @@ from stopwatch import by_turns, ratios
 from torch import Tensor, nn
 
 from lightning_caq.errors import CAQError
-from lightning_caq.layers import Layer, find_layers, layer_weight
-from lightning_caq.measures.folding import batchnorm_folded
-from lightning_caq.measures.gram import gram_spectrum
-from lightning_caq.measures.hessian import Hessian
-from lightning_caq.measures.lanczos import Eigenpairs, lanczos
+from lightning_caq.measures.gram.spectrum import gram_spectrum
+from lightning_caq.measures.hessian.folding import batchnorm_folded
+from lightning_caq.measures.hessian.hessian import Hessian
+from lightning_caq.measures.hessian.lanczos import Eigenpairs, lanczos
 from lightning_caq.measures.measure import measure
-from lightning_caq.objective import make_objective
+from lightning_caq.network.layers import Layer, find_layers, layer_weight
+from lightning_caq.network.objective import make_objective
 
 EXACT = 1e-5  # the same where float32 and not the tolerance shall limit the error
 LEAD = 10  # eigenvalues that are compared with those in float64

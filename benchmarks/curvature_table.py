@@ -7,7 +7,7 @@ from typing import Any
 
 from stopwatch import machine
 
-from lightning_caq.evaluation.report import text_table
+from lightning_caq.report import text_table
 
 TOLERANCE = 1e-3  # of the residual of the eigenpairs, relative to the largest eigenvalue
 

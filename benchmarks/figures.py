@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from made_run import made_run
 from stopwatch import machine
 
-from lightning_caq.evaluation.report import text_table
+from lightning_caq.report import text_table
 from lightning_caq.reporting.gallery import ENTRIES, Gallery, draw_gallery
 from lightning_caq.reporting.html import picture, write_html
 

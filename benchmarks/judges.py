@@ -18,16 +18,16 @@ from networks import BLOCKS, DATA, accuracy
 from scipy.stats import spearmanr
 from small_networks import SMALL
 
+from lightning_caq.allocation.budget import AvgBits
 from lightning_caq.allocation.methods import available_methods
-from lightning_caq.attempt import open_workshop
-from lightning_caq.batches import split_samples
-from lightning_caq.budget import AvgBits
 from lightning_caq.errors import CAQError
-from lightning_caq.evaluation.report import text_table
-from lightning_caq.isolation import preserved
-from lightning_caq.objective import make_objective
+from lightning_caq.network.batches import split_samples
+from lightning_caq.network.float_outputs import make_reference
+from lightning_caq.network.objective import make_objective
 from lightning_caq.options import ROUNDINGS
-from lightning_caq.reference import make_reference
+from lightning_caq.report import text_table
+from lightning_caq.selection.candidate import open_workshop
+from lightning_caq.utilities.isolation import preserved
 
 METHODS = (
     "cet",

@@ -21,20 +21,20 @@ from small_networks import SMALL, load_small
 from torch import nn
 
 from lightning_caq import measure
+from lightning_caq.allocation.budget import AvgBits
+from lightning_caq.allocation.choose import GRANULARITIES, Choice, Chooser, check_separable
 from lightning_caq.allocation.methods import available_methods, get_method
-from lightning_caq.attempt import open_workshop
-from lightning_caq.batches import take_samples
-from lightning_caq.budget import AvgBits
-from lightning_caq.choice import GRANULARITIES, Choice, Chooser, check_separable
 from lightning_caq.errors import CAQError
-from lightning_caq.evaluation.report import text_table
-from lightning_caq.isolation import preserved
-from lightning_caq.layers import find_layers, layer_sizes
-from lightning_caq.measures.rounded_loss import rounded_loss
-from lightning_caq.objective import make_objective
+from lightning_caq.measures.rounding.rounded_loss import rounded_loss
+from lightning_caq.network.batches import take_samples
+from lightning_caq.network.float_outputs import make_reference
+from lightning_caq.network.layers import find_layers, layer_sizes
+from lightning_caq.network.objective import make_objective
 from lightning_caq.options import ALWAYS, ROUNDINGS, QuantizationOptions
-from lightning_caq.progress import Progress
-from lightning_caq.reference import make_reference
+from lightning_caq.report import text_table
+from lightning_caq.selection.candidate import open_workshop
+from lightning_caq.utilities.isolation import preserved
+from lightning_caq.utilities.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 import torch
 from stopwatch import by_turns, machine, ratios
 
-from lightning_caq.evaluation.report import text_table
-from lightning_caq.export.packing import pack, unpack
+from lightning_caq.quantizers.packing.bit_packing import pack, unpack
+from lightning_caq.report import text_table
 
 
 @dataclass(frozen=True)

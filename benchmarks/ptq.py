@@ -23,8 +23,8 @@ from networks import BLOCKS, DATA, Images, ResNet, accuracy, load_cifar10, load_
 
 from lightning_caq import CurvatureProfile, quantize
 from lightning_caq.errors import CAQError
-from lightning_caq.evaluation.report import text_table
 from lightning_caq.options import BATCHNORM, ROUNDINGS, QuantizationOptions
+from lightning_caq.report import text_table
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from small_networks import SMALL, load_small
 from torch import nn
 
 from lightning_caq import quantize
-from lightning_caq.layers import find_layers, layer_weight
-from lightning_caq.quantizers.ranges import RANGES
-from lightning_caq.quantizers.values import QUANTIZERS, Quantizer
+from lightning_caq.network.layers import find_layers, layer_weight
+from lightning_caq.quantizers.grids.ranges import RANGES
+from lightning_caq.quantizers.grids.values import QUANTIZERS, Quantizer
 
 SAMPLES, BATCH = 512, 128
 COLUMNS = {"squared_error": ".4f", "accuracy_nearest": ".1f"}

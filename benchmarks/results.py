@@ -19,9 +19,9 @@ import ptq
 from networks import BLOCKS, DATA, accuracy, load_cifar10, load_network
 
 from lightning_caq.errors import CAQError
-from lightning_caq.evaluation.report import text_table
-from lightning_caq.measures.profile import CurvatureProfile
 from lightning_caq.options import QuantizationOptions
+from lightning_caq.profile import CurvatureProfile
+from lightning_caq.report import text_table
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 SAMPLES = 512

@@ -17,22 +17,22 @@ import torch
 from networks import BLOCKS, DATA, Images, accuracy, load_cifar10, load_network
 from torch import Tensor, nn
 
+from lightning_caq.allocation.budget import AvgBits
+from lightning_caq.allocation.choose import Chooser
 from lightning_caq.allocation.methods import get_method
-from lightning_caq.attempt import open_workshop
-from lightning_caq.batches import take_samples
-from lightning_caq.budget import AvgBits
-from lightning_caq.choice import Chooser
 from lightning_caq.errors import CAQError
-from lightning_caq.evaluation.report import text_table
-from lightning_caq.isolation import preserved
-from lightning_caq.layers import Layer, find_layers, layer_sizes, layer_weight
 from lightning_caq.measures.measure import measure
-from lightning_caq.measures.rounded_loss import rounded_loss
-from lightning_caq.objective import make_objective
+from lightning_caq.measures.rounding.rounded_loss import rounded_loss
+from lightning_caq.network.batches import take_samples
+from lightning_caq.network.float_outputs import make_reference
+from lightning_caq.network.layers import Layer, find_layers, layer_sizes, layer_weight
+from lightning_caq.network.objective import make_objective
 from lightning_caq.options import ALWAYS, BATCHNORM, ROUNDINGS, QuantizationOptions
-from lightning_caq.progress import Progress
-from lightning_caq.reference import make_reference
-from lightning_caq.valley import find_valley
+from lightning_caq.report import text_table
+from lightning_caq.selection.candidate import open_workshop
+from lightning_caq.selection.long_axis import find_valley
+from lightning_caq.utilities.isolation import preserved
+from lightning_caq.utilities.progress import Progress
 
 METHOD, SAMPLES, EIGENPAIRS = "cet", 512, 64
 

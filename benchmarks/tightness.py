@@ -20,10 +20,10 @@ from small_networks import SMALL, load_small
 from torch import nn
 
 from lightning_caq.errors import CAQError
-from lightning_caq.evaluation.report import text_table
 from lightning_caq.evaluation.tightness import tightness
-from lightning_caq.layers import find_layers
 from lightning_caq.measures.measure import measure
+from lightning_caq.network.layers import find_layers
+from lightning_caq.report import text_table
 
 WIDTHS = tuple(range(2, 9))
 NAMES = ("bound", "correlated", "rss", "linear", "lipschitz")

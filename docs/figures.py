@@ -21,10 +21,10 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from networks import DATA, load_cifar10, load_network
 
 from lightning_caq import CurvatureProfile, measure
-from lightning_caq.measures.profile import LayerCurvature
-from lightning_caq.progress import Progress
+from lightning_caq.profile import LayerCurvature
 from lightning_caq.reporting.palette import POINT, TOLERANCE
 from lightning_caq.reporting.sheet import FONT, GREY, LINE, MARGIN, TITLE_FONT, inches, short_names
+from lightning_caq.utilities.progress import Progress
 
 IMAGE = Path(__file__).resolve().parent / "images/measures.png"
 SAMPLES, SEED = 64, 0

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from networks import BLOCKS, DATA, Images, ResNet, accuracy, load_cifar10, load_network
 
 from lightning_caq import measure, quantize
+from lightning_caq.bridge.monitoring import MONITORED
 from lightning_caq.evaluation.sweep import sweep_points
-from lightning_caq.evaluation.training import EpochCurvature
-from lightning_caq.monitoring import MONITORED
 from lightning_caq.pipeline import QuantizationResult
-from lightning_caq.progress import Progress
 from lightning_caq.reporting.files import write_outputs
+from lightning_caq.studies import EpochCurvature
+from lightning_caq.utilities.progress import Progress
 
 BITS = (2, 3, 4, 5, 6, 8)
 AVG_BITS, OTHER_BUDGETS = 2.5, (2.25, 3.0, 4.0)

@@ -23,7 +23,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer, see
 from models import Classifier
 
 from lightning_caq import CurvatureQuantizationCallback
-from lightning_caq.quantizers.learning import learning_scales
+from lightning_caq.quantizers.fake_quant.learning import learning_scales
 
 
 def main() -> None:

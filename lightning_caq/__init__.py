@@ -3,13 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 from lightning_caq.allocation.methods import available_methods, register_method
-from lightning_caq.evaluation.report import QuantizationReport
 from lightning_caq.export.onnx import OnnxExport, export_onnx
 from lightning_caq.export.packed import load_quantized, save_quantized
 from lightning_caq.measures.measure import measure
-from lightning_caq.measures.profile import CurvatureProfile
 from lightning_caq.pipeline import QuantizationResult, quantize
 from lightning_caq.plan import QuantizationPlan
+from lightning_caq.profile import CurvatureProfile
+from lightning_caq.report import QuantizationReport
 
 if TYPE_CHECKING:
     from lightning_caq.callback import CurvatureQuantizationCallback

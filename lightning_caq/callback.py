@@ -15,22 +15,26 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
-from lightning_caq import averaging, bridge, loggers, pipeline, ranks, trainers
-from lightning_caq._compat import Callback
-from lightning_caq.checkpoints import put_on_grid, restore, state_of
-from lightning_caq.contexts import curvature_safe
+from lightning_caq import pipeline
+from lightning_caq.bridge import averaging, loggers, ranks, trainers
+from lightning_caq.bridge.calibration import training_batches
+from lightning_caq.bridge.checkpoints import put_on_grid, restore, state_of
+from lightning_caq.bridge.loss import quiet_loss
+from lightning_caq.bridge.monitoring import Monitor
+from lightning_caq.bridge.outputs import Outcome, float_weights, output_directory, write
+from lightning_caq.bridge.packages import Callback
+from lightning_caq.bridge.validation import isolated_validation
 from lightning_caq.errors import OptionError, PlanError
-from lightning_caq.evaluation.report import QuantizationReport
-from lightning_caq.isolation import preserved
-from lightning_caq.layers import chosen_layers
-from lightning_caq.measures.profile import CurvatureProfile
-from lightning_caq.monitoring import Monitor
+from lightning_caq.network.layers import chosen_layers
 from lightning_caq.options import QuantizationOptions
-from lightning_caq.outputs import Outcome, float_weights, output_directory, write
 from lightning_caq.plan import QuantizationPlan
-from lightning_caq.progress import Progress
-from lightning_caq.quantizers.swap import quantized_modules, restore_modules
+from lightning_caq.profile import CurvatureProfile
+from lightning_caq.quantizers.fake_quant.swap import quantized_modules, restore_modules
+from lightning_caq.report import QuantizationReport
 from lightning_caq.reporting.files import read_profile
+from lightning_caq.utilities.contexts import curvature_safe
+from lightning_caq.utilities.isolation import preserved
+from lightning_caq.utilities.progress import Progress
 
 
 class CurvatureQuantizationCallback(Callback):
@@ -235,7 +239,7 @@ class CurvatureQuantizationCallback(Callback):
         if self.on_error == "warn" or trainers.is_superseded(trainer, self) or quantized_modules(pl_module):
             return
         if self.options.objective == "task":
-            bridge.quiet_loss(pl_module, self.loss_fn)
+            quiet_loss(pl_module, self.loss_fn)
         if not any(map(is_lazy, pl_module.parameters())):
             chosen_layers(pl_module, self.options.include, self.options.exclude)
 
@@ -318,9 +322,9 @@ class CurvatureQuantizationCallback(Callback):
             floats = float_weights(trainer, pl_module)
             float_state = ranks.float_values(trainer, pl_module)
             task = options.objective == "task"
-            batches = bridge.training_batches(trainer, pl_module, options.calibration_samples, options.seed, whole=task)
-            loss = bridge.quiet_loss(pl_module, self.loss_fn) if task else None
-            validate = bridge.isolated_validation(trainer, pl_module) if self.evaluate else None
+            batches = training_batches(trainer, pl_module, options.calibration_samples, options.seed, whole=task)
+            loss = quiet_loss(pl_module, self.loss_fn) if task else None
+            validate = isolated_validation(trainer, pl_module) if self.evaluate else None
             result = pipeline.run(
                 pl_module,
                 batches,
@@ -344,7 +348,7 @@ class CurvatureQuantizationCallback(Callback):
             ranks.share_buffers(trainer, pl_module)
             plan = before.plan.settled(pl_module)
             sharing.meet("validation")
-            validate = bridge.isolated_validation(trainer, pl_module) if self.evaluate else None
+            validate = isolated_validation(trainer, pl_module) if self.evaluate else None
             metrics = {k: v for k, v in before.report.metrics.items() if not k.startswith("quantized/")}
             if validate is not None:
                 metrics |= {f"quantized/{name}": value for name, value in validate(pl_module).items()}

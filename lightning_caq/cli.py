@@ -8,15 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from lightning_caq.errors import CAQError
-from lightning_caq.evaluation.report import QuantizationReport, text_table
-from lightning_caq.evaluation.sweep import SweepPoint, sweep_points, variant_metrics
+from lightning_caq.evaluation.sweep import sweep_points, variant_metrics
 from lightning_caq.export.packed import VERSION
 from lightning_caq.export.sealed import read_sealed
+from lightning_caq.report import QuantizationReport, text_table
 from lightning_caq.reporting.figures.pareto import pareto
 from lightning_caq.reporting.gallery import draw_gallery
 from lightning_caq.reporting.html import write_comparison, write_html
 from lightning_caq.reporting.runs import read_run
 from lightning_caq.reporting.words import comparison
+from lightning_caq.studies import SweepPoint
 
 
 def report(log_dir: Path) -> None:

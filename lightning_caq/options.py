@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass
 from numbers import Real
 from typing import Any, Literal
 
+from lightning_caq.allocation.budget import Budget, ErrorBudget, make_budget
+from lightning_caq.allocation.choose import GRANULARITIES, check_separable, composing_method
 from lightning_caq.allocation.methods import available_methods, get_method
-from lightning_caq.budget import Budget, ErrorBudget, make_budget
-from lightning_caq.choice import GRANULARITIES, check_separable, composing_method
+from lightning_caq.allocation.mixed import MIXED, check_mixed
+from lightning_caq.allocation.mixed import NEEDS as OF_MIXED
 from lightning_caq.errors import BudgetError, OptionError
-from lightning_caq.mixed import MIXED, check_mixed
-from lightning_caq.mixed import NEEDS as OF_MIXED
-from lightning_caq.quantizers.ranges import RANGES, SYMMETRIES
-from lightning_caq.quantizers.values import QUANTIZERS
+from lightning_caq.quantizers.grids.ranges import RANGES, SYMMETRIES
+from lightning_caq.quantizers.grids.values import QUANTIZERS
 
 ROUNDINGS = ("nearest", "error_feedback", "long_axis")
 BATCHNORM = ("recentre", "keep")

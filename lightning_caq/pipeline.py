@@ -11,34 +11,36 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lightning_caq.attempt import Workshop, open_workshop
-from lightning_caq.batches import calibration_batches, take_samples
-from lightning_caq.budget import FLOAT_BITS, LayerSizes, MaxDrop, check_budget
-from lightning_caq.choice import Chooser
-from lightning_caq.contest import Contest
-from lightning_caq.contexts import Evaluate, InFloat32, curvature_safe
+from lightning_caq.allocation.budget import MaxDrop, check_budget
+from lightning_caq.allocation.choose import Chooser
+from lightning_caq.allocation.mixed import MIXED, input_candidates
 from lightning_caq.errors import BudgetError, LayerError
-from lightning_caq.evaluation.report import LayerRow, QuantizationReport, Size
-from lightning_caq.evaluation.tightness import Tightness, tightness
+from lightning_caq.evaluation.explain_run import explain
+from lightning_caq.evaluation.tightness import tightness
 from lightning_caq.evaluation.versions import versions
-from lightning_caq.explain import explain
-from lightning_caq.isolation import preserved
-from lightning_caq.layers import Layer, find_layers, layer_sizes, layer_weight
-from lightning_caq.measures.eigenvectors import check_memory
+from lightning_caq.measures.gram.eigenvectors import check_memory
 from lightning_caq.measures.measure import measure
-from lightning_caq.measures.profile import CurvatureProfile
-from lightning_caq.measures.rounded_loss import rounded_loss
-from lightning_caq.measures.sharing import ALONE, Sharing
-from lightning_caq.mixed import MIXED, input_candidates
-from lightning_caq.objective import Loss, Objective, make_objective
+from lightning_caq.measures.rounding.rounded_loss import rounded_loss
+from lightning_caq.network.batches import calibration_batches, take_samples
+from lightning_caq.network.float_outputs import make_reference
+from lightning_caq.network.layers import Layer, find_layers, layer_sizes, layer_weight
+from lightning_caq.network.objective import Loss, Objective, make_objective
 from lightning_caq.options import QuantizationOptions
 from lightning_caq.plan import QuantizationPlan
-from lightning_caq.progress import Progress, Say, duration, silent
-from lightning_caq.quantizers.swap import quantized_modules
-from lightning_caq.reference import make_reference
+from lightning_caq.profile import CurvatureProfile
+from lightning_caq.quantizers.fake_quant.swap import quantized_modules
+from lightning_caq.report import LayerRow, QuantizationReport, Size
 from lightning_caq.reporting.gallery import draw_gallery
 from lightning_caq.reporting.html import write_html
-from lightning_caq.valley import find_valley
+from lightning_caq.selection.candidate import Workshop, open_workshop
+from lightning_caq.selection.long_axis import find_valley
+from lightning_caq.selection.select import Contest
+from lightning_caq.sizes import FLOAT_BITS, LayerSizes
+from lightning_caq.studies import Tightness
+from lightning_caq.utilities.contexts import Evaluate, InFloat32, curvature_safe
+from lightning_caq.utilities.isolation import preserved
+from lightning_caq.utilities.progress import Progress, Say, duration, silent
+from lightning_caq.utilities.sharing import ALONE, Sharing
 
 TIGHTNESS_SAMPLES = 64
 

@@ -14,15 +14,14 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from lightning_caq.budget import LayerSizes
 from lightning_caq.errors import OptionError, PlanError
-from lightning_caq.export.codes import pack_codes, unpack_codes
-from lightning_caq.fingerprint import fingerprint
-from lightning_caq.quantizers.activations import InputGrid
-from lightning_caq.quantizers.modules import FakeQuant, on_grid
-from lightning_caq.quantizers.swap import swap
-from lightning_caq.quantizers.values import NUMBERS, Values, from_numbers, numbers
-from lightning_caq.widths import Width, average_bits, code_bytes
+from lightning_caq.quantizers.fake_quant.modules import FakeQuant, on_grid
+from lightning_caq.quantizers.fake_quant.swap import swap
+from lightning_caq.quantizers.grids.activations import InputGrid
+from lightning_caq.quantizers.grids.values import NUMBERS, Values, from_numbers, numbers
+from lightning_caq.quantizers.packing.codes import pack_codes, unpack_codes
+from lightning_caq.sizes import LayerSizes, Width, average_bits, code_bytes
+from lightning_caq.utilities.fingerprint import fingerprint
 
 VERSION = 2  # 1 had a byte for each code
 SCHEME = "affine, per output channel"

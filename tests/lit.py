@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_caq import CurvatureQuantizationCallback, outputs
-from lightning_caq._compat import Callback
-from lightning_caq.quantizers.swap import quantized_modules
+from lightning_caq import CurvatureQuantizationCallback
+from lightning_caq.bridge import outputs
+from lightning_caq.bridge.packages import Callback
+from lightning_caq.quantizers.fake_quant.swap import quantized_modules
 from lightning_caq.reporting.gallery import Gallery
 
 FEATURES, CLASSES = 8, 3

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_caq.evaluation.landscape import Landscape
-from lightning_caq.evaluation.report import LayerRow, QuantizationReport, Size
-from lightning_caq.evaluation.shares import Energy
-from lightning_caq.evaluation.studies import Studies
-from lightning_caq.evaluation.sweep import SweepPoint
-from lightning_caq.evaluation.tightness import Tightness
-from lightning_caq.evaluation.training import EpochCurvature
-from lightning_caq.measures.profile import CurvatureProfile, LayerCurvature
+from lightning_caq.profile import CurvatureProfile, LayerCurvature
+from lightning_caq.report import LayerRow, QuantizationReport, Size
+from lightning_caq.studies import Energy, EpochCurvature, Landscape, Studies, SweepPoint, Tightness
 
 CYCLE = (2, 3, 4, 5, 6, 8)
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import hessian, jacrev
 
-from lightning_caq.quantizers.moments import input_moments
-from lightning_caq.quantizers.passes import PairedPasses
-from lightning_caq.quantizers.rounding import round_layer
+from lightning_caq.quantizers.rounding.moments import input_moments
+from lightning_caq.quantizers.rounding.passes import PairedPasses
+from lightning_caq.quantizers.rounding.round_layer import round_layer
 
 DISTILL_NEEDS = frozenset({"rounding_error", "subspace", "trace", "loss_change"})
 

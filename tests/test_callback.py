@@ -30,7 +30,7 @@ from lit import (
 from lightning_caq.callback import CurvatureQuantizationCallback
 from lightning_caq.errors import BudgetError, OptionError
 from lightning_caq.plan import QuantizationPlan
-from lightning_caq.quantizers.swap import quantized_modules
+from lightning_caq.quantizers.fake_quant.swap import quantized_modules
 
 BOTH = pytest.mark.parametrize("package", [lightning.pytorch, pytorch_lightning], ids=lambda p: p.__name__)
 LAYERS = {"net.0", "net.4"}

@@ -25,10 +25,10 @@ from lit import (
 )
 from torch import nn
 
-from lightning_caq import outputs
+from lightning_caq.bridge import outputs
 from lightning_caq.callback import CurvatureQuantizationCallback
 from lightning_caq.errors import OptionError
-from lightning_caq.quantizers.swap import quantized_modules
+from lightning_caq.quantizers.fake_quant.swap import quantized_modules
 
 BOTH = pytest.mark.parametrize("package", [lightning.pytorch, pytorch_lightning], ids=lambda p: p.__name__)
 LAYERS = {"net.0", "net.4"}
@@ -138,7 +138,7 @@ def test_interrupting_the_analysis_leaves_the_float_network(tmp_path, monkeypatc
     def pressed(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lightning_caq.attempt.round_layer", pressed)
+    monkeypatch.setattr("lightning_caq.selection.candidate.round_layer", pressed)
     module, callback = Classifier(), quantizer(on_error="warn")
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         fit(tmp_path, callback, module)

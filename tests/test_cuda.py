@@ -16,9 +16,9 @@ from lit import Classifier, blobs, fit, is_quantized, quantizer, train_loader, t
 from torch import nn
 
 from lightning_caq import load_quantized, measure, quantize, save_quantized
-from lightning_caq.contexts import full_float32
-from lightning_caq.quantizers.modules import on_grid
-from lightning_caq.quantizers.swap import quantized_modules
+from lightning_caq.quantizers.fake_quant.modules import on_grid
+from lightning_caq.quantizers.fake_quant.swap import quantized_modules
+from lightning_caq.utilities.contexts import full_float32
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that torch can use through CUDA"),

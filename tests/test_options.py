@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from lightning_caq.budget import AvgBits, Ratio
+from lightning_caq.allocation.budget import AvgBits, Ratio
 from lightning_caq.errors import BudgetError, OptionError
 from lightning_caq.options import QuantizationOptions
 

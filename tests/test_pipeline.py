@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_caq import CurvatureProfile, QuantizationReport, quantize
-from lightning_caq.layers import find_layers
-from lightning_caq.quantizers.swap import quantized_modules
+from lightning_caq.network.layers import find_layers
+from lightning_caq.quantizers.fake_quant.swap import quantized_modules
 
 CALIBRATION, TEST = nets.images(96, 1), nets.images(400, 2)
 FAST = {"curvature_samples": 48, "eigenpairs": 8}

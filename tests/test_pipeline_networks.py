@@ -8,8 +8,8 @@ from torch import nn
 
 from lightning_caq import quantize
 from lightning_caq.errors import LayerError
-from lightning_caq.quantizers.modules import on_grid
-from lightning_caq.quantizers.swap import quantized_modules, restore_modules
+from lightning_caq.quantizers.fake_quant.modules import on_grid
+from lightning_caq.quantizers.fake_quant.swap import quantized_modules, restore_modules
 
 CALIBRATION = nets.images(96, 1)
 FAST = {"curvature_samples": 48, "eigenpairs": 8}

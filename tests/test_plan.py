@@ -13,10 +13,10 @@ from torch import nn
 
 from lightning_caq import QuantizationPlan, quantize
 from lightning_caq.errors import CAQError, PlanError
-from lightning_caq.fingerprint import fingerprint
-from lightning_caq.quantizers.activations import InputGrid
-from lightning_caq.quantizers.modules import on_grid
-from lightning_caq.quantizers.swap import quantized_modules, restore_modules
+from lightning_caq.quantizers.fake_quant.modules import on_grid
+from lightning_caq.quantizers.fake_quant.swap import quantized_modules, restore_modules
+from lightning_caq.quantizers.grids.activations import InputGrid
+from lightning_caq.utilities.fingerprint import fingerprint
 
 X = nets.images(48, 3)[0]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_caq.allocation.constraint import Constraint
+from lightning_caq.allocation.solver.constraint import Constraint
 from lightning_caq.errors import BudgetError
 
 Bits = tuple[int, ...]
@@ -109,7 +109,7 @@ def search_space(constraints: Sequence[Constraint], bits: Sequence[int]) -> Sear
         BudgetError: If not even the smallest choice everywhere fits.
 
     Example:
-        >>> from lightning_caq.allocation.constraint import size_limit
+        >>> from lightning_caq.allocation.solver.constraint import size_limit
         >>> space = search_space([size_limit([10, 30], [2, 4], 110)], [2, 4])
         >>> space.choices, space.rates
         (((2, 4), (2, 4)), array([[10., 30.]]))

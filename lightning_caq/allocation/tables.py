@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_caq.errors import OptionError
-from lightning_caq.measures.profile import CurvatureProfile
+from lightning_caq.profile import CurvatureProfile
 
 
 def layer_column(profile: CurvatureProfile, figure: str) -> NDArray[np.float64]:
@@ -25,7 +25,7 @@ def layer_column(profile: CurvatureProfile, figure: str) -> NDArray[np.float64]:
         OptionError: If it was not measured of some layer.
 
     Example:
-        >>> from lightning_caq.measures.profile import LayerCurvature
+        >>> from lightning_caq.profile import LayerCurvature
         >>> layer_column(CurvatureProfile((LayerCurvature("fc", 1, 1, 1, trace=2.0),)), "trace")
         array([2.])
     """
@@ -50,7 +50,7 @@ def layer_table(profile: CurvatureProfile, figure: str, bits: Sequence[int]) -> 
         OptionError: If it was not measured of some layer at one of the bit-widths.
 
     Example:
-        >>> from lightning_caq.measures.profile import LayerCurvature
+        >>> from lightning_caq.profile import LayerCurvature
         >>> layer_table(CurvatureProfile((LayerCurvature("fc", 1, 1, 1, kl={2: 0.5, 4: 0.1}),)), "kl", [2, 4])
         array([[0.5, 0.1]])
     """

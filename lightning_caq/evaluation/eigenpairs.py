@@ -8,14 +8,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from lightning_caq.layers import Layer
-from lightning_caq.measures.folding import batchnorm_folded
-from lightning_caq.measures.gram import gram_spectrum
-from lightning_caq.measures.hessian import Hessian
-from lightning_caq.measures.lanczos import lanczos
-from lightning_caq.measures.profile import CurvatureProfile
-from lightning_caq.objective import Objective
-from lightning_caq.seeding import generator
+from lightning_caq.measures.gram.spectrum import gram_spectrum
+from lightning_caq.measures.hessian.folding import batchnorm_folded
+from lightning_caq.measures.hessian.hessian import Hessian
+from lightning_caq.measures.hessian.lanczos import lanczos
+from lightning_caq.network.layers import Layer
+from lightning_caq.network.objective import Objective
+from lightning_caq.profile import CurvatureProfile
+from lightning_caq.utilities.seeding import generator
 
 COUNTS = (5, 20, 50, 100, 200, 500)  # the last four are those of CET's figure 3
 

@@ -4,39 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lightning_caq.layers import Layer, layer_weight
-from lightning_caq.measures.hessian import Hessian
-from lightning_caq.measures.lanczos import lanczos
-from lightning_caq.objective import Objective
-from lightning_caq.seeding import generator
+from lightning_caq.measures.hessian.hessian import Hessian
+from lightning_caq.measures.hessian.lanczos import lanczos
+from lightning_caq.network.layers import Layer, layer_weight
+from lightning_caq.network.objective import Objective
+from lightning_caq.studies import Landscape
+from lightning_caq.utilities.seeding import generator
 
 Direction = Sequence[Tensor]
-
-
-@dataclass(frozen=True)
-class Landscape:
-    """The loss on a grid over a plane. All lengths are in the unit of the weights.
-
-    Attributes:
-        short: Places along the short axis, s_1, …, s_p.
-        long: Places along the long axis, t_1, …, t_q.
-        loss: q rows of p values: ℓ(w + s u + t v) − ℓ(w), nat.
-        curvatures: uᵀHu and vᵀHv, nat/weight²: of the short and of the long axis.
-        path: (s, t) of the weights as one layer after the other is rounded, projected on the plane; from (0, 0).
-        off_plane: Length of the whole rounding error that lies outside the plane, as a share of it.
-    """
-
-    short: tuple[float, ...]
-    long: tuple[float, ...]
-    loss: tuple[tuple[float, ...], ...]
-    curvatures: tuple[float, float]
-    path: tuple[tuple[float, float], ...] = ((0.0, 0.0),)
-    off_plane: float = 0.0
 
 
 def plane(

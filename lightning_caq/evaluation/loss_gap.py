@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_caq.measures.profile import CurvatureProfile
 from lightning_caq.measures.steps import VALIDITY_FLOOR, VALIDITY_TOLERANCE
+from lightning_caq.profile import CurvatureProfile
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def loss_gaps(profile: CurvatureProfile) -> tuple[LossGap, ...]:
     Costs nothing: all of it is in the profile (measure ``loss_change``).
 
     Example:
-        >>> from lightning_caq.measures.profile import LayerCurvature
+        >>> from lightning_caq.profile import LayerCurvature
         >>> row = LayerCurvature("fc", 8, 2, 8, rounding_error={2: 4.0}, second_order={2: 1.0}, loss_change={2: 0.75})
         >>> [(g.distance, g.predicted, g.actual, g.gap) for g in loss_gaps(CurvatureProfile((row,)))]
         [(2.0, 0.5, 0.75, 0.25)]

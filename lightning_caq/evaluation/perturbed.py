@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lightning_caq.layers import Layer, layer_modules, layer_weight
-from lightning_caq.measures.bias_correction import along_channels
-from lightning_caq.visits import watching
+from lightning_caq.measures.rounding.bias_correction import along_channels
+from lightning_caq.network.hooks import watching
+from lightning_caq.network.layers import Layer, layer_modules, layer_weight
 
 
 @contextmanager

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_caq.evaluation.perturbed import perturbed
-from lightning_caq.layers import Layer
-from lightning_caq.measures.folding import batchnorm_folded
-from lightning_caq.measures.gram import gram_spectrum
-from lightning_caq.measures.hessian import Hessian
-from lightning_caq.measures.lanczos import lanczos
-from lightning_caq.measures.profile import CurvatureProfile
-from lightning_caq.objective import Objective
-from lightning_caq.reference import make_reference
-from lightning_caq.seeding import generator
+from lightning_caq.measures.gram.spectrum import gram_spectrum
+from lightning_caq.measures.hessian.folding import batchnorm_folded
+from lightning_caq.measures.hessian.hessian import Hessian
+from lightning_caq.measures.hessian.lanczos import lanczos
+from lightning_caq.network.float_outputs import make_reference
+from lightning_caq.network.layers import Layer
+from lightning_caq.network.objective import Objective
+from lightning_caq.profile import CurvatureProfile
+from lightning_caq.studies import Energy
+from lightning_caq.utilities.seeding import generator
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def error_shares(
         One share a layer, in the order of the profile.
 
     Example:
-        >>> from lightning_caq.measures.profile import LayerCurvature
+        >>> from lightning_caq.profile import LayerCurvature
         >>> profile = CurvatureProfile((LayerCurvature("fc", 8, 2, 8, carried_error={3: 0.5}),))
         >>> error_shares(profile, {"fc": 3})
         (ErrorShare(name='fc', bits=3, predicted=0.5, observed=None),)
@@ -107,30 +108,6 @@ def observed_errors(
 
 
 @dataclass(frozen=True)
-class Energy:
-    """½ ΔᵀHΔ of one layer's rounding error, split by the short-axis subspace S; nat.
-
-    Attributes:
-        short: The part in S, ½ Σ_j |λ_j| (v_jᵀΔ)².
-        rest: All else, ½ ΔᵀHΔ less the part in S; it may be negative for an indefinite H.
-    """
-
-    short: float
-    rest: float
-
-    @property
-    def share(self) -> float | None:
-        """Share of S in both parts' magnitudes; ``None`` where both are zero or not numbers.
-
-        Example:
-            >>> Energy(3.0, 1.0).share
-            0.75
-        """
-        total = abs(self.short) + abs(self.rest)
-        return abs(self.short) / total if total > 0 else None
-
-
-@dataclass(frozen=True)
 class SubspaceShare:
     """What rounding leaves of one layer in the short-axis subspace, nearest against the rounding that was chosen.
 
@@ -163,7 +140,7 @@ def subspace_shares(
         One share a layer, in the order of the profile.
 
     Example:
-        >>> from lightning_caq.measures.profile import LayerCurvature
+        >>> from lightning_caq.profile import LayerCurvature
         >>> row = LayerCurvature("fc", 8, 2, 8, subspace_energy={3: 0.5}, second_order={3: 0.75})
         >>> subspace_shares(CurvatureProfile((row,)), {"fc": 3})[0].nearest
         Energy(short=0.25, rest=0.125)

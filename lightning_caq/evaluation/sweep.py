@@ -4,41 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from lightning_caq.studies import SweepPoint
+
 if TYPE_CHECKING:
-    from lightning_caq.evaluation.report import QuantizationReport
-
-
-@dataclass(frozen=True)
-class SweepPoint:
-    """One quantized network, or the mean of several that differ in their seed only.
-
-    Attributes:
-        method: How it was quantized; points of one method are one curve.
-        avg_bits: Average bits a quantized weight, scales not counted.
-        ratio: Float32 size over quantized size, scales, zero points and excluded layers counted.
-        metrics: Metric to value, such as ``"val_acc"``.
-        stderr: Metric to the standard error of the mean over seeds; empty for a single network.
-        eigenpairs: Eigenpairs that spanned the short-axis subspace S; 0 where that was not noted.
-        chosen: Whether it is the network that the plan is for.
-    """
-
-    method: str
-    avg_bits: float
-    ratio: float
-    metrics: dict[str, float]
-    stderr: dict[str, float] = field(default_factory=dict)
-    eigenpairs: int = 0
-    chosen: bool = False
+    from lightning_caq.report import QuantizationReport
 
 
 def sweep_points(report: QuantizationReport) -> tuple[SweepPoint, ...]:
     """The quantized networks of one run, the chosen one first.
 
     Example:
-        >>> from lightning_caq.evaluation.report import QuantizationReport, Size
+        >>> from lightning_caq.report import QuantizationReport, Size
         >>> sizes = {"float": Size(32.0, 1.0, 8), "quantized": Size(3.0, 10.0, 1)}
         >>> report = QuantizationReport("cet", "avg_bits=3", (), sizes, {"float/acc": 0.9, "quantized/acc": 0.8})
         >>> [(p.method, p.avg_bits, p.metrics) for p in sweep_points(report)]
@@ -61,7 +40,7 @@ def variant_metrics(report: QuantizationReport, variant: str) -> dict[str, float
     """Metric to value of one network of a run.
 
     Example:
-        >>> from lightning_caq.evaluation.report import QuantizationReport
+        >>> from lightning_caq.report import QuantizationReport
         >>> variant_metrics(QuantizationReport("cet", "", (), {}, {"float/acc": 0.9, "uniform/acc": 0.8}), "float")
         {'acc': 0.9}
     """
@@ -115,7 +94,7 @@ def eigenpair_sweep(
         One point a count, in the order of ``counts``.
 
     Example:
-        >>> from lightning_caq.evaluation.report import QuantizationReport, Size
+        >>> from lightning_caq.report import QuantizationReport, Size
         >>> def run(k):
         ...     sizes = {"quantized": Size(3.0, 10.0, 1)}
         ...     return QuantizationReport("cet", "", (), sizes, {"quantized/distill": 1 / k}, options={"eigenpairs": k})

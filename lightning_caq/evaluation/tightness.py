@@ -3,59 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from lightning_caq.allocation.composition import compose, correlated_bound
-from lightning_caq.contexts import curvature_safe
 from lightning_caq.errors import OptionError
 from lightning_caq.evaluation.perturbed import perturbed
-from lightning_caq.isolation import preserved
-from lightning_caq.layers import Layer
-from lightning_caq.measures.bias_correction import bias_corrections
-from lightning_caq.measures.carried import carried_errors
-from lightning_caq.measures.profile import CurvatureProfile
-from lightning_caq.measures.rounding_errors import nearest_errors
-from lightning_caq.reference import make_reference
-from lightning_caq.widths import Width
-
-
-@dataclass(frozen=True)
-class Tightness:
-    """Output errors, observed and predicted, all in the unit of the network's output.
-
-    Attributes:
-        observed: Root mean square over samples of ‖F_q(x) − F(x)‖, F_q with every weight rounded to nearest and the
-            mean of its error taken out of each layer's output that can be corrected.
-        bound: Φ, root mean square over samples of Σ_i ‖J_i u_i‖: the layers' errors all point the same way. Taken
-            sample by sample the triangle inequality is sharper than Σ A_i e_i, the sum that bits are chosen by.
-        correlated: Φ_corr = (Σ_ij |G_ij|)^½, the same with the alignment that the errors really have, at its worst
-            signs.
-        rss: Φ_rss = (Σ (A_i e_i)²)^½ with A_i from the Jacobian: the layers' errors are independent.
-        linear: Root mean square of ‖Σ_i J_i u_i‖, the first-order error with its signs.
-        lipschitz: Φ with A_i from Lipschitz constants; ``None`` where they were not measured.
-    """
-
-    observed: float
-    bound: float
-    correlated: float
-    rss: float
-    linear: float
-    lipschitz: float | None = None
-
-    @property
-    def ratios(self) -> dict[str, float]:
-        """Predicted over observed, of each prediction there is; 1 is exact.
-
-        Example:
-            >>> Tightness(observed=2.0, bound=5.0, correlated=3.0, rss=1.8, linear=2.2).ratios
-            {'bound': 2.5, 'correlated': 1.5, 'rss': 0.9, 'linear': 1.1}
-        """
-        names = ("bound", "correlated", "rss", "linear", "lipschitz")
-        predicted = {name: getattr(self, name) for name in names}
-        return {name: _ratio(value, self.observed) for name, value in predicted.items() if value is not None}
+from lightning_caq.measures.rounding.bias_correction import bias_corrections
+from lightning_caq.measures.rounding.carried import carried_errors
+from lightning_caq.measures.rounding.rounding_errors import nearest_errors
+from lightning_caq.network.float_outputs import make_reference
+from lightning_caq.network.layers import Layer
+from lightning_caq.profile import CurvatureProfile
+from lightning_caq.sizes import Width
+from lightning_caq.studies import Tightness
+from lightning_caq.utilities.contexts import curvature_safe
+from lightning_caq.utilities.isolation import preserved
 
 
 def tightness(
@@ -87,7 +51,7 @@ def tightness(
 
     Example:
         >>> import torch
-        >>> from lightning_caq.layers import find_layers
+        >>> from lightning_caq.network.layers import find_layers
         >>> from lightning_caq.measures.measure import measure
         >>> net, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(32, 8)
         >>> found = tightness(net, find_layers(net, x), [x], measure(net, [x]), {"0": 8, "2": 8})
@@ -121,9 +85,3 @@ def tightness(
         linear=float(gram.sum().clamp_min(0)) ** 0.5,
         lipschitz=None if None in gains else compose([g for g in gains if g is not None], errors).bound,
     )
-
-
-def _ratio(predicted: float, observed: float) -> float:
-    if observed > 0:
-        return predicted / observed
-    return 1.0 if predicted == 0 else float("inf")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_caq.errors import ExportError
-from lightning_caq.quantizers.affine import Grid
+from lightning_caq.quantizers.grids.affine import Grid
 
 TYPES = {"uint4": 15, "uint8": 255, "uint16": 65535}  # ONNX's unsigned types and the largest number of each
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_caq.export.integers import Integers
-from lightning_caq.quantizers.activations import InputGrid
+from lightning_caq.quantizers.grids.activations import InputGrid
 
 DOMAIN, ROUND_INPUT = "lightning_caq", "RoundInput"
 

@@ -15,13 +15,13 @@ from lightning_caq.errors import LayerError, OptionError, PlanError
 from lightning_caq.export.packed_modules import AnyPacked, check_quantized, pack_modules, pack_weight, packed_weight
 from lightning_caq.export.packed_table import PackedTable
 from lightning_caq.export.sealed import read_sealed, write_sealed
-from lightning_caq.layers import kind_of
-from lightning_caq.quantizers.activations import InputGrid
-from lightning_caq.quantizers.levels import levels
-from lightning_caq.quantizers.modules import on_grid
-from lightning_caq.quantizers.swap import restore_modules, swap
-from lightning_caq.quantizers.values import QUANTIZERS
-from lightning_caq.widths import Width, code_bytes
+from lightning_caq.network.layers import kind_of
+from lightning_caq.quantizers.fake_quant.modules import on_grid
+from lightning_caq.quantizers.fake_quant.swap import restore_modules, swap
+from lightning_caq.quantizers.grids.activations import InputGrid
+from lightning_caq.quantizers.grids.levels import levels
+from lightning_caq.quantizers.grids.values import QUANTIZERS
+from lightning_caq.sizes import Width, code_bytes
 
 VERSION = 1
 _TYPES = {

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_caq.errors import LayerError
-from lightning_caq.export.channel_packing import pack_widths, unpack_widths
-from lightning_caq.export.codes import pack_codes, unpack_codes
 from lightning_caq.export.packed_table import PackedTable
-from lightning_caq.quantizers.activations import InputGrid
-from lightning_caq.quantizers.affine import Grid
-from lightning_caq.quantizers.modules import FakeQuant, rounding_forward
-from lightning_caq.quantizers.swap import quantized_modules
-from lightning_caq.quantizers.values import Values
+from lightning_caq.quantizers.fake_quant.modules import FakeQuant, rounding_forward
+from lightning_caq.quantizers.fake_quant.swap import quantized_modules
+from lightning_caq.quantizers.grids.activations import InputGrid
+from lightning_caq.quantizers.grids.affine import Grid
+from lightning_caq.quantizers.grids.values import Values
+from lightning_caq.quantizers.packing.channel_packing import pack_widths, unpack_widths
+from lightning_caq.quantizers.packing.codes import pack_codes, unpack_codes
 
 
 @dataclass(frozen=True)

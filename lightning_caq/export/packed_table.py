@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_caq.export.codes import pack_codes, unpack_codes
-from lightning_caq.quantizers.codebook import Codebook
+from lightning_caq.quantizers.grids.codebook import Codebook
+from lightning_caq.quantizers.packing.codes import pack_codes, unpack_codes
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from lightning_caq.batches import batch_size
-from lightning_caq.layers import Layer, layer_weight
-from lightning_caq.measures.channel_groups import MOST_GROUPS
-from lightning_caq.measures.output_rows import choose_rows
-from lightning_caq.measures.weight_rows import pair_work
-from lightning_caq.objective import Objective
+from lightning_caq.measures.gram.output_rows import choose_rows
+from lightning_caq.measures.gram.weight_rows import pair_work
+from lightning_caq.measures.rounding.channel_groups import MOST_GROUPS
+from lightning_caq.network.batches import batch_size
+from lightning_caq.network.layers import Layer, layer_weight
+from lightning_caq.network.objective import Objective
 
 OF_SPECTRUM = frozenset({"subspace", "trace", "density", "loss_change", "channel_groups", "top_eigenvalue"})
 OF_ROWS = OF_SPECTRUM | {"diagonal", "gradient_norm"}

@@ -11,20 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_caq.batches import calibration_batches, take_samples
-from lightning_caq.contexts import InFloat32, curvature_safe
 from lightning_caq.errors import OptionError
-from lightning_caq.fingerprint import fingerprint
-from lightning_caq.isolation import preserved
-from lightning_caq.layers import Layer, find_layers, layer_weight
 from lightning_caq.measures import steps
-from lightning_caq.measures.channel_groups import finish_groups
 from lightning_caq.measures.cost import estimate_seconds
-from lightning_caq.measures.profile import CurvatureProfile, LayerCurvature
-from lightning_caq.measures.rounding_errors import nearest_errors
-from lightning_caq.measures.sharing import ALONE, Sharing
-from lightning_caq.objective import Loss, Objective, make_objective
-from lightning_caq.progress import Progress, duration
+from lightning_caq.measures.rounding.channel_groups import finish_groups
+from lightning_caq.measures.rounding.rounding_errors import nearest_errors
+from lightning_caq.network.batches import calibration_batches, take_samples
+from lightning_caq.network.layers import Layer, find_layers, layer_weight
+from lightning_caq.network.objective import Loss, Objective, make_objective
+from lightning_caq.profile import CurvatureProfile, LayerCurvature
+from lightning_caq.utilities.contexts import InFloat32, curvature_safe
+from lightning_caq.utilities.fingerprint import fingerprint
+from lightning_caq.utilities.isolation import preserved
+from lightning_caq.utilities.progress import Progress, duration
+from lightning_caq.utilities.sharing import ALONE, Sharing
 
 OF_BLOCKS = frozenset({"kappa", "kappa_mean", "lipschitz", "local_lipschitz"})
 OF_ROUNDING = frozenset(

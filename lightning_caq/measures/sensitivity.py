@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_caq.batches import batch_size, take_samples
 from lightning_caq.errors import CalibrationError, OptionError
-from lightning_caq.layers import Layer, layer_weight
-from lightning_caq.matrix import from_matrix, to_matrix
-from lightning_caq.measures.hessian import Hessian
-from lightning_caq.measures.krylov import Krylov
-from lightning_caq.measures.output_rows import OutputRow, choose_rows
-from lightning_caq.measures.rounding_errors import loss_change
-from lightning_caq.measures.weight_rows import passes, weight_rows
-from lightning_caq.objective import Objective, make_objective
-from lightning_caq.seeding import generator
+from lightning_caq.measures.gram.output_rows import OutputRow, choose_rows
+from lightning_caq.measures.gram.weight_rows import passes, weight_rows
+from lightning_caq.measures.hessian.hessian import Hessian
+from lightning_caq.measures.hessian.krylov import Krylov
+from lightning_caq.measures.rounding.rounding_errors import loss_change
+from lightning_caq.network.batches import batch_size, take_samples
+from lightning_caq.network.layer_matrix import from_matrix, to_matrix
+from lightning_caq.network.layers import Layer, layer_weight
+from lightning_caq.network.objective import Objective, make_objective
+from lightning_caq.utilities.seeding import generator
 
 _LEAST_ROWS = 64
 

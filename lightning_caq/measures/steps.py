@@ -12,30 +12,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_caq.batches import take_samples
-from lightning_caq.layers import Layer, layer_weight
-from lightning_caq.measures.activation_costs import activation_costs
-from lightning_caq.measures.bias_correction import bias_corrections
-from lightning_caq.measures.blocks import record_blocks
-from lightning_caq.measures.carried import carried_errors
-from lightning_caq.measures.channel_groups import masks, row_owners, start_groups
-from lightning_caq.measures.curvature import rademacher_sensitivity, remainder, second_order_sensitivity
-from lightning_caq.measures.density import SpectralDensity, known_density, spectral_density
-from lightning_caq.measures.distribution import distribution_distance
-from lightning_caq.measures.folding import batchnorm_folded
-from lightning_caq.measures.gram import gram_spectrum
-from lightning_caq.measures.graph import lipschitz_amplification
-from lightning_caq.measures.hessian import Hessian
-from lightning_caq.measures.hutchinson import estimate_layer_traces
-from lightning_caq.measures.lanczos import lanczos
-from lightning_caq.measures.lipschitz import lipschitz, local_lipschitz
-from lightning_caq.measures.magnitudes import output_norm, weight_range
-from lightning_caq.measures.rounding_errors import (
+from lightning_caq.measures.gram.spectrum import gram_spectrum
+from lightning_caq.measures.hessian.density import SpectralDensity, known_density, spectral_density
+from lightning_caq.measures.hessian.folding import batchnorm_folded
+from lightning_caq.measures.hessian.hessian import Hessian
+from lightning_caq.measures.hessian.hutchinson import estimate_layer_traces
+from lightning_caq.measures.hessian.lanczos import lanczos
+from lightning_caq.measures.layer.blocks import record_blocks
+from lightning_caq.measures.layer.curvature import rademacher_sensitivity, remainder, second_order_sensitivity
+from lightning_caq.measures.layer.graph import lipschitz_amplification
+from lightning_caq.measures.layer.lipschitz import lipschitz, local_lipschitz
+from lightning_caq.measures.layer.magnitudes import output_norm, weight_range
+from lightning_caq.measures.rounding.activation_costs import activation_costs
+from lightning_caq.measures.rounding.bias_correction import bias_corrections
+from lightning_caq.measures.rounding.carried import carried_errors
+from lightning_caq.measures.rounding.channel_groups import masks, row_owners, start_groups
+from lightning_caq.measures.rounding.distribution import distribution_distance
+from lightning_caq.measures.rounding.rounding_errors import (
     input_statistics,
     loss_change,
     output_errors,
 )
-from lightning_caq.measures.scale_importance import scale_importance
+from lightning_caq.measures.rounding.scale_importance import scale_importance
 from lightning_caq.measures.sensitivity import (
     fisher_diagonals,
     gauss_newton_diagonals,
@@ -43,9 +41,11 @@ from lightning_caq.measures.sensitivity import (
     quantized_kl,
     top_eigenvalues,
 )
-from lightning_caq.measures.sharing import Sharing
-from lightning_caq.objective import Objective
-from lightning_caq.seeding import generator
+from lightning_caq.network.batches import take_samples
+from lightning_caq.network.layers import Layer, layer_weight
+from lightning_caq.network.objective import Objective
+from lightning_caq.utilities.seeding import generator
+from lightning_caq.utilities.sharing import Sharing
 
 BLOCK_SAMPLES = 256
 # A prediction of the loss change that is off by more than half, and by more than noise, is outside the model's range.

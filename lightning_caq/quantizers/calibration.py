@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_caq.batches import batch_size
-from lightning_caq.layers import Layer, layer_modules
-from lightning_caq.quantizers.activations import InputGrid, change_first, fit_input_grid
-from lightning_caq.seeding import generator
-from lightning_caq.stepping import Call, SteppedPasses
-from lightning_caq.visits import visit_modules
+from lightning_caq.network.batches import batch_size
+from lightning_caq.network.hooks import visit_modules
+from lightning_caq.network.layers import Layer, layer_modules
+from lightning_caq.network.stepped_passes import Call, SteppedPasses
+from lightning_caq.quantizers.grids.activations import InputGrid, change_first, fit_input_grid
+from lightning_caq.utilities.seeding import generator
 
 FIRST_BITS = 8
 _VALUES = 2**17  # kept of each layer's inputs, 0.5 MB

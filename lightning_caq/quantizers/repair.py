@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_caq.layers import Layer, layer_module
-from lightning_caq.reference import Reference
-from lightning_caq.stepping import SteppedPasses
-from lightning_caq.visits import visit_modules
+from lightning_caq.network.float_outputs import Reference
+from lightning_caq.network.hooks import visit_modules
+from lightning_caq.network.layers import Layer, layer_module
+from lightning_caq.network.stepped_passes import SteppedPasses
 
 
 @dataclass

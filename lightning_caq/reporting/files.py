@@ -9,8 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_caq.evaluation.report import QuantizationReport
-from lightning_caq.measures.profile import CurvatureProfile, LayerCurvature
+from lightning_caq.profile import CurvatureProfile, LayerCurvature
+from lightning_caq.report import QuantizationReport
 from lightning_caq.reporting.gallery import Gallery, draw_gallery
 from lightning_caq.reporting.html import write_html
 
@@ -30,7 +30,7 @@ def scalars(report: QuantizationReport, profile: CurvatureProfile) -> dict[str, 
         ``caq/kappa/<layer>`` and ``caq/lipschitz/<layer>``.
 
     Example:
-        >>> from lightning_caq.evaluation.report import LayerRow, Size
+        >>> from lightning_caq.report import LayerRow, Size
         >>> rows = (LayerRow("fc", "linear", 8, 8, None, None, {"quantized": 2}),)
         >>> report = QuantizationReport("cet", "avg_bits=2", rows, {"quantized": Size(2.0, 4.0, 8)}, {})
         >>> scalars(report, CurvatureProfile(()))

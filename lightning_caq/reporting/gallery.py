@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from matplotlib.figure import Figure
 
 from lightning_caq.evaluation.loss_gap import loss_gaps
-from lightning_caq.evaluation.report import QuantizationReport
 from lightning_caq.evaluation.shares import error_shares, subspace_shares
 from lightning_caq.evaluation.sweep import sweep_points, variant_metrics
-from lightning_caq.measures.profile import CurvatureProfile
+from lightning_caq.profile import CurvatureProfile
+from lightning_caq.report import QuantizationReport
 from lightning_caq.reporting.figures.bits import bits_heatmap
 from lightning_caq.reporting.figures.curvature import curvature_bars
 from lightning_caq.reporting.figures.eigenpairs import eigenpair_curve

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
-from lightning_caq.evaluation.report import QuantizationReport
-from lightning_caq.measures.profile import CurvatureProfile
+from lightning_caq.profile import CurvatureProfile
+from lightning_caq.report import QuantizationReport
 from lightning_caq.reporting.gallery import ENTRIES, Gallery
 from lightning_caq.reporting.page import page
 from lightning_caq.reporting.vectors import svg
 from lightning_caq.reporting.words import comparison, in_words, layer_columns, reproduce
-from lightning_caq.widths import average_bits
+from lightning_caq.sizes import average_bits
 
 if TYPE_CHECKING:
     from lightning_caq.plan import QuantizationPlan

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from lightning_caq.errors import PlanError
-from lightning_caq.evaluation.report import QuantizationReport
-from lightning_caq.measures.profile import CurvatureProfile
 from lightning_caq.plan import QuantizationPlan
+from lightning_caq.profile import CurvatureProfile
+from lightning_caq.report import QuantizationReport
 
 FILES = ("report.json", "profile.json", "plan.json")
 _Part = TypeVar("_Part")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lightning_caq.evaluation.report import QuantizationReport, markdown_table
-from lightning_caq.measures.profile import CurvatureProfile
+from lightning_caq.profile import CurvatureProfile
+from lightning_caq.report import QuantizationReport, markdown_table
 from lightning_caq.reporting.gallery import Gallery, draw_gallery
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_caq.evaluation.report import QuantizationReport
 from lightning_caq.evaluation.sweep import variant_metrics
-from lightning_caq.measures.profile import CurvatureProfile, LayerCurvature
+from lightning_caq.profile import CurvatureProfile, LayerCurvature
+from lightning_caq.report import QuantizationReport
 from lightning_caq.reporting.metrics import headline_metric, smaller_is_better
 
 CLASS = "lightning_caq.CurvatureQuantizationCallback"
@@ -18,7 +18,7 @@ def in_words(report: QuantizationReport) -> list[str]:
     """What was done, what it gave, and how it compares: one sentence or two each.
 
     Example:
-        >>> from lightning_caq.evaluation.report import LayerRow, Size
+        >>> from lightning_caq.report import LayerRow, Size
         >>> sizes = {"float": Size(32.0, 1.0, 4000), "quantized": Size(3.0, 10.0, 400)}
         >>> metrics = {"float/val_acc": 0.92, "quantized/val_acc": 0.91}
         >>> rows = (LayerRow("fc", "linear", 1000, 1000, None, None, {"quantized": 3}),)
@@ -124,7 +124,7 @@ def comparison(runs: Mapping[str, QuantizationReport]) -> tuple[list[str], list[
     """Header and rows of the table of all networks of several runs, each run's float network once.
 
     Example:
-        >>> from lightning_caq.evaluation.report import Size
+        >>> from lightning_caq.report import Size
         >>> sizes = {"quantized": Size(3.0, 10.0, 400)}
         >>> report = QuantizationReport("cet", "avg_bits=3", (), sizes, {"quantized/val_acc": 0.91})
         >>> comparison({"a": report})[1]

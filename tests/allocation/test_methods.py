@@ -10,7 +10,7 @@ import pytest
 from lightning_caq.allocation.methods import available_methods, get_method, is_search, register_method
 from lightning_caq.errors import OptionError
 from lightning_caq.measures.measure import MEASURES
-from lightning_caq.measures.profile import CurvatureProfile, LayerCurvature
+from lightning_caq.profile import CurvatureProfile, LayerCurvature
 
 BITS = (2, 4, 8)
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"

@@ -5,14 +5,15 @@ from itertools import product
 import numpy as np
 import pytest
 
-from lightning_caq.allocation.constraint import bops_limit, size_limit
+from lightning_caq.allocation.budget import Ratio
 from lightning_caq.allocation.methods import get_method
 from lightning_caq.allocation.methods.evolution import EVALUATIONS
 from lightning_caq.allocation.methods.random_search import DRAWS
 from lightning_caq.allocation.search import SearchSpace, search_space
-from lightning_caq.budget import LayerSizes, Ratio
+from lightning_caq.allocation.solver.constraint import bops_limit, size_limit
 from lightning_caq.errors import BudgetError
-from lightning_caq.measures.profile import CurvatureProfile
+from lightning_caq.profile import CurvatureProfile
+from lightning_caq.sizes import LayerSizes
 
 BITS = (2, 3, 4, 8)
 WEIGHTS = (100, 37, 250, 10)

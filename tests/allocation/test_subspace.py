@@ -9,7 +9,7 @@ from scipy.optimize import brentq
 from lightning_caq.allocation.methods import get_method
 from lightning_caq.allocation.search import SearchSpace
 from lightning_caq.allocation.subspace import matching_bits, noise_bits, solve_subspace
-from lightning_caq.measures.profile import CurvatureProfile, LayerCurvature
+from lightning_caq.profile import CurvatureProfile, LayerCurvature
 
 
 def _optimum(a, r, n, limit):

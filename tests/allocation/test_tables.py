@@ -4,7 +4,7 @@ import pytest
 from lightning_caq.allocation.methods import available_methods, get_method, is_search
 from lightning_caq.allocation.tables import layer_column, layer_table
 from lightning_caq.errors import OptionError
-from lightning_caq.measures.profile import CurvatureProfile, LayerCurvature
+from lightning_caq.profile import CurvatureProfile, LayerCurvature
 
 
 def _profile(*rows):

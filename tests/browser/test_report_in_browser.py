@@ -12,12 +12,12 @@ import torch
 from made_run import CYCLE, made_run, resnet50_names
 from PIL import Image
 
-from lightning_caq.budget import LayerSizes
 from lightning_caq.plan import LayerPlan, QuantizationPlan
-from lightning_caq.quantizers.affine import Grid
+from lightning_caq.quantizers.grids.affine import Grid
 from lightning_caq.reporting.gallery import ENTRIES, draw_gallery
 from lightning_caq.reporting.html import write_html
 from lightning_caq.reporting.vectors import svg
+from lightning_caq.sizes import LayerSizes
 
 LONG = [f"{'module.' * 14}{i}.{'x' * 20}" for i in range(5)]
 NAMES = {"4": ["conv1", "layer1.0.conv1", "layer1.0.conv2", "fc"], "54": resnet50_names(), "long": LONG}

@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.func import functional_call
 
 from lightning_caq.evaluation.eigenpairs import profiles_by_eigenpairs
-from lightning_caq.layers import find_layers
 from lightning_caq.measures.measure import differentiable, measure
-from lightning_caq.measures.profile import CurvatureProfile
-from lightning_caq.measures.rounding_errors import nearest_errors
-from lightning_caq.objective import make_objective
+from lightning_caq.measures.rounding.rounding_errors import nearest_errors
+from lightning_caq.network.layers import find_layers
+from lightning_caq.network.objective import make_objective
+from lightning_caq.profile import CurvatureProfile
 
 NEEDS = frozenset({"rounding_error", "subspace", "loss_change"})
 BITS = (2, 4)

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_caq.contexts import curvature_safe
 from lightning_caq.evaluation.landscape import landscape, plane
-from lightning_caq.layers import find_layers
 from lightning_caq.measures.measure import differentiable
-from lightning_caq.measures.rounding_errors import nearest_errors
-from lightning_caq.objective import make_objective
+from lightning_caq.measures.rounding.rounding_errors import nearest_errors
+from lightning_caq.network.layers import find_layers
+from lightning_caq.network.objective import make_objective
+from lightning_caq.utilities.contexts import curvature_safe
 
 
 def scene(name: str = "mlp"):

@@ -17,8 +17,8 @@ def test_gaps_are_those_of_dense_derivatives() -> None:
     compared = 0
     for gap in loss_gaps(profile):
         i = [row.name for row in profile.layers].index(gap.name)
-        from lightning_caq.layers import find_layers
-        from lightning_caq.measures.rounding_errors import nearest_errors
+        from lightning_caq.measures.rounding.rounding_errors import nearest_errors
+        from lightning_caq.network.layers import find_layers
 
         layer = next(x for x in find_layers(case.net, case.batches[0]) if x.name == gap.name)
         delta = nearest_errors(case.net, layer, [gap.bits])[gap.bits].flatten()

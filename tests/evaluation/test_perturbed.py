@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_caq.evaluation.perturbed import perturbed
-from lightning_caq.layers import find_layers
+from lightning_caq.network.layers import find_layers
 
 
 def _net():

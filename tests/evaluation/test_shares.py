@@ -6,14 +6,15 @@ import nets
 import pytest
 import torch
 
-from lightning_caq.contexts import curvature_safe
-from lightning_caq.evaluation.shares import Energy, error_shares, observed_errors, rounding_energies, subspace_shares
-from lightning_caq.layers import find_layers
-from lightning_caq.measures.gram import gram_spectrum
+from lightning_caq.evaluation.shares import error_shares, observed_errors, rounding_energies, subspace_shares
+from lightning_caq.measures.gram.spectrum import gram_spectrum
 from lightning_caq.measures.measure import differentiable, measure
-from lightning_caq.measures.profile import CurvatureProfile, LayerCurvature
-from lightning_caq.measures.rounding_errors import nearest_errors
-from lightning_caq.objective import make_objective
+from lightning_caq.measures.rounding.rounding_errors import nearest_errors
+from lightning_caq.network.layers import find_layers
+from lightning_caq.network.objective import make_objective
+from lightning_caq.profile import CurvatureProfile, LayerCurvature
+from lightning_caq.studies import Energy
+from lightning_caq.utilities.contexts import curvature_safe
 
 ROWS = (
     LayerCurvature("a", 8, 2, 8, carried_error={2: 1.0}, subspace_energy={2: 0.4}, second_order={2: 0.6}),

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from lightning_caq import quantize
-from lightning_caq.evaluation.report import QuantizationReport
-from lightning_caq.evaluation.studies import Studies, study
-from lightning_caq.layers import find_layers
+from lightning_caq.evaluation.studies import study
+from lightning_caq.network.layers import find_layers
+from lightning_caq.report import QuantizationReport
+from lightning_caq.studies import Studies
 
 
 @pytest.fixture

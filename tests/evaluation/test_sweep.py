@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from lightning_caq.evaluation.report import QuantizationReport, Size
-from lightning_caq.evaluation.sweep import SweepPoint, eigenpair_sweep, mean_points, sweep_points
+from lightning_caq.evaluation.sweep import eigenpair_sweep, mean_points, sweep_points
+from lightning_caq.report import QuantizationReport, Size
+from lightning_caq.studies import SweepPoint
 
 
 def make_report(k: int = 64) -> QuantizationReport:

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from lightning_caq.errors import OptionError
-from lightning_caq.evaluation.tightness import Tightness, tightness
-from lightning_caq.layers import find_layers
+from lightning_caq.evaluation.tightness import tightness
 from lightning_caq.measures.measure import measure
-from lightning_caq.quantizers.affine import fit_grid
+from lightning_caq.network.layers import find_layers
+from lightning_caq.quantizers.grids.affine import fit_grid
+from lightning_caq.studies import Tightness
 
 
 def _profile(net, batches):

@@ -6,7 +6,7 @@ import torch
 
 from lightning_caq.errors import ExportError
 from lightning_caq.export.integers import TYPES, to_integers
-from lightning_caq.quantizers.affine import Grid
+from lightning_caq.quantizers.grids.affine import Grid
 
 SMALLEST = {  # by bit-width: with whole zero points among the codes, and with half-integer ones
     1: ("uint4", "uint4"), 2: ("uint4", "uint4"), 3: ("uint4", "uint4"), 4: ("uint4", "uint8"),

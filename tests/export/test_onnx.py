@@ -13,11 +13,11 @@ from lightning_caq import quantize
 from lightning_caq.errors import ExportError, LayerError
 from lightning_caq.export import onnx as onnx_export
 from lightning_caq.export.onnx import export_onnx
-from lightning_caq.layers import find_layers, quantizable_layers
-from lightning_caq.quantizers.activations import InputGrid
-from lightning_caq.quantizers.affine import fit_grid
+from lightning_caq.network.layers import find_layers, quantizable_layers
 from lightning_caq.quantizers.calibration import calibrate_inputs, input_bits
-from lightning_caq.quantizers.swap import quantized_modules, swap
+from lightning_caq.quantizers.fake_quant.swap import quantized_modules, swap
+from lightning_caq.quantizers.grids.activations import InputGrid
+from lightning_caq.quantizers.grids.affine import fit_grid
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")

@@ -14,10 +14,10 @@ from lightning_caq import quantize
 from lightning_caq.errors import LayerError, PlanError
 from lightning_caq.export.packed import load_quantized, save_quantized
 from lightning_caq.export.sealed import read_sealed, write_sealed
-from lightning_caq.layers import quantizable_layers
-from lightning_caq.quantizers.activations import InputGrid
-from lightning_caq.quantizers.affine import Grid, fit_grid
-from lightning_caq.quantizers.swap import quantized_modules, swap
+from lightning_caq.network.layers import quantizable_layers
+from lightning_caq.quantizers.fake_quant.swap import quantized_modules, swap
+from lightning_caq.quantizers.grids.activations import InputGrid
+from lightning_caq.quantizers.grids.affine import Grid, fit_grid
 
 X = nets.images(16, 3)[0]
 

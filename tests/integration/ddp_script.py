@@ -20,8 +20,11 @@ from lightning.pytorch.loggers import CSVLogger
 from lit import AtHook, Classifier, blobs, train_loader, trainer, val_loader, without_figures
 from torch.utils.data import DataLoader, Subset
 
-from lightning_caq import CurvatureQuantizationCallback, attempt, bridge, callback
-from lightning_caq.quantizers.swap import quantized_modules
+from lightning_caq import CurvatureQuantizationCallback, callback
+from lightning_caq.bridge import calibration
+from lightning_caq.bridge.calibration import training_batches
+from lightning_caq.quantizers.fake_quant.swap import quantized_modules
+from lightning_caq.selection import candidate as attempt
 
 RANKS = 2
 RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -93,7 +96,7 @@ def steady(folder: Path, **kwargs: Any) -> dict[str, Any]:
     """Quantize a network of known weights, each rank with training data of its own, and test it."""
     torch.manual_seed(0)
     module, callback, watcher = Steady(), quantizer(), Watcher()
-    drawn = AtHook("on_train_end", lambda t, m: bridge.training_batches(t, m, 32, seed=0))
+    drawn = AtHook("on_train_end", lambda t, m: training_batches(t, m, 32, seed=0))
     t = trainer(
         folder, callbacks=[callback, watcher, drawn], logger=CSVLogger(folder), max_epochs=1,
         use_distributed_sampler=False, **kwargs,
@@ -156,7 +159,7 @@ def apart(folder: Path, **kwargs: Any) -> dict[str, Any]:
 
 # Which rank fails at which place of the quantization, and the function that fails there.
 BROKEN = {
-    "reading": (0, bridge, "_first"),
+    "reading": (0, calibration, "_first"),
     "rounding": (1, attempt, "round_layer"),
     "writing": (0, callback, "write"),
 }

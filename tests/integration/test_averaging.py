@@ -13,7 +13,7 @@ from lit import Classifier, train_loader, trainer, val_loader
 
 from lightning_caq import CurvatureQuantizationCallback
 from lightning_caq.plan import QuantizationPlan
-from lightning_caq.quantizers.swap import quantized_modules
+from lightning_caq.quantizers.fake_quant.swap import quantized_modules
 
 DECAY = 0.8
 averaging = getattr(lightning.pytorch.callbacks, "EMAWeightAveraging", None)

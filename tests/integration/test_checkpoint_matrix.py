@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from lightning_caq import CurvatureQuantizationCallback
 from lightning_caq.plan import QuantizationPlan
-from lightning_caq.quantizers.swap import quantized_modules
+from lightning_caq.quantizers.fake_quant.swap import quantized_modules
 
 EPOCHS = 2
 FLOAT, QUANTIZED, VALUES = "float", "quantized", "values"  # VALUES: the quantized weights, and no plan with them

@@ -12,10 +12,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lit import AtHook, Classifier, blobs, classifier, train_loader, trainer, val_loader
 
+from lightning_caq.bridge.checkpoints import LATENT
 from lightning_caq.callback import CurvatureQuantizationCallback
-from lightning_caq.checkpoints import LATENT
 from lightning_caq.errors import PlanError
-from lightning_caq.quantizers.swap import quantized_modules
+from lightning_caq.quantizers.fake_quant.swap import quantized_modules
 
 BOTH = pytest.mark.parametrize("package", [lightning.pytorch, pytorch_lightning], ids=lambda p: p.__name__)
 # Lightning's own, for every callback of the first run that a later Trainer was not given.

@@ -18,7 +18,7 @@ from lit import Classifier, same, train_loader, trainer, val_loader, weights
 
 from lightning_caq import CurvatureQuantizationCallback
 from lightning_caq.errors import CAQError, OptionError
-from lightning_caq.quantizers.swap import quantized_modules
+from lightning_caq.quantizers.fake_quant.swap import quantized_modules
 
 pytestmark = [
     pytest.mark.usefixtures("no_figures"),
@@ -43,12 +43,12 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 PLACES = {  # what breaks, and how
     "reading data": ("lightning_caq.bridge.training_batches", RuntimeError("a worker died")),
     "measuring": ("lightning_caq.pipeline.measure", RuntimeError("out of memory")),
-    "rounding": ("lightning_caq.attempt.round_layer", RuntimeError("no")),
-    "swapping": ("lightning_caq.attempt.swap", RuntimeError("no")),
+    "rounding": ("lightning_caq.selection.candidate.round_layer", RuntimeError("no")),
+    "swapping": ("lightning_caq.selection.candidate.swap", RuntimeError("no")),
     "a full disk": ("lightning_caq.reporting.files.os.replace", FULL),
     "Ctrl-C while measuring": ("lightning_caq.pipeline.measure", KeyboardInterrupt()),
-    "Ctrl-C while rounding": ("lightning_caq.attempt.round_layer", KeyboardInterrupt()),
-    "Ctrl-C while writing": ("lightning_caq.outputs.write_outputs", KeyboardInterrupt()),
+    "Ctrl-C while rounding": ("lightning_caq.selection.candidate.round_layer", KeyboardInterrupt()),
+    "Ctrl-C while writing": ("lightning_caq.bridge.outputs.write_outputs", KeyboardInterrupt()),
 }
 
 
@@ -120,7 +120,7 @@ def test_a_checkpoint_of_the_failure_holds_the_float_network(tmp_path, monkeypat
     """``save_on_exception`` writes what is in the network when our error reaches Lightning."""
     if "save_on_exception" not in inspect.signature(ModelCheckpoint).parameters:
         pytest.skip("this version of Lightning has no save_on_exception")
-    monkeypatch.setattr("lightning_caq.outputs.write_outputs", raises(FULL))  # the network is swapped by then
+    monkeypatch.setattr("lightning_caq.bridge.outputs.write_outputs", raises(FULL))  # the network is swapped by then
     weights: dict[str, Any] = {}
 
     class Look(lightning.pytorch.Callback):
@@ -139,7 +139,7 @@ def test_a_checkpoint_of_the_failure_holds_the_float_network(tmp_path, monkeypat
 
 def test_a_second_try_succeeds_after_the_cause_is_gone(tmp_path, monkeypatch):
     with monkeypatch.context() as broken:
-        broken.setattr("lightning_caq.attempt.round_layer", raises(RuntimeError("no")))
+        broken.setattr("lightning_caq.selection.candidate.round_layer", raises(RuntimeError("no")))
         callback = quantizer(on_error="warn")
         with pytest.warns(UserWarning, match="quantization failed"):
             module, _, _ = fit(tmp_path, callback)

@@ -13,7 +13,8 @@ from lightning.pytorch.loggers import CSVLogger
 from lit import classifier, train_loader, trainer, val_loader
 from matplotlib.figure import Figure
 
-from lightning_caq import CurvatureQuantizationCallback, outputs
+from lightning_caq import CurvatureQuantizationCallback
+from lightning_caq.bridge import outputs
 from lightning_caq.reporting.gallery import Gallery
 
 BOTH = pytest.mark.parametrize("package", [lightning.pytorch, pytorch_lightning], ids=lambda p: p.__name__)

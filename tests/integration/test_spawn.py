@@ -12,7 +12,7 @@ import torch
 from lit import blobs
 
 from lightning_caq.plan import QuantizationPlan
-from lightning_caq.quantizers.swap import quantized_modules
+from lightning_caq.quantizers.fake_quant.swap import quantized_modules
 
 
 def test_the_plan_on_disk_makes_the_main_process_network_the_quantized_one(tmp_path):

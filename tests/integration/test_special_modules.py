@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_caq import CurvatureQuantizationCallback
 from lightning_caq.errors import CalibrationError
-from lightning_caq.quantizers.swap import quantized_modules
+from lightning_caq.quantizers.fake_quant.swap import quantized_modules
 
 pytestmark = [
     pytest.mark.usefixtures("no_figures"),

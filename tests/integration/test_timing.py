@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelPruning, S
 from lit import Classifier, classifier, train_loader, trainer, val_loader
 
 from lightning_caq import CurvatureQuantizationCallback
-from lightning_caq.quantizers.swap import quantized_modules
+from lightning_caq.quantizers.fake_quant.swap import quantized_modules
 
 BOTH = pytest.mark.parametrize("package", [lightning.pytorch, pytorch_lightning], ids=lambda p: p.__name__)
 pytestmark = pytest.mark.usefixtures("no_figures")
@@ -145,7 +145,7 @@ def test_a_second_fit_of_a_trainer_that_is_at_its_end_changes_nothing(tmp_path):
 def test_the_sanity_check_measures_nothing(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "lightning_caq.monitoring.training_figures", lambda t, m, o: calls.append(t.current_epoch) or {}
+        "lightning_caq.bridge.monitoring.training_figures", lambda t, m, o: calls.append(t.current_epoch) or {}
     )
     callback = quantizer(monitor_every_n_epochs=1)
     trainer(tmp_path, callbacks=[callback], max_epochs=2, num_sanity_val_steps=2).fit(

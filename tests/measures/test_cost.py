@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_caq.layers import find_layers
 from lightning_caq.measures import cost
 from lightning_caq.measures.cost import estimate_seconds, gradients_needed
 from lightning_caq.measures.measure import MEASURES, differentiable
-from lightning_caq.objective import make_objective
+from lightning_caq.network.layers import find_layers
+from lightning_caq.network.objective import make_objective
 
 COUNTS = {"layers": 20, "bits": 6, "eigenpairs": 64, "samples": 256, "first": 128}
 FREE = {"rounding_error", "distribution_distance"}  # from the weights alone

@@ -8,14 +8,14 @@ import torch
 from scipy import stats
 from torch import nn
 
-from lightning_caq.batches import run_model
 from lightning_caq.errors import CalibrationError, OptionError
-from lightning_caq.layers import find_layers
 from lightning_caq.measures import steps
 from lightning_caq.measures.measure import MEASURES, measure
-from lightning_caq.measures.profile import CurvatureProfile
-from lightning_caq.objective import make_objective
-from lightning_caq.progress import Progress
+from lightning_caq.network.batches import run_model
+from lightning_caq.network.layers import find_layers
+from lightning_caq.network.objective import make_objective
+from lightning_caq.profile import CurvatureProfile
+from lightning_caq.utilities.progress import Progress
 
 
 def _measure(case, **kwargs):
@@ -25,7 +25,7 @@ def _measure(case, **kwargs):
 
 def _rounded(case, row, bits):
     """The error of nearest rounding, by way of the layer's public function."""
-    from lightning_caq.measures.rounding_errors import nearest_errors
+    from lightning_caq.measures.rounding.rounding_errors import nearest_errors
 
     layer = next(x for x in find_layers(case.net, case.batches[0]) if x.name == row.name)
     return nearest_errors(case.net, layer, [bits])[bits].flatten()

@@ -5,9 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_caq.batches import run_model, take_samples
 from lightning_caq.errors import CalibrationError, OptionError
-from lightning_caq.layers import find_layers
 from lightning_caq.measures.sensitivity import (
     fisher_diagonals,
     gauss_newton_diagonals,
@@ -15,7 +13,9 @@ from lightning_caq.measures.sensitivity import (
     quantized_kl,
     top_eigenvalues,
 )
-from lightning_caq.objective import make_objective
+from lightning_caq.network.batches import run_model, take_samples
+from lightning_caq.network.layers import find_layers
+from lightning_caq.network.objective import make_objective
 
 
 def _task(net, batch):

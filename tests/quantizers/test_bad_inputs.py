@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from lightning_caq import quantize
-from lightning_caq.layers import find_layers
-from lightning_caq.matrix import columns
-from lightning_caq.quantizers.moments import samples_needed
+from lightning_caq.network.layer_matrix import columns
+from lightning_caq.network.layers import find_layers
+from lightning_caq.quantizers.rounding.moments import samples_needed
 
 FAST = {"curvature_samples": 32, "eigenpairs": 4, "compare": (), "guard": False, "avg_bits": 3, "bits": (2, 3, 4)}
 LAYERS = {

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_caq.layers import find_layers
+from lightning_caq.network.layers import find_layers
 from lightning_caq.quantizers import calibration
-from lightning_caq.quantizers.activations import InputGrid, fit_input_grid
 from lightning_caq.quantizers.calibration import calibrate_inputs, input_bits, rounded_inputs, sample_inputs
+from lightning_caq.quantizers.grids.activations import InputGrid, fit_input_grid
 
 
 def _mlp():

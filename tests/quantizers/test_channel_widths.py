@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_caq.layers import find_layers, layer_weight
-from lightning_caq.quantizers.affine import Grid, fit_grid
-from lightning_caq.quantizers.modules import on_grid
-from lightning_caq.quantizers.swap import quantized_modules, restore_modules, swap
+from lightning_caq.network.layers import find_layers, layer_weight
+from lightning_caq.quantizers.fake_quant.modules import on_grid
+from lightning_caq.quantizers.fake_quant.swap import quantized_modules, restore_modules, swap
+from lightning_caq.quantizers.grids.affine import Grid, fit_grid
 
 WIDTHS = (2, 5, 3, 8, 2, 4, 1, 3)
 LAYERS = {

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_caq.batches import split_samples
-from lightning_caq.layers import find_layers
-from lightning_caq.quantizers.affine import fit_grid
+from lightning_caq.network.batches import split_samples
+from lightning_caq.network.float_outputs import make_reference
+from lightning_caq.network.layers import find_layers
+from lightning_caq.quantizers.grids.affine import fit_grid
 from lightning_caq.quantizers.repair import Repair, measure_moments, move_statistics, prepare_repair, repairable
-from lightning_caq.reference import make_reference
 
 
 def _round(net, bits=2):

@@ -6,11 +6,11 @@ import pytest
 import torch
 from made_run import CYCLE, made_run
 
-from lightning_caq.budget import LayerSizes
-from lightning_caq.evaluation.report import LayerRow, QuantizationReport, Size
-from lightning_caq.measures.profile import CurvatureProfile, LayerCurvature
 from lightning_caq.plan import LayerPlan, QuantizationPlan
-from lightning_caq.quantizers.affine import Grid
+from lightning_caq.profile import CurvatureProfile, LayerCurvature
+from lightning_caq.quantizers.grids.affine import Grid
+from lightning_caq.report import LayerRow, QuantizationReport, Size
+from lightning_caq.sizes import LayerSizes
 
 
 @pytest.fixture

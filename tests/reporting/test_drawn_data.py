@@ -8,13 +8,9 @@ import numpy as np
 import pytest
 from matplotlib.container import ErrorbarContainer
 
-from lightning_caq.evaluation.landscape import Landscape
 from lightning_caq.evaluation.loss_gap import LossGap
-from lightning_caq.evaluation.shares import Energy, ErrorShare, SubspaceShare
-from lightning_caq.evaluation.sweep import SweepPoint
-from lightning_caq.evaluation.tightness import Tightness
-from lightning_caq.evaluation.training import EpochCurvature
-from lightning_caq.measures.profile import CurvatureProfile, LayerCurvature
+from lightning_caq.evaluation.shares import ErrorShare, SubspaceShare
+from lightning_caq.profile import CurvatureProfile, LayerCurvature
 from lightning_caq.reporting.figures.eigenpairs import eigenpair_curve
 from lightning_caq.reporting.figures.kappa_vs_bits import kappa_vs_bits
 from lightning_caq.reporting.figures.landscape import loss_landscape
@@ -25,6 +21,7 @@ from lightning_caq.reporting.figures.subspace import subspace
 from lightning_caq.reporting.figures.tightness import tightness_curves
 from lightning_caq.reporting.figures.training import training_curves
 from lightning_caq.reporting.figures.waterfall import error_waterfall
+from lightning_caq.studies import Energy, EpochCurvature, Landscape, SweepPoint, Tightness
 
 
 def words(figure) -> str:

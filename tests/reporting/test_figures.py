@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from readable import assert_readable, texts
 
 from lightning_caq.evaluation.sweep import sweep_points
-from lightning_caq.measures.profile import CurvatureProfile, LayerCurvature
+from lightning_caq.profile import CurvatureProfile, LayerCurvature
 from lightning_caq.reporting.figures.bits import bits_heatmap
 from lightning_caq.reporting.figures.curvature import curvature_bars
 

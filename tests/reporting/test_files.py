@@ -9,9 +9,9 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lightning_caq.evaluation.report import QuantizationReport
-from lightning_caq.measures.profile import CurvatureProfile, LayerCurvature
 from lightning_caq.plan import QuantizationPlan
+from lightning_caq.profile import CurvatureProfile, LayerCurvature
+from lightning_caq.report import QuantizationReport
 from lightning_caq.reporting.files import scalars, write_outputs
 
 DATA = ["layers.csv", "plan.json", "plan.safetensors", "profile.json", "report.html", "report.json"]

@@ -11,10 +11,10 @@ import pytest
 from matplotlib.figure import Figure
 from readable import assert_readable
 
-from lightning_caq.evaluation.report import QuantizationReport
-from lightning_caq.evaluation.studies import Studies
-from lightning_caq.measures.profile import CurvatureProfile, LayerCurvature
+from lightning_caq.profile import CurvatureProfile, LayerCurvature
+from lightning_caq.report import QuantizationReport
 from lightning_caq.reporting.gallery import ENTRIES, draw_gallery
+from lightning_caq.studies import Studies
 
 TAGS = [
     "bits",

@@ -9,12 +9,12 @@ import pytest
 import torch
 import yaml
 
-from lightning_caq.budget import LayerSizes
 from lightning_caq.plan import LayerPlan, QuantizationPlan
-from lightning_caq.quantizers.affine import Grid
+from lightning_caq.quantizers.grids.affine import Grid
 from lightning_caq.reporting.gallery import ENTRIES, Gallery, draw_gallery
 from lightning_caq.reporting.html import table, write_comparison, write_html
 from lightning_caq.reporting.words import in_words, reproduce
+from lightning_caq.sizes import LayerSizes
 
 VOID = {"meta", "img", "br"}
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_caq.evaluation.report import QuantizationReport
+from lightning_caq.report import QuantizationReport
 from lightning_caq.reporting.files import write_outputs
 from lightning_caq.reporting.gallery import Gallery
 from lightning_caq.reporting.runs import read_run

@@ -12,9 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_caq.budget import LayerSizes
 from lightning_caq.reporting.gallery import Gallery
 from lightning_caq.reporting.tensorboard import log_to_tensorboard, summary
+from lightning_caq.sizes import LayerSizes
 
 FLOATS = {"conv1": torch.linspace(-1, 1, 6), "fc": torch.zeros(0)}
 TAGS = [

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from lightning_caq.allocation.search import SearchSpace
 from lightning_caq.errors import OptionError
-from lightning_caq.measures.profile import CurvatureProfile
+from lightning_caq.profile import CurvatureProfile
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from lightning_caq.allocation.composition import precision_floor
 from lightning_caq.allocation.tables import layer_column, layer_table
-from lightning_caq.measures.profile import CurvatureProfile
+from lightning_caq.profile import CurvatureProfile
 
 
 class Method:
@@ -20,7 +20,7 @@ class Method:
     that very error. The sum of the costs is Φ_rss², the composed error of independent layer errors (CAQ 2.3).
 
     Example:
-        >>> from lightning_caq.measures.profile import LayerCurvature
+        >>> from lightning_caq.profile import LayerCurvature
         >>> row = LayerCurvature("fc", weights=1, channels=1, macs=1, carried_error={2: 2.0})
         >>> Method().costs(CurvatureProfile((row,)), [2])
         array([[4.]])

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from lightning_caq.allocation.composition import layer_error_bound
 from lightning_caq.allocation.methods import caq
 from lightning_caq.allocation.tables import layer_column
-from lightning_caq.measures.profile import CurvatureProfile
+from lightning_caq.profile import CurvatureProfile
 
 
 class Method(caq.Method):
@@ -24,7 +24,7 @@ class Method(caq.Method):
     are those of ``caq``.
 
     Example:
-        >>> from lightning_caq.measures.profile import LayerCurvature
+        >>> from lightning_caq.profile import LayerCurvature
         >>> row = LayerCurvature("fc", 1, 1, 1, lipschitz=3.0, input_norm=2.0, output_norm=2.0, remainder=1.0,
         ...                      amplification=0.5)
         >>> Method().costs(CurvatureProfile((row,)), [1])  # (½ · (8 / 2 + 4 / 4))²

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_caq.measures.profile import CurvatureProfile, LayerCurvature
+from lightning_caq.profile import CurvatureProfile, LayerCurvature
 
 
 class Method:

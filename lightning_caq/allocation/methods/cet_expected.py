@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_caq.allocation.tables import layer_column, layer_table
-from lightning_caq.measures.profile import CurvatureProfile
+from lightning_caq.profile import CurvatureProfile
 
 
 class Method:
@@ -19,7 +19,7 @@ class Method:
     sister ``cet`` takes the direction of the real error, and measures where the quadratic model fails.
 
     Example:
-        >>> from lightning_caq.measures.profile import LayerCurvature
+        >>> from lightning_caq.profile import LayerCurvature
         >>> row = LayerCurvature("fc", weights=4, channels=1, macs=4, subspace_curvature=8.0, rounding_error={2: 0.5})
         >>> Method().costs(CurvatureProfile((row,), residual_curvature=1.0), [2])
         array([[0.75]])

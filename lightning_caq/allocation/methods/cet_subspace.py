@@ -8,7 +8,7 @@ from typing import ClassVar
 from lightning_caq.allocation.search import Bits, SearchSpace
 from lightning_caq.allocation.subspace import matching_bits, noise_bits, solve_subspace
 from lightning_caq.allocation.tables import layer_column
-from lightning_caq.measures.profile import CurvatureProfile
+from lightning_caq.profile import CurvatureProfile
 
 
 class Method:
@@ -23,7 +23,7 @@ class Method:
 
     Example:
         >>> import numpy as np
-        >>> from lightning_caq.measures.profile import LayerCurvature
+        >>> from lightning_caq.profile import LayerCurvature
         >>> rows = [LayerCurvature(name, 10, 1, 10, weight_range=12**0.5, subspace_curvature=c,
         ...                        rounding_error={b: 10 / (2**b - 1) ** 2 for b in (2, 4, 6)})
         ...         for name, c in (("flat", 1.0), ("steep", 256.0))]

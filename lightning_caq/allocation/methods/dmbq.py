@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_caq.allocation.tables import layer_column, layer_table
-from lightning_caq.measures.profile import CurvatureProfile
+from lightning_caq.profile import CurvatureProfile
 
 
 class Method:
@@ -20,7 +20,7 @@ class Method:
     are adapted while training, by a first-order expansion of the loss (``gradient_norm`` is close to that).
 
     Example:
-        >>> from lightning_caq.measures.profile import LayerCurvature
+        >>> from lightning_caq.profile import LayerCurvature
         >>> row = LayerCurvature("fc", weights=4, channels=1, macs=4, distribution_distance={2: 0.5, 4: 0.125})
         >>> Method().costs(CurvatureProfile((row,)), [2, 4])
         array([[2. , 0.5]])

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from lightning_caq.allocation.search import Bits, SearchSpace
-from lightning_caq.measures.profile import CurvatureProfile
+from lightning_caq.profile import CurvatureProfile
 
 EVALUATIONS = 200
 POPULATION = 20

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_caq.allocation.tables import layer_column, layer_table
-from lightning_caq.measures.profile import CurvatureProfile
+from lightning_caq.profile import CurvatureProfile
 
 
 class Method:
@@ -22,7 +22,7 @@ class Method:
     labels would show. It equals √tr(H_ii).
 
     Example:
-        >>> from lightning_caq.measures.profile import LayerCurvature
+        >>> from lightning_caq.profile import LayerCurvature
         >>> row = LayerCurvature("fc", 4, 1, 4, gradient_norm=3.0, rounding_error={2: 0.25})
         >>> Method().costs(CurvatureProfile((row,), objective="task"), [2])
         array([[1.5]])

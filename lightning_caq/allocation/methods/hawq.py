@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_caq.allocation.tables import layer_column, layer_table
-from lightning_caq.measures.profile import CurvatureProfile
+from lightning_caq.profile import CurvatureProfile
 
 
 class Method:
@@ -20,7 +20,7 @@ class Method:
     hand is left to the solver.
 
     Example:
-        >>> from lightning_caq.measures.profile import LayerCurvature
+        >>> from lightning_caq.profile import LayerCurvature
         >>> row = LayerCurvature("fc", 4, 1, 4, top_eigenvalue=3.0, rounding_error={2: 0.5})
         >>> Method().costs(CurvatureProfile((row,)), [2])
         array([[1.5]])

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_caq.allocation.tables import layer_column, layer_table
-from lightning_caq.measures.profile import CurvatureProfile
+from lightning_caq.profile import CurvatureProfile
 
 
 class Method:
@@ -19,7 +19,7 @@ class Method:
     have, counts as zero.
 
     Example:
-        >>> from lightning_caq.measures.profile import LayerCurvature
+        >>> from lightning_caq.profile import LayerCurvature
         >>> row = LayerCurvature("fc", weights=4, channels=1, macs=4, trace=12.0, rounding_error={2: 0.5})
         >>> Method().costs(CurvatureProfile((row,)), [2])
         array([[1.5]])

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_caq.allocation.tables import layer_table
-from lightning_caq.measures.profile import CurvatureProfile
+from lightning_caq.profile import CurvatureProfile
 
 
 class Method:
@@ -21,7 +21,7 @@ class Method:
     their start they say little more than how large the weights are.
 
     Example:
-        >>> from lightning_caq.measures.profile import LayerCurvature
+        >>> from lightning_caq.profile import LayerCurvature
         >>> row = LayerCurvature("fc", 4, 1, 4, scale_importance={2: 0.5, 4: 0.125})
         >>> Method().costs(CurvatureProfile((row,)), [2, 4])
         array([[0.5  , 0.125]])

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_caq.allocation.tables import layer_table
-from lightning_caq.measures.profile import CurvatureProfile
+from lightning_caq.profile import CurvatureProfile
 
 
 class Method:
@@ -20,7 +20,7 @@ class Method:
     which the full Hessian of a task loss may give, counts as zero: Gauss–Newton's never is.
 
     Example:
-        >>> from lightning_caq.measures.profile import LayerCurvature
+        >>> from lightning_caq.profile import LayerCurvature
         >>> row = LayerCurvature("fc", 4, 1, 4, second_order={2: 3.0, 4: -0.1})
         >>> Method().costs(CurvatureProfile((row,)), [2, 4])
         array([[1.5, 0. ]])

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_caq.measures.profile import CurvatureProfile
+from lightning_caq.profile import CurvatureProfile
 
 
 class Method:
@@ -18,7 +18,7 @@ class Method:
     the whole numbers on either side.
 
     Example:
-        >>> from lightning_caq.measures.profile import LayerCurvature
+        >>> from lightning_caq.profile import LayerCurvature
         >>> profile = CurvatureProfile((LayerCurvature("fc", weights=16, channels=1, macs=16),))
         >>> Method().costs(profile, [1, 2])
         array([[4., 1.]])

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_caq.allocation.tables import layer_table
-from lightning_caq.measures.profile import CurvatureProfile
+from lightning_caq.profile import CurvatureProfile
 
 
 class Method:
@@ -19,7 +19,7 @@ class Method:
     synthesises; here the calibration samples are used, as for every other method.
 
     Example:
-        >>> from lightning_caq.measures.profile import LayerCurvature
+        >>> from lightning_caq.profile import LayerCurvature
         >>> row = LayerCurvature("fc", 4, 1, 4, kl={2: 0.5, 4: 0.125})
         >>> Method().costs(CurvatureProfile((row,)), [2, 4])
         array([[0.5  , 0.125]])

@@ -14,7 +14,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap
 from matplotlib.figure import Figure
 
-from lightning_caq.evaluation.report import QuantizationReport
+from lightning_caq.report import QuantizationReport
 from lightning_caq.reporting.figures.scales import lines
 from lightning_caq.reporting.metrics import headline_metric
 from lightning_caq.reporting.sheet import FONT, GREY, LINE, inches, sheet, shorten
@@ -36,7 +36,7 @@ def bits_heatmap(report: QuantizationReport) -> Figure:
         ValueError: If the report holds no layer.
 
     Example:
-        >>> from lightning_caq.evaluation.report import LayerRow, Size
+        >>> from lightning_caq.report import LayerRow, Size
         >>> rows = (LayerRow("fc", "linear", 8, 8, None, None, {"quantized": 2}),)
         >>> report = QuantizationReport("cet", "avg_bits=2", rows, {"quantized": Size(2.0, 4.0, 8)}, {})
         >>> bits_heatmap(report).axes[0].images[0].get_array().tolist()

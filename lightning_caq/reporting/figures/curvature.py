@@ -10,8 +10,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from lightning_caq.evaluation.report import QuantizationReport
-from lightning_caq.measures.profile import CurvatureProfile
+from lightning_caq.profile import CurvatureProfile
+from lightning_caq.report import QuantizationReport
 from lightning_caq.reporting.figures.scales import agreement, decades, numbers, tidy_log
 from lightning_caq.reporting.palette import BAR, POINT, TOLERANCE
 from lightning_caq.reporting.sheet import FONT, GREY, sheet
@@ -32,8 +32,8 @@ def curvature_bars(report: QuantizationReport, profile: CurvatureProfile) -> Fig
         ValueError: If the report holds no layer.
 
     Example:
-        >>> from lightning_caq.evaluation.report import LayerRow, Size
-        >>> from lightning_caq.measures.profile import LayerCurvature
+        >>> from lightning_caq.report import LayerRow, Size
+        >>> from lightning_caq.profile import LayerCurvature
         >>> rows = (LayerRow("fc", "linear", 8, 8, 3.0, None, {"quantized": 2}),)
         >>> report = QuantizationReport("cet", "avg_bits=2", rows, {"quantized": Size(2.0, 4.0, 8)}, {})
         >>> figure = curvature_bars(report, CurvatureProfile((LayerCurvature("fc", 8, 2, 8, kappa=3.0),)))

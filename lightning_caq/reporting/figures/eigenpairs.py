@@ -9,10 +9,11 @@ from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from lightning_caq.evaluation.sweep import SweepPoint, mean_points
+from lightning_caq.evaluation.sweep import mean_points
 from lightning_caq.reporting.metrics import headline_metric, metric_label
 from lightning_caq.reporting.palette import SERIES
 from lightning_caq.reporting.sheet import FONT, board, shorten
+from lightning_caq.studies import SweepPoint
 
 
 @style.context("default")

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from lightning_caq.evaluation.report import QuantizationReport
-from lightning_caq.measures.profile import CurvatureProfile
+from lightning_caq.profile import CurvatureProfile
+from lightning_caq.report import QuantizationReport
 from lightning_caq.reporting.figures.scales import agreement, decades, numbers, tidy_log
 from lightning_caq.reporting.palette import BAR, TOLERANCE
 from lightning_caq.reporting.sheet import FONT, aside, board, inches, short_names
@@ -39,8 +39,8 @@ def kappa_vs_bits(report: QuantizationReport, profile: CurvatureProfile) -> Figu
         ValueError: If no layer has a positive κ.
 
     Example:
-        >>> from lightning_caq.evaluation.report import LayerRow
-        >>> from lightning_caq.measures.profile import LayerCurvature
+        >>> from lightning_caq.report import LayerRow
+        >>> from lightning_caq.profile import LayerCurvature
         >>> rows = (LayerRow("fc", "linear", 8, 8, 3.0, None, {"quantized": 2}),)
         >>> report = QuantizationReport("cet", "", rows, {}, {})
         >>> figure = kappa_vs_bits(report, CurvatureProfile((LayerCurvature("fc", 8, 2, 8, kappa=3.0),)))

@@ -8,10 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lightning_caq.evaluation.landscape import Landscape
 from lightning_caq.reporting.figures.scales import figure_text
 from lightning_caq.reporting.palette import POINT
 from lightning_caq.reporting.sheet import FONT, board
+from lightning_caq.studies import Landscape
 
 LEVELS = 13
 

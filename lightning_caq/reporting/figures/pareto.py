@@ -10,10 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lightning_caq.evaluation.sweep import SweepPoint, mean_points
+from lightning_caq.evaluation.sweep import mean_points
 from lightning_caq.reporting.metrics import headline_metric, metric_label
 from lightning_caq.reporting.palette import POINT, series_style
 from lightning_caq.reporting.sheet import FONT, board, legend_aside, shorten, width_of
+from lightning_caq.studies import SweepPoint
 
 _APART = 0.5  # bits; networks closer together than this are of one size
 

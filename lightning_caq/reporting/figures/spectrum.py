@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from lightning_caq.measures.profile import CurvatureProfile
+from lightning_caq.profile import CurvatureProfile
 from lightning_caq.reporting.figures.scales import figure_text, largest, numbers, tidy_log
 from lightning_caq.reporting.palette import BAR, POINT, TOLERANCE
 from lightning_caq.reporting.sheet import FONT, GREY, LINE, board, inches, short_names

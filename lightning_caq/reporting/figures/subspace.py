@@ -10,10 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lightning_caq.evaluation.shares import Energy, SubspaceShare
+from lightning_caq.evaluation.shares import SubspaceShare
 from lightning_caq.reporting.figures.scales import decades, lines, tidy_log
 from lightning_caq.reporting.palette import FAINT, POINT, TOLERANCE
 from lightning_caq.reporting.sheet import FONT, GREY, inches, sheet
+from lightning_caq.studies import Energy
 
 _ROWS = (("short", -0.19, TOLERANCE), ("rest", 0.19, POINT))
 

@@ -12,10 +12,10 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lightning_caq.evaluation.tightness import Tightness
 from lightning_caq.reporting.figures.scales import numbers, tidy_log
 from lightning_caq.reporting.palette import SERIES
 from lightning_caq.reporting.sheet import FONT, board, legend_aside, width_of
+from lightning_caq.studies import Tightness
 
 # Field of Tightness, what it is, colour and marker.
 _PREDICTIONS = (

@@ -14,10 +14,10 @@ from matplotlib.colors import Colormap, ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lightning_caq.evaluation.training import EpochCurvature
 from lightning_caq.reporting.figures.scales import numbers, tidy_log
 from lightning_caq.reporting.palette import series_style
 from lightning_caq.reporting.sheet import FONT, GREY, board, inches, legend_aside, short_names, width_of
+from lightning_caq.studies import EpochCurvature
 
 NAMED = 8
 _PANELS = {

@@ -1,0 +1,1 @@
+"""The solver: the cheapest choice of bits within limits."""

@@ -1,0 +1,1 @@
+"""The bridge to Lightning: the only place that knows it."""

@@ -1,0 +1,1 @@
+"""The Hessian of the distill objective from a small matrix of inner products."""

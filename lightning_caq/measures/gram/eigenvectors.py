@@ -1,0 +1,120 @@
+"""Eigenvectors: the short-axis subspace with every weight's part in it, as a quadratic model of the objective.
+
+Measuring needs no eigenvector (``gram``); choosing what single weights are rounded to does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from lightning_caq.errors import OptionError
+from lightning_caq.measures.gram.spectrum import gram_spectrum, rows_memory
+from lightning_caq.measures.gram.weight_rows import matrix_shape, passes, weight_rows
+from lightning_caq.measures.hessian.folding import batchnorm_folded
+from lightning_caq.measures.hessian.hessian import Hessian
+from lightning_caq.measures.hessian.hutchinson import estimate_layer_traces
+from lightning_caq.measures.hessian.lanczos import lanczos
+from lightning_caq.network.layer_matrix import from_matrix
+from lightning_caq.network.layers import Layer, layer_weight
+from lightning_caq.network.objective import Objective
+from lightning_caq.quantizers.rounding.quadratic_model import QuadraticModel
+from lightning_caq.utilities.seeding import generator
+
+LARGEST = 2**31  # bytes
+
+
+def check_memory(layers: Sequence[Layer], k: int) -> None:
+    """Refuse eigenvectors that take too much memory: 4 n k bytes for n weights and k eigenpairs.
+
+    Args:
+        layers: The layers.
+        k: Number of eigenpairs.
+
+    Raises:
+        OptionError: If they take more than ``LARGEST`` bytes.
+
+    Example:
+        >>> check_memory([Layer("fc", "linear", (100, 100))], k=64)
+    """
+    n = sum(layer.weights for layer in layers)
+    size = 4 * n * min(k, n)
+    if size > LARGEST:
+        fits = max(LARGEST // (4 * n), 1)
+        raise OptionError(
+            f"rounding='long_axis' with eigenpairs={k} holds {size / 2**30:.1f} GiB of eigenvectors for {n:,} weights, "
+            f"more than {LARGEST / 2**30:.1f}; give eigenpairs={fits} or fewer, or another rounding."
+        )
+
+
+def short_axis_model(model: nn.Module, layers: Sequence[Layer], target: Objective, k: int, seed: int) -> QuadraticModel:
+    """The leading eigenpairs of the objective's Hessian, its mean curvature outside them, and the gradient.
+
+    Takes one pass over gradient rows for the spectrum and one for the vectors with ``"distill"``, Lanczos and a trace
+    estimate with ``"task"``; 4 n k bytes for the vectors.
+
+    Args:
+        model: The float network, in eval mode, its layers' weights differentiable.
+        layers: The layers.
+        target: The objective; ``"distill"`` has no gradient at the float weights.
+        k: Number of eigenpairs; fewer are given where the Hessian has fewer.
+        seed: Seed of the random starts and probes.
+
+    Example:
+        >>> from lightning_caq.network.objective import make_objective
+        >>> net = nn.Linear(2, 1, bias=False)
+        >>> layer, x = Layer("", "linear", (1, 2), calls=1, modules=("",)), torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> found = short_axis_model(net, [layer], make_objective("distill", net, [x]), k=1, seed=0)
+        >>> found.vectors.abs().flatten(), round(float(found.values), 4), round(found.residual, 4)
+        (tensor([0., 1.]), 2.0, 0.5)
+    """
+    check_memory(layers, k)
+    found = _from_rows if target.name == "distill" else _from_products
+    return found(model, layers, target, k, seed)
+
+
+def _from_rows(model: nn.Module, layers: Sequence[Layer], target: Objective, k: int, seed: int) -> QuadraticModel:
+    """v_j = Aᵀ u_j / √λ_j, with the rows of A held for a few layers at a time."""
+    spectrum = gram_spectrum(model, layers, target.batches, {x.name: {} for x in layers}, k=k, seed=seed)
+    values = spectrum.values[:k]
+    mix = spectrum.combinations[:, :k] / values.sqrt()
+    sizes = tuple(layer.weights for layer in layers)
+    vectors = torch.zeros(sum(sizes), len(values), dtype=torch.float32)
+    edges = dict(zip([x.name for x in layers], pairwise(torch.tensor([0, *sizes]).cumsum(0).tolist()), strict=True))
+    memory = rows_memory(layer_weight(model, layers[0]))
+    for pieces in passes(model, layers, target.batches, len(mix), memory):
+        every = weight_rows(model, pieces, target.batches, spectrum.chosen)
+        while every:
+            piece, held = every.popitem()  # let go before the next pass holds its own
+            start, stop = edges[piece.layer.name]
+            vectors[start:stop][_places(piece.layer)[:, piece.cut].flatten()] = held.combine(mix).float().cpu()
+    rest = spectrum.trace - float(values.sum())
+    return QuadraticModel(sizes, values, vectors, _mean(rest, vectors), torch.zeros(sum(sizes)))
+
+
+def _places(layer: Layer) -> Tensor:
+    """Of each entry of the layer's matrices its place in the flat weight, shape (groups, outputs, columns)."""
+    shape = matrix_shape(layer)
+    entry_of = from_matrix(layer, torch.arange(layer.weights).reshape(shape)).flatten()
+    return entry_of.argsort().reshape(shape)
+
+
+def _from_products(model: nn.Module, layers: Sequence[Layer], target: Objective, k: int, seed: int) -> QuadraticModel:
+    with batchnorm_folded(model, layers, target.batches[0]):
+        operator = Hessian(model, layers, target)
+        start = operator.like(torch.randn(operator.size, generator=generator(seed, "lanczos")))
+        pairs = lanczos(operator.product, start, min(k, operator.size))
+        traces = estimate_layer_traces(operator, [generator(seed, f"trace/{x.name}") for x in layers])
+        gradient = torch.cat([part.flatten() for part in operator.gradient()])
+    vectors, values = pairs.vectors.float().cpu(), pairs.values.cpu()
+    rest = float(traces.values.sum()) - float(values.sum())
+    return QuadraticModel(tuple(operator.sizes), values, vectors, _mean(rest, vectors), gradient.float().cpu())
+
+
+def _mean(rest: float, vectors: Tensor) -> float:
+    """Mean curvature outside S of a trace's rest, floored at 0."""
+    n, k = vectors.shape
+    return max(rest, 0.0) / max(n - k, 1)

@@ -1,0 +1,1 @@
+"""Measures of single layers: κ, L and magnitudes."""

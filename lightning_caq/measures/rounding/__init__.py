@@ -1,0 +1,1 @@
+"""What rounding does to a weight, a layer and the network."""

@@ -1,0 +1,137 @@
+"""The calibration objective: what quantization must not increase.
+
+``distill`` is the mean Kullback–Leibler divergence from the float network's outputs to the outputs now; it needs no
+labels, its gradient is zero at the float weights and its Hessian there is the generalised Gauss–Newton matrix. An
+output with a single column has no distribution over classes; its objective is half the squared distance instead, the
+divergence between two normal distributions of unit variance. ``task`` is the user's own loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_caq.errors import CalibrationError, OptionError
+from lightning_caq.network.batches import batch_size, run_model
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss over calibration batches, averaged over samples.
+
+    Attributes:
+        name: ``"distill"`` or ``"task"``.
+        batches: The calibration batches.
+        targets: For ``distill``, the float network's outputs, one tensor a batch.
+        loss: For ``task``, the user's loss of a model and a batch.
+    """
+
+    name: str
+    batches: tuple[Any, ...]
+    targets: tuple[Tensor, ...] = ()
+    loss: Loss | None = None
+
+    @property
+    def samples(self) -> int:
+        """Number of samples."""
+        return sum(batch_size(batch) for batch in self.batches)
+
+    def weight(self, index: int) -> float:
+        """Share of batch ``index`` in the mean over samples; uneven batches count by their sizes."""
+        return batch_size(self.batches[index]) / self.samples
+
+    def batch_loss(self, model: nn.Module, index: int) -> Tensor:
+        """Mean loss over the samples of one batch, in nat, a scalar with its graph.
+
+        Raises:
+            CalibrationError: If the loss is not a finite scalar.
+        """
+        if self.name == "distill":
+            return divergence(self.targets[index], run_model(model, self.batches[index]))
+        assert self.loss is not None
+        loss = self.loss(model, self.batches[index])
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise CalibrationError(f"The loss of calibration batch {index} must be a scalar tensor, got {_what(loss)}.")
+        if not bool(torch.isfinite(loss).all()):
+            raise CalibrationError(
+                f"The loss of calibration batch {index} is {loss.item()}; only finite losses can be used."
+            )
+        return loss.reshape(())
+
+    def value(self, model: nn.Module) -> float:
+        """The objective of a network: mean loss over all samples, nat."""
+        with torch.no_grad():
+            return sum(self.weight(i) * float(self.batch_loss(model, i).double()) for i in range(len(self.batches)))
+
+
+def make_objective(name: str, model: nn.Module, batches: Sequence[Any], loss: Loss | None = None) -> Objective:
+    """The objective of a float network over batches.
+
+    Args:
+        name: ``"distill"`` or ``"task"``.
+        model: The float network, in eval mode.
+        batches: Calibration batches.
+        loss: Loss of a model and a batch, needed for ``"task"``.
+
+    Raises:
+        OptionError: If ``"task"`` has no loss.
+        CalibrationError: If an output or a loss is NaN or infinite.
+
+    Example:
+        >>> net = nn.Linear(3, 4)
+        >>> make_objective("distill", net, [torch.randn(5, 3)]).value(net)
+        0.0
+    """
+    if name == "task":
+        if loss is None:
+            raise OptionError(
+                "objective='task' needs loss_fn, a function of the model and a batch that returns the loss."
+            )
+        return Objective(name, tuple(batches), loss=loss)
+    targets = []
+    with torch.no_grad():
+        for index, batch in enumerate(batches):
+            output = run_model(model, batch)
+            if not bool(torch.isfinite(output).all()):
+                raise CalibrationError(f"The outputs for calibration batch {index} hold NaN or infinite values.")
+            targets.append(output)
+    return Objective(name, tuple(batches), tuple(targets))
+
+
+def output_rows(output: Tensor) -> Tensor:
+    """Outputs as rows of classes, shape (rows, classes).
+
+    Classes lie along the last axis; along the second where the output has four or more axes, as in segmentation.
+    """
+    if output.ndim >= 4:
+        output = output.movedim(1, -1)
+    return output.reshape(-1, output.shape[-1]) if output.ndim > 1 else output.reshape(-1, 1)
+
+
+def divergence(target: Tensor, output: Tensor) -> Tensor:
+    """Mean divergence between float and present outputs, nat, a scalar.
+
+    KL(p ‖ q) of the softmax distributions, or ½ (difference)² for a single column.
+
+    Example:
+        >>> z = torch.tensor([[0.0, 0.0]])
+        >>> round(float(divergence(z, torch.tensor([[0.0, 1.0]]))), 4)
+        0.1201
+    """
+    before, after = output_rows(target), output_rows(output)
+    if before.shape[1] == 1:
+        return 0.5 * (after - before).square().mean()
+    dtype = torch.promote_types(after.dtype, torch.float32)  # half precision has too few digits for a small difference
+    p, q = F.log_softmax(before.to(dtype), 1), F.log_softmax(after.to(dtype), 1)
+    return (p.exp() * (p - q)).sum(1).mean()
+
+
+def _what(value: Any) -> str:
+    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

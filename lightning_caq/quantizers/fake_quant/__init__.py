@@ -1,0 +1,1 @@
+"""Fake-quant modules: the network's own modules, snapped to a grid."""

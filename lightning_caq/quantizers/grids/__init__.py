@@ -1,0 +1,1 @@
+"""Grids: the values that weights and inputs may take."""

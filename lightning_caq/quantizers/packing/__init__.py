@@ -1,0 +1,1 @@
+"""Packing: codes in as few bytes as they need."""

@@ -1,0 +1,1 @@
+"""Rounding: which value of its grid each weight takes."""

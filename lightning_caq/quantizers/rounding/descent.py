@@ -1,0 +1,110 @@
+"""Descent: better codes and scales for a rounded layer, by steps that can only lower its output error.
+
+The error is the damped squared error of the layer's outputs, Σ over output channels of e H eᵀ with e = w − s (c − z).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lightning_caq.network.layer_matrix import from_matrix, to_matrix
+from lightning_caq.network.layers import Layer
+from lightning_caq.quantizers.grids.affine import Grid
+from lightning_caq.quantizers.rounding.moments import damped
+
+_ROUNDS = 2
+_SWEEPS = 3
+_BLOCK = 8
+
+
+def output_error(layer: Layer, weight: Tensor, rounded: Tensor, curvature: Tensor) -> Tensor:
+    """Σ e H eᵀ, mean square of what rounding adds to the outputs, shape (groups, outputs), float64.
+
+    Args:
+        layer: The layer.
+        weight: What its outputs should be made with.
+        rounded: What they are made with.
+        curvature: H, shape (groups, columns, columns).
+    """
+    e = to_matrix(layer, rounded.double() - weight.double())
+    return ((e @ curvature.double()) * e).sum(2)
+
+
+def improve(layer: Layer, weight: Tensor, grid: Grid, codes: Tensor, curvature: Tensor) -> tuple[Grid, Tensor]:
+    """Change single codes, then the scales, as long as that lowers the output error.
+
+    A sweep visits the columns in order and gives each code the value that is best while all others are held, which is
+    exact: along one code the error is a parabola (coordinate descent, as in QuantEase, Behdin et al. 2023). The scale
+    of each channel then follows in closed form, s = (w H u) / (u H u) with u = c − z.
+
+    Args:
+        layer: The layer.
+        weight: What its outputs should be made with.
+        grid: Its grid.
+        codes: The codes to start from.
+        curvature: E[z zᵀ], shape (groups, columns, columns).
+
+    Returns:
+        The grid with its new scales, and codes, uint8 in the shape of the weight.
+
+    Example:
+        >>> layer, w = Layer("fc", "linear", (1, 2)), torch.tensor([[0.4, 0.4]])
+        >>> grid = Grid(2, torch.ones(1, 1), torch.zeros(1, 1))
+        >>> grid, codes = improve(layer, w, grid, torch.zeros(1, 2), torch.ones(1, 2, 2))
+        >>> codes, round(float(grid.scale), 2)
+        (tensor([[1, 0]], dtype=torch.uint8), 0.8)
+    """
+    h = damped(curvature).float()
+    # Columns become rows: what the loop touches then lies together in memory.
+    w, c, z = (
+        to_matrix(layer, x.float().expand(layer.shape)).transpose(1, 2).contiguous()
+        for x in (weight.detach(), codes, grid.zero_point)
+    )
+    scale, top = grid.scale, to_matrix(layer, grid.top.expand(layer.shape))[:, :, 0]
+    for _ in range(_ROUNDS):
+        s = to_matrix(layer, scale.expand(layer.shape))[:, :, 0]
+        for _ in range(_SWEEPS):
+            if not _sweep(w, c, s, z, top, h):
+                break
+        scale = _fit_scale(layer, w, c - z, h, scale)
+    return replace(grid, scale=scale), from_matrix(layer, c.transpose(1, 2)).to(torch.uint8).contiguous()
+
+
+def _sweep(w: Tensor, c: Tensor, s: Tensor, z: Tensor, top: Tensor, h: Tensor) -> bool:
+    """Visit every column once and change ``c`` in place; whether anything changed.
+
+    Most columns stay as they are. So a block of them is looked at together, as far as the first that changes.
+
+    Shapes: w, c and z (groups, columns, outputs), s and top (groups, outputs), h (groups, columns, columns).
+    """
+    slope = h @ (s[:, None] * (c - z) - w)  # half the gradient of the error
+    bend = h.diagonal(dim1=1, dim2=2)[..., None] * s[:, None]
+    changed, low, top = False, torch.zeros_like(top)[:, None], top[:, None]
+    start = 0
+    while start < w.shape[1]:
+        block = slice(start, start + _BLOCK)
+        best = c[:, block] - slope[:, block] / bend[:, block]
+        steps = best.round_().clamp_(low, top) - c[:, block]
+        moving = steps.any(2).any(0).tolist()
+        if not any(moving):
+            start += _BLOCK
+            continue
+        first = moving.index(True)
+        step, j = steps[:, first], start + first
+        c[:, j] += step
+        slope.baddbmm_(h[:, :, j, None], (step * s)[:, None])
+        changed, start = True, j + 1
+    return changed
+
+
+def _fit_scale(layer: Layer, w: Tensor, u: Tensor, h: Tensor, scale: Tensor) -> Tensor:
+    """Least-squares scale of every channel; the old one where there is none above zero."""
+    hu = h @ u
+    along, square = (w * hu).sum(1), (u * hu).sum(1)
+    if layer.transposed:  # a scale serves the same place in every group
+        along, square = along.sum(0), square.sum(0)
+    along, square = along.reshape(scale.shape), square.reshape(scale.shape)
+    return torch.where((along > 0) & (square > 0), along / square.clamp_min(1e-30), scale)

@@ -1,0 +1,1 @@
+"""Selection: candidate networks are made, and one is kept."""

@@ -1,0 +1,161 @@
+"""Attempts: one allocation carried out on the network, so that it can be judged and, if need be, taken back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_caq.allocation.choose import Choice
+from lightning_caq.network.batches import HELD_OUT, batch_size, split_samples
+from lightning_caq.network.float_outputs import Reference, make_reference
+from lightning_caq.network.layers import Layer, layer_weight
+from lightning_caq.options import QuantizationOptions
+from lightning_caq.plan import LayerPlan, QuantizationPlan, weights_fingerprint
+from lightning_caq.quantizers.calibration import calibrate_inputs, rounded_inputs
+from lightning_caq.quantizers.fake_quant.swap import restore_modules, swap
+from lightning_caq.quantizers.grids.activations import InputGrid
+from lightning_caq.quantizers.grids.affine import Grid
+from lightning_caq.quantizers.grids.values import Quantizer
+from lightning_caq.quantizers.repair import Repair, prepare_repair
+from lightning_caq.quantizers.rounding.moments import samples_needed
+from lightning_caq.quantizers.rounding.passes import PairedPasses
+from lightning_caq.quantizers.rounding.round_layer import round_layer
+from lightning_caq.selection.long_axis import Valley
+from lightning_caq.sizes import LayerSizes, width_bits
+
+Rounded = tuple[list[LayerPlan], dict[str, InputGrid]]
+"""Weights and grids of inputs, by layer name, those of inputs that stay in float32 missing."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """An allocation that was carried out.
+
+    Attributes:
+        plan: What was done to the network.
+        held_out: The output error on the samples that nothing was fitted to, a part of the output.
+        notes: What the reader of the report should know; none as a rule.
+    """
+
+    plan: QuantizationPlan
+    held_out: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """A network that is rounded, repaired and put back, as often as allocations are to be tried.
+
+    Attributes:
+        model: The network, float between attempts.
+        layers: Its layers.
+        sizes: Their sizes.
+        rounding: How weights are rounded.
+        quantizer: How the values are chosen that they may take.
+        fitted: The samples that rounding and repair are fitted to.
+        held_out: The float network's outputs on other samples.
+        repair: What to repair after rounding, if anything.
+        floats: Every tensor of the float network by its state-dict key.
+        valley: For long-axis rounding, the steep directions to keep out of.
+    """
+
+    model: nn.Module
+    layers: Sequence[Layer]
+    sizes: LayerSizes
+    rounding: str
+    quantizer: Quantizer
+    fitted: Sequence[Any]
+    held_out: Reference
+    repair: Repair | None
+    floats: Mapping[str, Tensor]
+    valley: Valley | None = None
+
+    @property
+    def shortage(self) -> str:
+        """What is to be said if error feedback has not half the samples of full rank; empty if there are enough.
+
+        With more than half, damping was seen to make up for the rest: a warning would be noise.
+        """
+        samples = sum(map(batch_size, self.fitted))
+        needed = samples_needed(self.model, self.layers, 2 * samples) if self.rounding == "error_feedback" else {}
+        if not needed:
+            return ""
+        listed = ", ".join(f"'{name}' ({count:,})" for name, count in needed.items())
+        return (
+            f"Error feedback is fitted to {samples:,} samples, not half of what a curvature of full rank takes at the "
+            f"input of {listed}; damping makes up for what is missing. calibration_samples="
+            f"{math.ceil(max(needed.values()) / (1 - HELD_OUT))} are enough, those held out included"
+        )
+
+    def attempt(self, method: str, budget: str, choice: Choice) -> Attempt:
+        """Write the rounded weights into the network, and repair what that moved."""
+        made_for = weights_fingerprint(self.model, [layer.name for layer in self.layers])
+        plans, inputs = self._round(choice) if self.valley is None else self._round_together(choice, self.valley)
+        plans = [replace(plan, input_grid=inputs.get(plan.name)) for plan in plans]
+        with rounded_inputs(self.model, self.layers, inputs):
+            repairs, note = self.repair(self.model) if self.repair is not None else ({}, "")
+        sizes = replace(self.sizes, activation_bits=choice.inputs, widths=sum(map(width_bits, choice.bits)))
+        plan = QuantizationPlan(method, budget, self.rounding, tuple(plans), sizes, made_for, repairs).cpu()
+        swap(self.model, plan.grids(), plan.input_grids())  # what is judged is what the plan makes of the network
+        return Attempt(plan, self.held_out.error(self.model), (note,) if note else ())
+
+    def _round(self, choice: Choice) -> Rounded:
+        """One layer after the other, each for the inputs that the rounded layers before it produce."""
+        plans = []
+        with PairedPasses(self.model, self.layers, self.fitted, self.floats) as passes:
+            for index, (layer, b) in enumerate(zip(self.layers, choice.bits, strict=True)):
+                if choice.inputs:
+                    passes.round_inputs(layer, choice.inputs[index])
+                grid, codes = round_layer(self.model, layer, b, self.rounding, passes, self.quantizer)
+                with torch.no_grad():
+                    layer_weight(self.model, layer).copy_(grid.values(codes))
+                plans.append(LayerPlan(layer.name, layer.modules, grid, codes))
+        return plans, passes.inputs
+
+    def _round_together(self, choice: Choice, valley: Valley) -> Rounded:
+        """All layers at once, on the grids of nearest rounding."""
+        grids = []
+        with PairedPasses(self.model, self.layers, self.fitted, self.floats) as passes:
+            for layer, b in zip(self.layers, choice.bits, strict=True):
+                grid, _ = round_layer(self.model, layer, b, "nearest", passes, self.quantizer)
+                assert isinstance(grid, Grid)
+                grids.append(grid)
+        codes = valley.round(self.model, self.layers, grids)
+        plans = [LayerPlan(x.name, x.modules, g, c) for x, g, c in zip(self.layers, grids, codes, strict=True)]
+        inputs = calibrate_inputs(self.model, self.layers, self.fitted, choice.inputs) if choice.inputs else {}
+        return plans, inputs
+
+    def restore(self) -> None:
+        """Make the network the float one again."""
+        restore_modules(self.model)
+        live = tensors(self.model)
+        with torch.no_grad():
+            for name, value in self.floats.items():
+                live[name].copy_(value)
+
+
+def open_workshop(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    sizes: LayerSizes,
+    options: QuantizationOptions,
+    batches: Sequence[Any],
+    valley: Valley | None = None,
+) -> Workshop:
+    """Prepare a float network for attempts; the last eighth of the samples is held out to judge them by."""
+    fitted, held_out = split_samples(batches)
+    judge = make_reference(model, held_out)
+    repair = prepare_repair(model, layers, fitted, judge) if options.batchnorm == "recentre" else None
+    floats = {name: tensor.detach().clone() for name, tensor in tensors(model).items()}
+    quantizer = Quantizer(options.quantizer, options.range, options.symmetry)
+    return Workshop(model, layers, sizes, options.rounding, quantizer, fitted, judge, repair, floats, valley)
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Live parameters and buffers by state-dict key; extra state that is no tensor is left out."""
+    return {name: x for name, x in model.state_dict(keep_vars=True).items() if isinstance(x, Tensor)}

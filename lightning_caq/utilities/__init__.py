@@ -1,0 +1,1 @@
+"""Utilities: numbers, seeds, memory and progress, nothing of quantization."""

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from lightning_caq.report import LayerRow, QuantizationReport, Size, markdown_table, text_table
+
+
+@pytest.fixture
+def report() -> QuantizationReport:
+    rows = (
+        LayerRow("conv1", "conv2d", 432, 442368, 12.345678, 1.5, {"quantized": 8, "uniform": 3}),
+        LayerRow("linear", "linear", 12345, 12345, None, None, {"quantized": 2, "uniform": 3}),
+    )
+    sizes = {"float": Size(32.0, 1.0, 51108), "quantized": Size(2.2, 13.5, 3800), "uniform": Size(3.0, 10.0, 5100)}
+    metrics = {"float/val_acc": 0.915, "float/val_loss": 0.3, "quantized/val_acc": 0.9, "uniform/val_acc": 0.8}
+    return QuantizationReport(
+        "cet",
+        "avg_bits=3",
+        rows,
+        sizes,
+        metrics,
+        predicted_loss={"quantized": 0.01},
+        options={"seed": 0, "bits": [2, 3, 8]},
+        versions={"python": "3.11"},
+        seconds={"measure": 1.5},
+        notes=("A note.",),
+    )
+
+
+def test_report_survives_json(report) -> None:
+    assert QuantizationReport.from_json(report.to_json()) == report
+    assert json.loads(report.to_json())["layers"][1]["kappa"] is None
+
+
+def test_variants_and_metric_names_keep_their_order(report) -> None:
+    assert report.variants == ("float", "quantized", "uniform")
+    assert report.metric_names == ("val_acc", "val_loss")
+    assert replace(report, metrics={"float/val/acc": 1.0}).metric_names == ("val/acc",)
+
+
+def test_table_shows_layers_and_networks(report) -> None:
+    layers, networks = report.table().split("\n\n")
+    assert layers.splitlines() == [
+        "layer   kind    weights      κ    L  bits  bits uniform",
+        "------  ------  -------  -----  ---  ----  ------------",
+        "conv1   conv2d      432  12.35  1.5     8             3",
+        "linear  linear   12,345      –    –     2             3",
+    ]
+    assert networks.splitlines() == [
+        "network          avg bits   ratio    kB  val_acc  val_loss",
+        "---------------  --------  ------  ----  -------  --------",
+        "float               32.00   1.00x  51.1    0.915       0.3",
+        "quantized (cet)      2.20  13.50x   3.8      0.9         –",
+        "uniform              3.00  10.00x   5.1      0.8         –",
+    ]
+
+
+def test_layers_called_by_numbers_are_still_names() -> None:
+    assert text_table(["layer", "bits"], [["0", "8"], ["10", "2"]]).splitlines()[2:] == ["0         8", "10        2"]
+
+
+def test_figures_that_are_not_numbers_stay_in_their_column() -> None:
+    table = text_table(["network", "loss"], [["float", "0.25"], ["a", "nan"], ["b", "-1"]])
+    assert [line[-4:] for line in table.splitlines()[2:]] == ["0.25", " nan", "  -1"]
+
+
+def test_markdown_escapes_what_would_end_a_cell() -> None:
+    assert markdown_table(["layer", "bits"], [["a|b", "8"]]).splitlines()[2] == r"| a\|b | 8 |"
