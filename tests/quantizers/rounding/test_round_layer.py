@@ -15,7 +15,7 @@ from lightning_caq.quantizers.rounding.descent import improve
 from lightning_caq.quantizers.rounding.moments import InputMoments
 from lightning_caq.quantizers.rounding import moments
 from lightning_caq.quantizers.rounding.round_layer import corrected_weight, round_error_feedback, round_nearest
-from lightning_caq.quantizers.rounding.round_layer import round_layer as rounding
+from lightning_caq.quantizers.rounding import round_layer as rounding
 
 DAMPING, CORRECTION_DAMPING = 0.01, 0.1
 
