@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from lightning_caq.measures.hessian.hessian import Hessian
 from lightning_caq.measures.hessian.lanczos import lanczos
 from lightning_caq.network.layers import Layer, layer_weight
 from lightning_caq.network.objective import Objective
+from lightning_caq.network.perturbed import replaced_weights
 from lightning_caq.studies import Landscape
 from lightning_caq.utilities.seeding import generator
 
@@ -100,10 +100,15 @@ def landscape(
     curvatures = tuple(_curvature(operator, direction) for direction in (short, long))
     wide, tall = _reaches(path, curvatures, reach)
     along, across = (torch.linspace(-far, far, size).tolist() for far in (wide, tall))
-    weights = [layer_weight(model, layer) for layer in layers]
-    with _kept(weights) as before:
-        reference = objective.value(model)
-        loss = tuple(tuple(_at(model, objective, before, short, long, s, t) - reference for s in along) for t in across)
+    weights = [layer_weight(model, layer).detach().clone() for layer in layers]
+    reference = objective.value(model)
+
+    def loss_at(s: float, t: float) -> float:
+        places = zip(layers, weights, short, long, strict=True)
+        with replaced_weights(model, layers, {layer.name: w + s * u + t * v for layer, w, u, v in places}):
+            return objective.value(model) - reference
+
+    loss = tuple(tuple(loss_at(s, t) for s in along) for t in across)
     whole = _dot(moves, moves)
     inside = path[-1][0] ** 2 + path[-1][1] ** 2
     outside = max(1 - inside / whole, 0.0) ** 0.5 if whole > 0 else 0.0
@@ -132,33 +137,6 @@ def _reaches(path: Sequence[tuple[float, float]], curvatures: Sequence[float], r
 def _curvature(operator: Hessian, direction: Direction) -> float:
     vector = operator.like(torch.cat([d.flatten() for d in direction]))
     return float(torch.dot(vector.double(), operator.product(vector).double()))
-
-
-@contextmanager
-def _kept(weights: Sequence[Tensor]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Pairs of live weights and copies of them; the copies are written back in the end."""
-    pairs = [(weight, weight.detach().clone()) for weight in weights]
-    try:
-        yield pairs
-    finally:
-        with torch.no_grad():
-            for weight, copy in pairs:
-                weight.copy_(copy)
-
-
-def _at(
-    model: nn.Module,
-    objective: Objective,
-    weights: Sequence[tuple[Tensor, Tensor]],
-    short: Direction,
-    long: Direction,
-    s: float,
-    t: float,
-) -> float:
-    with torch.no_grad():
-        for (weight, before), u, v in zip(weights, short, long, strict=True):
-            weight.copy_(before + s * u + t * v)
-    return objective.value(model)
 
 
 def _dot(a: Direction, b: Direction) -> float:

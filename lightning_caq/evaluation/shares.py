@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_caq.evaluation.perturbed import perturbed
 from lightning_caq.measures.gram.spectrum import gram_spectrum
 from lightning_caq.measures.hessian.folding import batchnorm_folded
 from lightning_caq.measures.hessian.hessian import Hessian
@@ -17,6 +16,7 @@ from lightning_caq.measures.hessian.lanczos import lanczos
 from lightning_caq.network.float_outputs import make_reference
 from lightning_caq.network.layers import Layer
 from lightning_caq.network.objective import Objective
+from lightning_caq.network.perturbed import perturbed
 from lightning_caq.profile import CurvatureProfile
 from lightning_caq.studies import Energy
 from lightning_caq.utilities.seeding import generator

@@ -9,12 +9,12 @@ from torch import nn
 
 from lightning_caq.allocation.composition import compose, correlated_bound
 from lightning_caq.errors import OptionError
-from lightning_caq.evaluation.perturbed import perturbed
 from lightning_caq.measures.rounding.bias_correction import bias_corrections
 from lightning_caq.measures.rounding.carried import carried_errors
 from lightning_caq.measures.rounding.rounding_errors import nearest_errors
 from lightning_caq.network.float_outputs import make_reference
 from lightning_caq.network.layers import Layer
+from lightning_caq.network.perturbed import perturbed
 from lightning_caq.profile import CurvatureProfile
 from lightning_caq.sizes import Width
 from lightning_caq.studies import Tightness

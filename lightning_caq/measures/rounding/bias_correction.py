@@ -75,15 +75,3 @@ def bias_corrections(
 
     visit_modules(model, owners, batches, visit)
     return {name: {b: -total / counts[name] for b, total in found.items()} for name, found in totals.items()}
-
-
-def along_channels(layer: Layer, values: Tensor, output: Tensor) -> Tensor:
-    """A vector, one number an output channel, in a shape and type that adds to the layer's output.
-
-    Example:
-        >>> import torch
-        >>> layer = Layer("conv", "conv2d", (2, 1, 3, 3))
-        >>> along_channels(layer, torch.zeros(2), torch.zeros(5, 2, 8, 8)).shape
-        torch.Size([2, 1, 1])
-    """
-    return values.to(output).reshape(-1, *(1,) * (-layer.channel_axis - 1))

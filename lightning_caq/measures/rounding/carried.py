@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_caq.measures.rounding.bias_correction import along_channels
 from lightning_caq.network.batches import batch_size, run_model, take_samples
 from lightning_caq.network.hooks import watching
+from lightning_caq.network.layer_matrix import along_channels
 from lightning_caq.network.layers import Layer, apply_weight, layer_modules
 from lightning_caq.sizes import W, Width
 from lightning_caq.utilities.seeding import generator
