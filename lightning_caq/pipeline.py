@@ -18,7 +18,7 @@ from lightning_caq.errors import BudgetError, LayerError
 from lightning_caq.evaluation.explain_run import explain
 from lightning_caq.evaluation.tightness import tightness
 from lightning_caq.evaluation.versions import versions
-from lightning_caq.measures.gram.eigenvectors import check_memory
+from lightning_caq.measures.hessian.eigenvectors import check_memory
 from lightning_caq.measures.measure import measure
 from lightning_caq.measures.rounding.rounded_loss import rounded_loss
 from lightning_caq.network.batches import calibration_batches, take_samples

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_caq.measures.hessian.hessian import Hessian
-from lightning_caq.measures.hessian.lanczos import lanczos
+from lightning_caq.measures.hessian.leading_pairs import folded_hessian, leading_pairs
 from lightning_caq.network.layers import Layer, layer_weight
 from lightning_caq.network.objective import Objective
 from lightning_caq.network.perturbed import replaced_weights
 from lightning_caq.studies import Landscape
-from lightning_caq.utilities.seeding import generator
 
 Direction = Sequence[Tensor]
 
@@ -45,16 +44,15 @@ def plane(
     Raises:
         ValueError: If Δ is zero or lies along the short axis, so that there is no plane.
     """
-    operator = Hessian(model, layers, objective)
-    start = operator.like(torch.randn(operator.size, generator=generator(seed, "landscape")))
-    u = lanczos(operator.product, start, 1).vectors[:, 0]
+    with folded_hessian(model, layers, objective) as hessian:
+        u = leading_pairs(hessian, 1, seed).vectors[:, 0]
     delta = torch.cat([errors[layer.name].flatten() for layer in layers]).to(u)
     along = torch.dot(u, delta)
     v = delta - along * u
     length = v.norm()
     if not float(length) > 1e-6 * float(delta.norm()):
         raise ValueError("The rounding error is zero or lies along the short axis; there is no plane to draw.")
-    return operator.split(u * (1.0 if float(along) >= 0 else -1.0)), operator.split(v / length)
+    return hessian.split(u * (1.0 if float(along) >= 0 else -1.0)), hessian.split(v / length)
 
 
 def landscape(
