@@ -144,9 +144,7 @@ def register_measure(measure: Measure) -> None:
     """
     for name in measure.names:
         if not re.fullmatch("[a-z][a-z0-9_]*", name):
-            raise OptionError(
-                f"name={name!r} is not allowed; use lower-case letters, digits and _."
-            )
+            raise OptionError(f"name={name!r} is not allowed; use lower-case letters, digits and _.")
         if name in _built_in():
             raise OptionError(f"name={name!r} belongs to a built-in measure; choose another.")
     _registered.update(dict.fromkeys(measure.names, measure))

@@ -77,7 +77,9 @@ def test_a_registered_measure_is_taken_kept_and_allocated_by(emptied):
     register_method("coarsest", Coarsest())
     case = nets.make_case("cnn")
     case.net.float()
-    result = quantize(case.net, [x.float() for x in case.batches], method="coarsest", avg_bits=3, guard=False, rounding="nearest")
+    result = quantize(
+        case.net, [x.float() for x in case.batches], method="coarsest", avg_bits=3, guard=False, rounding="nearest"
+    )
     steps = np.array([list(row.extra["step"].values()) for row in result.profile.layers])
     assert (steps[:, 0] == 2 * steps[:, 1]).all()  # of 2 bits, and of 3
     assert CurvatureProfile.from_json(result.profile.to_json()) == result.profile

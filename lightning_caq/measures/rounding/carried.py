@@ -115,14 +115,14 @@ def carried_errors(
         }
         for (name, b), errors in us.items():
             squares[name][b] += sum(float(u.double().square().sum()) for u in errors)
-        inner_products: dict[tuple[str, W], list[Tensor]] = {key: [] for key in us}
+        products: dict[tuple[str, W], list[Tensor]] = {key: [] for key in us}
         rows = output.reshape(count, -1)
         for probe in _probes(rows, [generator(seed, f"carried/{i}") for i in range(first, first + count)]):
             pulled = _pull(rows, probe, calls)
             for (name, b), errors in us.items():
                 inner = (_by_sample(g * u, count).double().sum(1) for g, u in zip(pulled[name], errors, strict=True))
-                inner_products[name, b].append(sum(inner, torch.zeros(count, dtype=torch.float64, device=output.device)))
-        for (name, b), columns in inner_products.items():
+                products[name, b].append(sum(inner, torch.zeros(count, dtype=torch.float64, device=output.device)))
+        for (name, b), columns in products.items():
             components[name][b].append(torch.stack(columns, dim=1).cpu())
         first += count
     samples = sum(map(batch_size, batches))
@@ -153,13 +153,13 @@ def _run(model: nn.Module, layers: Sequence[Layer], batch: Any) -> tuple[Calls, 
 
 def _pull(output: Tensor, probe: Tensor, calls: Calls) -> dict[str, list[Tensor]]:
     """J_iᵀ v at the output of every call."""
-    zeros = [zero for layer_calls in calls.values() for _, _, zero in layer_calls]
+    zeros = [zero for seen in calls.values() for _, _, zero in seen]
     pulled = iter(
         torch.autograd.grad(output, zeros, probe, retain_graph=True, materialize_grads=True)
         if output.requires_grad
         else [torch.zeros_like(zero) for zero in zeros]
     )
-    return {name: [next(pulled) for _ in layer_calls] for name, layer_calls in calls.items()}
+    return {name: [next(pulled) for _ in seen] for name, seen in calls.items()}
 
 
 def _probes(output: Tensor, draws: Sequence[torch.Generator]) -> Iterator[Tensor]:
@@ -190,7 +190,7 @@ def _parts(
     calls, output = _run(model, layers, probe)
     count = batch_size(probe)
     tensors = {name: len(deltas[name]) + _TENSORS_HELD for name in calls}
-    numbers = sum(tensors[name] * zero.numel() for name, layer_calls in calls.items() for _, _, zero in layer_calls) / count
+    numbers = sum(tensors[name] * zero.numel() for name, seen in calls.items() for _, _, zero in seen) / count
     most = max(int(memory / (4 * max(numbers, 1))), 1) if _samples_first(output, calls, count) else 1
     for batch in batches:
         for start in range(0, batch_size(batch), most):
@@ -199,7 +199,7 @@ def _parts(
 
 def _samples_first(output: Tensor, calls: Calls, count: int) -> bool:
     """Whether the first sample's output depends on what is stored first in every layer's output, and on no more."""
-    if output.numel() % count or any(zero.numel() % count for layer_calls in calls.values() for _, _, zero in layer_calls):
+    if output.numel() % count or any(zero.numel() % count for seen in calls.values() for _, _, zero in seen):
         return False
     rows = output.reshape(count, -1)
     first = torch.zeros_like(rows)

@@ -48,6 +48,11 @@ def weight_range(model: nn.Module, layer: Layer) -> float:
     return float((rows.amax(1) - rows.amin(1)).square().mean().sqrt())
 
 
+def profile_quantizer(profile: CurvatureProfile) -> Quantizer:
+    """The values that a profile's rounding errors are errors from."""
+    return Quantizer(profile.quantizer, profile.range, profile.symmetry)
+
+
 def layer_errors(measurement: Measurement) -> dict[str, dict[int, Tensor]]:
     """Δ_i(b) of this process's layers at every bit-width, by layer name."""
     m = measurement
