@@ -18,7 +18,7 @@ from lightning_caq.errors import BudgetError, LayerError
 from lightning_caq.evaluation.explain_run import explain
 from lightning_caq.evaluation.tightness import tightness
 from lightning_caq.evaluation.versions import versions
-from lightning_caq.measures.gram.eigenvectors import check_memory
+from lightning_caq.measures.hessian.eigenvectors import check_memory
 from lightning_caq.measures.measure import measure
 from lightning_caq.measures.rounding.rounded_loss import rounded_loss
 from lightning_caq.network.batches import calibration_batches, take_samples
@@ -29,6 +29,7 @@ from lightning_caq.options import QuantizationOptions
 from lightning_caq.plan import QuantizationPlan
 from lightning_caq.profile import CurvatureProfile
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules
+from lightning_caq.quantizers.grids.values import Quantizer
 from lightning_caq.report import LayerRow, QuantizationReport, Size
 from lightning_caq.reporting.gallery import draw_gallery
 from lightning_caq.reporting.html import write_html
@@ -345,13 +346,18 @@ class _Road:
             known=self.known,
             time_budget=self.options.time_budget,
             sharing=self.sharing,
+            quantizer=self._quantizer,
             progress=self.progress,
         )
+
+    @property
+    def _quantizer(self) -> Quantizer:
+        return Quantizer(self.options.quantizer, self.options.range, self.options.symmetry)
 
     def _chooser(self, profile: CurvatureProfile) -> Chooser:
         samples = take_samples(self.batches, profile.samples)
         objective = make_objective(self.options.objective, self.model, samples, self.loss_fn)
-        loss = rounded_loss(self.model, self.layers, objective, self.options.bits)
+        loss = rounded_loss(self.model, self.layers, objective, self.options.bits, self._quantizer)
         norm = make_reference(self.model, samples).size
         o = self.options
         mixed = self.candidates if o.activation_bits == MIXED else ()
@@ -387,6 +393,8 @@ class _Road:
                 f"Curvature rests on {drawn:,} output rows drawn at random of {of:,}: traces and quadratic forms are "
                 "unbiased, eigenvalues are estimates."
             )
+        if self.options.range == "curvature":
+            notes.append("Bits were chosen by rounding errors of grids in whose range all weights count the same.")
         every = {"float": metrics, **contest.metrics}
         return QuantizationReport(
             method=plans["quantized"].method,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
@@ -63,6 +63,7 @@ class LayerCurvature:
         outside: Bit-widths at which the quadratic model fails (CET Eq. 7): its prediction is off by more than the
             tolerance from ``loss_change``.
         groups: Groups of its output channels, each with figures of its own; empty where they were not asked for.
+        extra: Figures of registered measures that have no field here: name to a number, or to one a bit-width.
     """
 
     name: str
@@ -105,12 +106,26 @@ class LayerCurvature:
     activation_cost: dict[int, float] = field(default_factory=dict)
     outside: tuple[int, ...] = ()
     groups: tuple[ChannelGroup, ...] = ()
+    extra: dict[str, float | dict[int, float]] = field(default_factory=dict)
 
     @property
     def validity_radius(self) -> float | None:
         """‖Δ_i‖ at the smallest bit-width at which the quadratic model was seen to hold; ``None`` if at none."""
-        held = [b for b in sorted(self.loss_change) if b not in self.outside]
-        return self.rounding_error[held[0]] ** 0.5 if held else None
+        inside = [b for b in sorted(self.loss_change) if b not in self.outside]
+        return self.rounding_error[inside[0]] ** 0.5 if inside else None
+
+    def figure(self, name: str) -> Any:
+        """A figure by its name, a field or one of ``extra``; ``None`` where it was not measured.
+
+        Example:
+            >>> row = LayerCurvature("fc", 8, 2, 8, trace=1.0, extra={"fan_out": 2.0})
+            >>> row.figure("trace"), row.figure("fan_out"), row.figure("fan_in")
+            (1.0, 2.0, None)
+        """
+        return getattr(self, name) if name in _FIELDS else self.extra.get(name)
+
+
+_FIELDS = frozenset(f.name for f in fields(LayerCurvature))
 
 
 @dataclass(frozen=True)
@@ -150,6 +165,9 @@ class CurvatureProfile:
         needs: The measures that were asked for.
         fingerprint: Of the weights, the samples and the settings that it holds for.
         input_lipschitz: A_0, the bound on the gain from the network's input to its output; out/in.
+        quantizer: The values that the rounding errors are errors from, a name of ``values.QUANTIZERS``.
+        range: Where they begin and end, of an affine grid.
+        symmetry: Where their zero lies, of an affine grid.
     """
 
     layers: tuple[LayerCurvature, ...]
@@ -168,6 +186,9 @@ class CurvatureProfile:
     needs: tuple[str, ...] = ()
     fingerprint: str = ""
     input_lipschitz: float | None = None
+    quantizer: str = "affine"
+    range: str = "mse"
+    symmetry: str = "asymmetric"
 
     def __getitem__(self, name: str) -> LayerCurvature:
         """The row of the layer called ``name``."""
@@ -194,6 +215,10 @@ class CurvatureProfile:
         noise = 1e-6 * max(abs(x) for x in self.eigenvalues)
         pairs = zip(self.eigenvalue_residuals, self.eigenvalues, strict=True)
         return tuple(residual <= max(1e-3 * abs(value), noise) for residual, value in pairs)
+
+    def with_rows(self, fill: Callable[[LayerCurvature], LayerCurvature]) -> CurvatureProfile:
+        """The profile with other rows in place of its own, each made from one of them."""
+        return replace(self, layers=tuple(map(fill, self.layers)))
 
     def by_group(self) -> CurvatureProfile:
         """The profile with a row for each group of channels in place of one for each layer."""
@@ -252,10 +277,16 @@ def _as_tuple(value: Any) -> Any:
 
 
 def _row(item: dict[str, Any]) -> LayerCurvature:
-    known = {f.name for f in fields(LayerCurvature)}
-    values = {k: v for k, v in item.items() if k in known}
-    for name in (f.name for f in fields(LayerCurvature) if f.default_factory is dict):
-        values[name] = {int(bits): value for bits, value in values.get(name, {}).items()}
+    values = {k: v for k, v in item.items() if k in _FIELDS}
+    for name in (f.name for f in fields(LayerCurvature) if f.default_factory is dict and f.name != "extra"):
+        values[name] = _by_bits(values.get(name, {}))
+    extra = values.get("extra", {})
+    values["extra"] = {name: _by_bits(x) if isinstance(x, dict) else x for name, x in extra.items()}
     values["outside"] = tuple(values["outside"])
     values["groups"] = tuple(ChannelGroup(tuple(x["channels"]), _row(x["row"])) for x in values.get("groups", ()))
     return LayerCurvature(**values)
+
+
+def _by_bits(table: Mapping[str, float]) -> dict[int, float]:
+    """JSON's keys as whole numbers."""
+    return {int(bits): value for bits, value in table.items()}

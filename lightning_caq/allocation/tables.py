@@ -16,7 +16,7 @@ def layer_column(profile: CurvatureProfile, figure: str) -> NDArray[np.float64]:
 
     Args:
         profile: What was measured.
-        figure: A field of ``LayerCurvature`` that holds a number.
+        figure: A field of ``LayerCurvature`` that holds a number, or the name of one in its ``extra``.
 
     Returns:
         Shape (layers,), in the figure's unit.
@@ -29,7 +29,7 @@ def layer_column(profile: CurvatureProfile, figure: str) -> NDArray[np.float64]:
         >>> layer_column(CurvatureProfile((LayerCurvature("fc", 1, 1, 1, trace=2.0),)), "trace")
         array([2.])
     """
-    values = [getattr(row, figure) for row in profile.layers]
+    values = [row.figure(figure) for row in profile.layers]
     if None in values:
         raise _missing(figure, profile.layers[values.index(None)].name)
     return np.array(values, dtype=np.float64)
@@ -40,7 +40,7 @@ def layer_table(profile: CurvatureProfile, figure: str, bits: Sequence[int]) -> 
 
     Args:
         profile: What was measured.
-        figure: A field of ``LayerCurvature`` that maps bits to numbers.
+        figure: A field of ``LayerCurvature`` that maps bits to numbers, or the name of one in its ``extra``.
         bits: The bit-widths.
 
     Returns:
@@ -55,10 +55,10 @@ def layer_table(profile: CurvatureProfile, figure: str, bits: Sequence[int]) -> 
         array([[0.5, 0.1]])
     """
     for row in profile.layers:
-        lacking = [b for b in bits if b not in getattr(row, figure)]
+        lacking = [b for b in bits if b not in (row.figure(figure) or {})]
         if lacking:
             raise _missing(figure, row.name, f" at {lacking[0]} bits")
-    return np.array([[getattr(row, figure)[b] for b in bits] for row in profile.layers], dtype=np.float64)
+    return np.array([[row.figure(figure)[b] for b in bits] for row in profile.layers], dtype=np.float64)
 
 
 def _missing(figure: str, layer: str, where: str = "") -> OptionError:

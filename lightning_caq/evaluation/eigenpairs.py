@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from lightning_caq.measures.gram.spectrum import gram_spectrum
-from lightning_caq.measures.hessian.folding import batchnorm_folded
-from lightning_caq.measures.hessian.hessian import Hessian
-from lightning_caq.measures.hessian.lanczos import lanczos
+from lightning_caq.measures.hessian.leading_pairs import folded_hessian, leading_pairs, residual_curvature
 from lightning_caq.network.layers import Layer
 from lightning_caq.network.objective import Objective
 from lightning_caq.profile import CurvatureProfile
-from lightning_caq.utilities.seeding import generator
 
 COUNTS = (5, 20, 50, 100, 200, 500)  # the last four are those of CET's figure 3
 
@@ -51,18 +47,20 @@ def profiles_by_eigenpairs(
         return {}
     values, energies = (_gram if objective.name == "distill" else _lanczos)(model, layers, objective, deltas, profile)
     n = sum(layer.weights for layer in layers)
-    found = {}
+    profiles = {}
     for k in sorted({*(k for k in counts if k <= len(values)), known}):
         rows = tuple(
             replace(row, subspace_energy={b: float(e[:k].sum()) for b, e in energies[row.name].items()})
             for row in profile.layers
         )
-        outside = max(trace - float(values[:k].sum()), 0.0) / max(n - k, 1)
-        found[k] = replace(
-            profile, layers=rows, eigenvalues=tuple(values[:k].tolist()), residual_curvature=outside,
+        profiles[k] = replace(
+            profile,
+            layers=rows,
+            eigenvalues=tuple(values[:k].tolist()),
+            residual_curvature=residual_curvature(trace, values[:k], n),
             eigenvalue_residuals=(),
-        )  # fmt: skip
-    return found
+        )
+    return profiles
 
 
 _Energies = dict[str, dict[int, Tensor]]  # layer name to bits to |λ_j| (v_jᵀ Δ_i(b))² of every eigenpair j
@@ -76,7 +74,7 @@ def _gram(
     profile: CurvatureProfile,
 ) -> tuple[Tensor, _Energies]:
     spectrum = gram_spectrum(model, layers, objective.batches, deltas, k=len(profile.eigenvalues), seed=profile.seed)
-    energies = {name: {b: p.square() for b, p in each.items()} for name, each in spectrum.projected.items()}
+    energies = {name: {b: p.square() for b, p in by_bits.items()} for name, by_bits in spectrum.projected.items()}
     return spectrum.values, energies
 
 
@@ -87,12 +85,10 @@ def _lanczos(
     deltas: Mapping[str, Mapping[int, Tensor]],
     profile: CurvatureProfile,
 ) -> tuple[Tensor, _Energies]:
-    with batchnorm_folded(model, layers, objective.batches[0]):
-        operator = Hessian(model, layers, objective)
-        start = operator.like(torch.randn(operator.size, generator=generator(profile.seed, "lanczos")))
-        pairs = lanczos(operator.product, start, len(profile.eigenvalues))
+    with folded_hessian(model, layers, objective) as hessian:
+        pairs = leading_pairs(hessian, len(profile.eigenvalues), profile.seed)
     energies = {}
-    for layer, part in zip(layers, pairs.vectors.split(operator.sizes), strict=True):
+    for layer, part in zip(layers, pairs.vectors.split(hessian.sizes), strict=True):
         along = {b: (part.T @ d.flatten().to(part)).double().square().cpu() for b, d in deltas[layer.name].items()}
         energies[layer.name] = {b: pairs.values.abs().cpu() * a for b, a in along.items()}
     return pairs.values, energies

@@ -11,7 +11,7 @@ from lightning_caq.allocation.choose import Choice
 from lightning_caq.evaluation.eigenpairs import COUNTS, profiles_by_eigenpairs
 from lightning_caq.evaluation.studies import study
 from lightning_caq.measures.measure import differentiable
-from lightning_caq.measures.rounding.rounding_errors import nearest_errors
+from lightning_caq.measures.rounding.rounding_errors import nearest_errors, profile_quantizer
 from lightning_caq.network.batches import take_samples
 from lightning_caq.network.objective import Loss, make_objective
 from lightning_caq.plan import QuantizationPlan
@@ -74,7 +74,8 @@ def eigenpair_points(
     judge = make_objective(options.objective, model, batches, loss_fn)
     with curvature_safe(model), preserved(model), differentiable(model, layers):
         target = make_objective(options.objective, model, take_samples(batches, profile.samples), loss_fn)
-        deltas = {layer.name: nearest_errors(model, layer, options.bits) for layer in layers}
+        quantizer = profile_quantizer(profile)
+        deltas = {layer.name: nearest_errors(model, layer, options.bits, quantizer) for layer in layers}
         profiles = profiles_by_eigenpairs(model, layers, target, deltas, profile, counts)
     made: dict[Choice, SweepPoint] = {}
     points = []

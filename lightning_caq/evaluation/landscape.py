@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lightning_caq.measures.hessian.hessian import Hessian
-from lightning_caq.measures.hessian.lanczos import lanczos
+from lightning_caq.measures.hessian.leading_pairs import folded_hessian, leading_pairs
 from lightning_caq.network.layers import Layer, layer_weight
 from lightning_caq.network.objective import Objective
+from lightning_caq.network.perturbed import replaced_weights
 from lightning_caq.studies import Landscape
-from lightning_caq.utilities.seeding import generator
 
 Direction = Sequence[Tensor]
 
@@ -45,16 +44,15 @@ def plane(
     Raises:
         ValueError: If Δ is zero or lies along the short axis, so that there is no plane.
     """
-    operator = Hessian(model, layers, objective)
-    start = operator.like(torch.randn(operator.size, generator=generator(seed, "landscape")))
-    u = lanczos(operator.product, start, 1).vectors[:, 0]
+    with folded_hessian(model, layers, objective) as hessian:
+        u = leading_pairs(hessian, 1, seed).vectors[:, 0]
     delta = torch.cat([errors[layer.name].flatten() for layer in layers]).to(u)
     along = torch.dot(u, delta)
     v = delta - along * u
     length = v.norm()
     if not float(length) > 1e-6 * float(delta.norm()):
         raise ValueError("The rounding error is zero or lies along the short axis; there is no plane to draw.")
-    return operator.split(u * (1.0 if float(along) >= 0 else -1.0)), operator.split(v / length)
+    return hessian.split(u * (1.0 if float(along) >= 0 else -1.0)), hessian.split(v / length)
 
 
 def landscape(
@@ -100,10 +98,15 @@ def landscape(
     curvatures = tuple(_curvature(operator, direction) for direction in (short, long))
     wide, tall = _reaches(path, curvatures, reach)
     along, across = (torch.linspace(-far, far, size).tolist() for far in (wide, tall))
-    weights = [layer_weight(model, layer) for layer in layers]
-    with _kept(weights) as before:
-        reference = objective.value(model)
-        loss = tuple(tuple(_at(model, objective, before, short, long, s, t) - reference for s in along) for t in across)
+    weights = [layer_weight(model, layer).detach().clone() for layer in layers]
+    reference = objective.value(model)
+
+    def loss_at(s: float, t: float) -> float:
+        places = zip(layers, weights, short, long, strict=True)
+        with replaced_weights(model, layers, {layer.name: w + s * u + t * v for layer, w, u, v in places}):
+            return objective.value(model) - reference
+
+    loss = tuple(tuple(loss_at(s, t) for s in along) for t in across)
     whole = _dot(moves, moves)
     inside = path[-1][0] ** 2 + path[-1][1] ** 2
     outside = max(1 - inside / whole, 0.0) ** 0.5 if whole > 0 else 0.0
@@ -132,33 +135,6 @@ def _reaches(path: Sequence[tuple[float, float]], curvatures: Sequence[float], r
 def _curvature(operator: Hessian, direction: Direction) -> float:
     vector = operator.like(torch.cat([d.flatten() for d in direction]))
     return float(torch.dot(vector.double(), operator.product(vector).double()))
-
-
-@contextmanager
-def _kept(weights: Sequence[Tensor]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Pairs of live weights and copies of them; the copies are written back in the end."""
-    pairs = [(weight, weight.detach().clone()) for weight in weights]
-    try:
-        yield pairs
-    finally:
-        with torch.no_grad():
-            for weight, copy in pairs:
-                weight.copy_(copy)
-
-
-def _at(
-    model: nn.Module,
-    objective: Objective,
-    weights: Sequence[tuple[Tensor, Tensor]],
-    short: Direction,
-    long: Direction,
-    s: float,
-    t: float,
-) -> float:
-    with torch.no_grad():
-        for (weight, before), u, v in zip(weights, short, long, strict=True):
-            weight.copy_(before + s * u + t * v)
-    return objective.value(model)
 
 
 def _dot(a: Direction, b: Direction) -> float:

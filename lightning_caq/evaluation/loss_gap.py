@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_caq.measures.steps import VALIDITY_FLOOR, VALIDITY_TOLERANCE
 from lightning_caq.profile import CurvatureProfile
 
 
@@ -60,15 +59,3 @@ def loss_gaps(profile: CurvatureProfile) -> tuple[LossGap, ...]:
         for row in profile.layers
         for bits, error in sorted(row.rounding_error.items())
     )
-
-
-def tolerated(actual: float) -> float:
-    """How far a prediction may be off a measured loss change for the quadratic model to hold there, nat.
-
-    Half of the change, and never less than what noise may make of it.
-
-    Example:
-        >>> tolerated(0.5), tolerated(1e-6)
-        (0.25, 0.001)
-    """
-    return max(VALIDITY_TOLERANCE * abs(actual), VALIDITY_FLOOR)

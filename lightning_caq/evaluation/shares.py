@@ -6,20 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from lightning_caq.evaluation.perturbed import perturbed
 from lightning_caq.measures.gram.spectrum import gram_spectrum
-from lightning_caq.measures.hessian.folding import batchnorm_folded
-from lightning_caq.measures.hessian.hessian import Hessian
-from lightning_caq.measures.hessian.lanczos import lanczos
+from lightning_caq.measures.hessian.leading_pairs import folded_hessian, leading_pairs
 from lightning_caq.network.float_outputs import make_reference
 from lightning_caq.network.layers import Layer
 from lightning_caq.network.objective import Objective
+from lightning_caq.network.perturbed import perturbed
 from lightning_caq.profile import CurvatureProfile
 from lightning_caq.studies import Energy
-from lightning_caq.utilities.seeding import generator
 
 
 @dataclass(frozen=True)
@@ -93,18 +89,19 @@ def observed_errors(
         Layer name to error, in the unit of the network's output.
 
     Example:
+        >>> import torch
         >>> net = nn.Linear(2, 1, bias=False)
         >>> layer = Layer("", "linear", (1, 2), calls=1, modules=("",))
         >>> observed_errors(net, [layer], [torch.eye(2)], {"": torch.tensor([[3.0, 4.0]])}, {})  # √((3² + 4²) / 2)
         {'': 3.53553...}
     """
     reference = make_reference(model, batches)
-    found = {}
+    distances = {}
     for layer in layers:
         if layer.name in errors:
             with perturbed(model, [layer], errors, shifts):
-                found[layer.name] = reference.distance(model)
-    return found
+                distances[layer.name] = reference.distance(model)
+    return distances
 
 
 @dataclass(frozen=True)
@@ -185,14 +182,12 @@ def rounding_energies(
         any_bits = 0  # projections are filed by bit-width; here there is one
         deltas = {layer.name: {any_bits: errors[layer.name]} for layer in layers}
         projected = gram_spectrum(model, layers, objective.batches, deltas, k=k, seed=profile.seed).projected
-        squares = {name: each[any_bits].square() for name, each in projected.items()}
+        squares = {name: by_bits[any_bits].square() for name, by_bits in projected.items()}
         return {name: Energy(0.5 * float(x[:k].sum()), 0.5 * float(x[k:].sum())) for name, x in squares.items()}
-    with batchnorm_folded(model, layers, objective.batches[0]):
-        operator = Hessian(model, layers, objective)
-        start = operator.like(torch.randn(operator.size, generator=generator(profile.seed, "lanczos")))
-        pairs = lanczos(operator.product, start, min(k, operator.size))
+    with folded_hessian(model, layers, objective) as hessian:
+        pairs = leading_pairs(hessian, k, profile.seed)
     outside, energies = profile.residual_curvature or 0.0, {}
-    for layer, part in zip(layers, pairs.vectors.split(operator.sizes), strict=True):
+    for layer, part in zip(layers, pairs.vectors.split(hessian.sizes), strict=True):
         delta = errors[layer.name].flatten().to(part)
         along = (part.T @ delta).double().square().cpu()
         short = float(pairs.values.abs() @ along)

@@ -12,7 +12,7 @@ from lightning_caq.evaluation.shares import observed_errors, rounding_energies
 from lightning_caq.evaluation.tightness import tightness
 from lightning_caq.measures.measure import differentiable
 from lightning_caq.measures.rounding.bias_correction import bias_corrections
-from lightning_caq.measures.rounding.rounding_errors import nearest_errors
+from lightning_caq.measures.rounding.rounding_errors import nearest_errors, profile_quantizer
 from lightning_caq.network.batches import take_samples
 from lightning_caq.network.layers import Layer, layer_weight
 from lightning_caq.network.objective import make_objective
@@ -64,10 +64,10 @@ def study(
     few = take_samples(samples, FEW_SAMPLES)
     chosen = {x.name: x for x in plan.layers}
     with curvature_safe(model), preserved(model), differentiable(model, layers):
-        nearest, rounded = {}, {}
+        nearest, rounded, quantizer = {}, {}, profile_quantizer(profile)
         for layer in layers:
             weight, width = layer_weight(model, layer).detach(), plan.widths[layer.name]
-            nearest[layer.name] = nearest_errors(model, layer, [width])[width]
+            nearest[layer.name] = nearest_errors(model, layer, [width], quantizer)[width]
             rounded[layer.name] = chosen[layer.name].values.to(weight) - weight
         widths = {name: {plan.widths[name]: error} for name, error in nearest.items()}
         corrections = bias_corrections(model, layers, samples, widths)

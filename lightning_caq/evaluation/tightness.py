@@ -9,12 +9,12 @@ from torch import nn
 
 from lightning_caq.allocation.composition import compose, correlated_bound
 from lightning_caq.errors import OptionError
-from lightning_caq.evaluation.perturbed import perturbed
 from lightning_caq.measures.rounding.bias_correction import bias_corrections
 from lightning_caq.measures.rounding.carried import carried_errors
-from lightning_caq.measures.rounding.rounding_errors import nearest_errors
+from lightning_caq.measures.rounding.rounding_errors import nearest_errors, profile_quantizer
 from lightning_caq.network.float_outputs import make_reference
 from lightning_caq.network.layers import Layer
+from lightning_caq.network.perturbed import perturbed
 from lightning_caq.profile import CurvatureProfile
 from lightning_caq.sizes import Width
 from lightning_caq.studies import Tightness
@@ -40,7 +40,8 @@ def tightness(
         model: The float network; left as it was.
         layers: The layers that are rounded.
         batches: The samples.
-        profile: Where it holds ``lipschitz_amplification`` of every layer, that bound is given too.
+        profile: Tells which values weights are rounded to; where it holds ``lipschitz_amplification`` of every layer,
+            that bound is given too.
         bits: Layer name to bit-width, or to one a channel, for every layer.
 
     Returns:
@@ -63,7 +64,8 @@ def tightness(
         raise OptionError(f"bits has no entry for the layers {missing}; give every layer its bits.")
     chosen = {layer.name: bits[layer.name] for layer in layers}
     with curvature_safe(model), preserved(model):
-        deltas = {layer.name: nearest_errors(model, layer, [chosen[layer.name]]) for layer in layers}
+        quantizer = profile_quantizer(profile)
+        deltas = {x.name: nearest_errors(model, x, [chosen[x.name]], quantizer) for x in layers}
         shifts = bias_corrections(model, layers, batches, deltas)
         carried = carried_errors(model, layers, batches, deltas, shifts, seed=profile.seed)
         reference = make_reference(model, batches)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -12,27 +15,19 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_caq.errors import OptionError
-from lightning_caq.measures import steps
-from lightning_caq.measures.cost import estimate_seconds
-from lightning_caq.measures.rounding.channel_groups import finish_groups
-from lightning_caq.measures.rounding.rounding_errors import nearest_errors
-from lightning_caq.network.batches import calibration_batches, take_samples
+from lightning_caq.measures.cost import Extent, estimate_seconds
+from lightning_caq.measures.measurement import Measurement
+from lightning_caq.measures.registry import Measure, required_measures, total_cost
+from lightning_caq.network.batches import batch_size, calibration_batches, take_samples
 from lightning_caq.network.layers import Layer, find_layers, layer_weight
-from lightning_caq.network.objective import Loss, Objective, make_objective
+from lightning_caq.network.objective import Loss, make_objective
 from lightning_caq.profile import CurvatureProfile, LayerCurvature
+from lightning_caq.quantizers.grids.values import AFFINE, Quantizer
 from lightning_caq.utilities.contexts import InFloat32, curvature_safe
 from lightning_caq.utilities.fingerprint import fingerprint
 from lightning_caq.utilities.isolation import preserved
 from lightning_caq.utilities.progress import Progress, duration
 from lightning_caq.utilities.sharing import ALONE, Sharing
-
-OF_BLOCKS = frozenset({"kappa", "kappa_mean", "lipschitz", "local_lipschitz"})
-OF_ROUNDING = frozenset(
-    {"rounding_error", "output_error", "amplification", "diagonal", "kl", "distribution_distance", "scale_importance"}
-)
-OF_HESSIAN = frozenset({"trace", "subspace", "density", "loss_change", "channel_groups"})
-OF_NETWORK = frozenset({"inputs", "activation_cost", "gradient_norm", "top_eigenvalue", "lipschitz_amplification"})
-MEASURES = OF_BLOCKS | OF_ROUNDING | OF_HESSIAN | OF_NETWORK
 
 
 def measure(
@@ -51,6 +46,7 @@ def measure(
     time_budget: float | None = None,
     progress: Progress | None = None,
     sharing: Sharing = ALONE,
+    quantizer: Quantizer = AFFINE,
 ) -> CurvatureProfile:
     """Measure a float network.
 
@@ -64,7 +60,7 @@ def measure(
         layers: The layers, from ``find_layers``; by default all that can be quantized.
         objective: ``"distill"`` or ``"task"``.
         loss_fn: Loss of a model and a batch, for ``"task"``.
-        needs: Which measures to take, of ``MEASURES``.
+        needs: Which measures to take, of ``registry.available_measures()``.
         bits: Bit-widths whose rounding errors are wanted.
         samples: Samples to measure on, the first of ``batches``.
         eigenpairs: Eigenpairs that span the short-axis subspace.
@@ -74,6 +70,7 @@ def measure(
         time_budget: Seconds that measuring may take, as far as the estimate goes: fewer samples are then measured on.
         progress: Where to say what is being done.
         sharing: Who divides the work.
+        quantizer: The values that weights would be rounded to.
 
     Returns:
         One row a layer.
@@ -88,9 +85,7 @@ def measure(
         OptionError: If a measure is not known, the objective lacks its loss, or the time budget is not positive.
         CalibrationError: If outputs or losses are not finite, or another process failed.
     """
-    unknown = needs - MEASURES
-    if unknown:
-        raise OptionError(f"needs={sorted(unknown)} are not known measures; choose from {sorted(MEASURES)}.")
+    measures = required_measures(needs)
     if time_budget is not None and not time_budget > 0:
         raise OptionError(f"time_budget={time_budget!r} is not allowed; give a number of seconds above 0.")
     progress = progress or Progress()
@@ -100,98 +95,84 @@ def measure(
         chosen = float32.batches(calibration_batches(batches, samples, device))
         layers = find_layers(model, chosen[0]) if layers is None else layers
         with differentiable(model, layers):
-            target = make_objective(objective, model, chosen, loss_fn)
-            seconds = estimate_seconds(model, layers, target, needs, bits=len(bits), eigenpairs=eigenpairs)
-            seconds = sharing.first(seconds / sharing.size, "estimate of the time")
-            progress.say(f"measuring on {target.samples} samples: about {duration(seconds)}")
+            measurement = Measurement(
+                model=model,
+                layers=layers,
+                objective=make_objective(objective, model, chosen, loss_fn),
+                needs=needs.union(*(measure.names for measure in measures)),
+                bits=bits,
+                eigenpairs=eigenpairs,
+                seed=seed,
+                quantizer=quantizer,
+                sharing=sharing,
+            )
+            seconds = sharing.first(_seconds(measurement, measures) / sharing.size, "estimate of the time")
+            count = measurement.objective.samples
+            progress.say(f"measuring on {count} samples: about {duration(seconds)}")
             if time_budget is not None and seconds > time_budget:
-                chosen = take_samples(chosen, max(int(target.samples * time_budget / seconds), 1))
-                target = make_objective(objective, model, chosen, loss_fn)
-                progress.say(f"measuring on {target.samples} samples only, to stay within {duration(time_budget)}")
-            mark = _fingerprint(model, layers, target, f"{tuple(bits)}/{eigenpairs}/{seed}")
-            holds = known is not None and known.fingerprint == mark and needs <= set(known.needs)
-            found = sharing.first(known if holds else None, "profile of an earlier run")
-            if found is not None:
+                chosen = take_samples(chosen, max(int(count * time_budget / seconds), 1))
+                measurement = replace(measurement, objective=make_objective(objective, model, chosen, loss_fn))
+                count = measurement.objective.samples
+                progress.say(f"measuring on {count} samples only, to stay within {duration(time_budget)}")
+            mark = _fingerprint(measurement)
+            usable = known is not None and known.fingerprint == mark and needs <= set(known.needs)
+            earlier = sharing.first(known if usable else None, "profile of an earlier run")
+            if earlier is not None:
                 progress.say("measured before: the profile of the same weights and samples is used")
-                return found
-            rows, whole = _take(model, layers, target, needs, bits, eigenpairs, seed, progress, sharing)
-        profile = CurvatureProfile(
-            layers=tuple(LayerCurvature(name=name, **row) for name, row in rows.items()),
-            objective=objective,
-            samples=target.samples,
-            seed=seed,
-            seconds=time.perf_counter() - start,
-            needs=tuple(sorted(needs)),
-            fingerprint=mark,
-            **whole,
-        )
+                return earlier
+            profile = _take(measurement, measures, progress)
+        profile = replace(profile, seconds=time.perf_counter() - start, needs=tuple(sorted(needs)), fingerprint=mark)
         return sharing.first(profile, "profile")
 
 
-def _take(
-    model: nn.Module,
-    layers: Sequence[Layer],
-    target: Objective,
-    needs: frozenset[str],
-    bits: Sequence[int],
-    eigenpairs: int,
-    seed: int,
-    progress: Progress,
-    sharing: Sharing,
-) -> tuple[steps.Rows, dict[str, Any]]:
-    """Take the measures step by step; returns the rows and what holds for the whole network."""
-    rows: steps.Rows = {x.name: {"weights": x.weights, "channels": x.channels, "macs": x.macs} for x in layers}
-    whole: dict[str, Any] = {}
-    mine = sharing.mine(layers)
-
-    @contextmanager
-    def step(name: str) -> Iterator[None]:
-        with progress.step(name), sharing.agreed(name):
-            yield
-
-    if needs & OF_BLOCKS:
-        with step("curvature and Lipschitz constants"):
-            steps.blocks(model, mine, target.batches, needs, seed, rows)
-    if needs & {"inputs"}:
-        steps.inputs(model, mine, target.batches, rows)
-    if "activation_cost" in needs:
-        with step("costs of rounded inputs"):
-            steps.rounded_inputs(model, mine, target, [b for b in bits if b >= 2], rows)
-    if "lipschitz_amplification" in needs:
-        with step("Lipschitz constants along the graph"):
-            whole |= steps.graph(model, layers, target.batches, seed, rows)
-    if needs & {"gradient_norm", "top_eigenvalue"}:
-        with step("gradients and top eigenvalues"):
-            steps.slopes(model, mine, target, needs, seed, rows)
-    if needs & (OF_ROUNDING | OF_HESSIAN):
-        with step("rounding errors"):
-            deltas = {layer.name: nearest_errors(model, layer, bits) for layer in mine}
-            steps.rounding(model, layers, target, deltas, needs, seed, rows)
-        if needs & OF_HESSIAN:
-            with step("eigenspace of the Hessian"):
-                spectrum = steps.gram if target.name == "distill" else steps.task_hessian
-                whole |= spectrum(model, layers, target, deltas, eigenpairs, seed, rows, sharing)
-        if "density" in needs and "density" not in whole:
-            with step("spectral density"):
-                whole |= steps.density(model, layers, target, seed, sharing)
-        if "loss_change" in needs:
-            with step("validity of the quadratic model"):
-                steps.validity(model, layers, target, deltas, rows, sharing)
-    if "channel_groups" in needs:
-        for layer in mine:
-            rows[layer.name]["groups"] = finish_groups(layer, rows[layer.name])
-    own = sharing.gather({layer.name: rows[layer.name] for layer in mine}, "rows")
-    return {layer.name: own[layer.name] for layer in layers}, whole
+def _seconds(measurement: Measurement, measures: Sequence[Measure]) -> float:
+    """About how long the measures take one process."""
+    m = measurement
+    extent = Extent(
+        objective=m.objective.name,
+        layers=len(m.layers),
+        bits=len(m.bits),
+        eigenpairs=m.eigenpairs,
+        samples=m.objective.samples,
+        first=batch_size(m.batches[0]),
+        needs=m.needs,
+    )
+    return estimate_seconds(m.model, m.layers, m.objective, total_cost(measures, extent))
 
 
-def _fingerprint(model: nn.Module, layers: Sequence[Layer], target: Objective, settings: str) -> str:
+def _take(measurement: Measurement, measures: Sequence[Measure], progress: Progress) -> CurvatureProfile:
+    """Take the measures step by step, each process for its own layers; all get the rows of all."""
+    m, sharing = measurement, measurement.sharing
+    profile = CurvatureProfile(
+        layers=tuple(LayerCurvature(x.name, x.weights, x.channels, x.macs) for x in m.rank_layers),
+        objective=m.objective.name,
+        samples=m.objective.samples,
+        seed=m.seed,
+        quantizer=m.quantizer.name,
+        range=m.quantizer.range,
+        symmetry=m.quantizer.symmetry,
+    )
+    for step, together in groupby(measures, key=attrgetter("step")):
+        with progress.step(step), sharing.agreed(step):
+            for measure in together:
+                if profile.layers or measure.collective:
+                    profile = measure.take(m, profile)
+    rows = sharing.gather({row.name: row for row in profile.layers}, "rows")
+    return replace(profile, layers=tuple(rows[layer.name] for layer in m.layers))
+
+
+def _fingerprint(measurement: Measurement) -> str:
     """Of everything that the figures depend on; of a loss function only its value is known."""
+    m = measurement
     with torch.no_grad():
-        loss = target.batch_loss(model, 0)
-    tensors = {f"state/{name}": x for name, x in model.state_dict().items() if isinstance(x, Tensor)}
-    tensors |= {f"batch/{i}": x for i, x in enumerate(tree_leaves(target.batches)) if isinstance(x, Tensor)}
-    names = ",".join(layer.name for layer in layers)
-    return fingerprint({**tensors, f"{target.name}/{settings}/{names}": loss})
+        loss = m.objective.batch_loss(m.model, 0)
+    tensors = {f"state/{name}": x for name, x in m.model.state_dict().items() if isinstance(x, Tensor)}
+    tensors |= {f"batch/{i}": x for i, x in enumerate(tree_leaves(m.batches)) if isinstance(x, Tensor)}
+    names = ",".join(layer.name for layer in m.layers)
+    settings = f"{tuple(m.bits)}/{m.eigenpairs}/{m.seed}"
+    if m.quantizer != AFFINE:
+        settings += f"/{m.quantizer}"
+    return fingerprint({**tensors, f"{m.objective.name}/{settings}/{names}": loss})
 
 
 @contextmanager

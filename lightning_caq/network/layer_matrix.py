@@ -123,3 +123,14 @@ def _spread(module: Any, inputs: Tensor) -> Tensor:
         edge = gap * (size - 1) - pad
         sides = [edge, edge + extra, *sides]
     return F.pad(spread, sides)
+
+
+def along_channels(layer: Layer, values: Tensor, output: Tensor) -> Tensor:
+    """A vector, one number an output channel, in a shape and type that adds to the layer's output.
+
+    Example:
+        >>> layer = Layer("conv", "conv2d", (2, 1, 3, 3))
+        >>> along_channels(layer, torch.zeros(2), torch.zeros(5, 2, 8, 8)).shape
+        torch.Size([2, 1, 1])
+    """
+    return values.to(output).reshape(-1, *(1,) * (-layer.channel_axis - 1))

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_caq.measures.gram.eigenvectors import short_axis_model
+from lightning_caq.measures.hessian.eigenvectors import short_axis_model
+from lightning_caq.measures.hessian.validity import is_predicted
 from lightning_caq.measures.measure import differentiable
-from lightning_caq.measures.steps import VALIDITY_FLOOR, VALIDITY_TOLERANCE
 from lightning_caq.network.layers import Layer, layer_weight
 from lightning_caq.network.objective import Objective
 from lightning_caq.quantizers.grids.affine import Grid
@@ -78,8 +78,7 @@ class Valley:
                 layer_weight(model, layer).copy_(value)
         delta = torch.cat([(v.double() - w.double()).flatten().cpu() for v, w in zip(values, weights, strict=True)])
         change = self.objective.value(model) - self.reference
-        reach = max(VALIDITY_TOLERANCE * abs(change), VALIDITY_FLOOR)
-        return change, abs(change - self.shape.change(delta)) <= reach
+        return change, is_predicted(change, self.shape.change(delta))
 
 
 def find_valley(model: nn.Module, layers: Sequence[Layer], objective: Objective, k: int, seed: int) -> Valley:

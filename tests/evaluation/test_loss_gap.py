@@ -4,7 +4,8 @@ import nets
 import pytest
 import torch
 
-from lightning_caq.evaluation.loss_gap import loss_gaps, tolerated
+from lightning_caq.evaluation.loss_gap import loss_gaps
+from lightning_caq.measures.hessian.validity import tolerated_gap
 from lightning_caq.measures.measure import measure
 
 
@@ -30,6 +31,6 @@ def test_gaps_are_those_of_dense_derivatives() -> None:
             moved[start : start + dense.sizes[i]] += delta
             with torch.no_grad():
                 assert gap.actual == pytest.approx(float(loss(dense.call(moved))), rel=1e-4)
-            assert gap.outside == (gap.gap > tolerated(gap.actual))
+            assert gap.outside == (gap.gap > tolerated_gap(gap.actual))
             compared += 1
     assert compared >= 2

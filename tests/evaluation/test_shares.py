@@ -99,7 +99,7 @@ def test_energies_are_those_of_the_dense_eigenspace(objective) -> None:
 
 def test_rows_that_are_drawn_are_those_of_the_profile(monkeypatch) -> None:
     drawn = functools.partial(gram_spectrum, max_rows=6)
-    monkeypatch.setattr("lightning_caq.measures.steps.gram_spectrum", drawn)
+    monkeypatch.setattr("lightning_caq.measures.hessian.subspace.gram_spectrum", drawn)
     monkeypatch.setattr("lightning_caq.evaluation.shares.gram_spectrum", drawn)
     case = nets.make_case("mlp")
     layers = find_layers(case.net, case.batches[0])

@@ -1,41 +1,49 @@
 """The estimate of the time: what it counts, and that it is of the right size."""
 
+from dataclasses import replace
+
 import nets
 import pytest
 import torch
 from torch import nn
 
 from lightning_caq.measures import cost
-from lightning_caq.measures.cost import estimate_seconds, gradients_needed
-from lightning_caq.measures.measure import MEASURES, differentiable
+from lightning_caq.measures.cost import Cost, Extent, estimate_seconds
+from lightning_caq.measures.measure import differentiable
+from lightning_caq.measures.registry import available_measures, required_measures, total_cost
 from lightning_caq.network.layers import find_layers
 from lightning_caq.network.objective import make_objective
 
-COUNTS = {"layers": 20, "bits": 6, "eigenpairs": 64, "samples": 256, "first": 128}
-FREE = {"rounding_error", "distribution_distance"}  # from the weights alone
+EXTENT = Extent("distill", layers=20, bits=6, eigenpairs=64, samples=256, first=128)
+FREE = {"rounding_error", "distribution_distance", "output_norm"}  # no gradients worth counting
 
 
-def _needed(*needs, objective="distill", **changed):
-    return gradients_needed(frozenset(needs), objective, **{**COUNTS, "rows": 766, **changed})
+def _cost(*needs, **changed):
+    measures = required_measures(needs)
+    taken = frozenset().union(*(measure.names for measure in measures))
+    return total_cost(measures, replace(EXTENT, needs=taken, **changed))
 
 
-@pytest.mark.parametrize("objective", ["distill", "task"])
-def test_every_measure_is_counted(objective):
-    for need in MEASURES - FREE:
-        assert _needed(need, objective=objective) > 0, need
-    assert _needed(*FREE) == 0
-    whole = _needed(*MEASURES, objective=objective)
-    assert max(_needed(need, objective=objective) for need in MEASURES) < whole
-    assert _needed("trace") == _needed("subspace")  # they come together
+def test_every_measure_is_counted():
+    for objective in ("distill", "task"):
+        for need in available_measures() - FREE:
+            assert _cost(need, objective=objective) != Cost(), need
+        assert _cost(*FREE, objective=objective) == Cost()
+        whole = _cost(*available_measures(), objective=objective)
+        assert all(_cost(x, objective=objective).gradients < whole.gradients for x in available_measures())
+    assert _cost("trace") == _cost("subspace")  # they come together
+    assert _cost("subspace", objective="task").row_passes == 0
 
 
 def test_what_grows_and_what_does_not():
     """In gradients over all samples: what looks at a part of them costs less of these where there are more."""
-    assert _needed("kappa", samples=512) == _needed("kappa") / 2
-    assert _needed("kappa", first=1000, samples=1000) == _needed("kappa", first=256, samples=1000)
-    assert _needed("lipschitz", samples=512) == _needed("lipschitz") / 2
-    assert _needed("subspace", rows=1532) == 2 * _needed("subspace")
-    assert _needed("kl", layers=40) == _needed("kl", bits=12) == 2 * _needed("kl")
+    kappa = _cost("kappa").gradients
+    assert _cost("kappa", samples=512).gradients == kappa / 2
+    assert _cost("kappa", first=1000, samples=1000) == _cost("kappa", first=256, samples=1000)
+    assert _cost("lipschitz", samples=512).gradients == _cost("lipschitz").gradients / 2
+    assert _cost("kl", layers=40).gradients == _cost("kl", bits=12).gradients == 2 * _cost("kl").gradients
+    alone, both = _cost("channel_groups").gradients, _cost("channel_groups", "loss_change").gradients
+    assert both - alone == pytest.approx(17 * _cost("loss_change").gradients)  # each of up to 16 groups is tried too
 
 
 def test_seconds_follow_the_clock_and_the_rows(monkeypatch):
@@ -45,11 +53,10 @@ def test_seconds_follow_the_clock_and_the_rows(monkeypatch):
     x = torch.randn(30, 100)
     layers = find_layers(net, x)
     target = make_objective("distill", net, [x])
-    found = estimate_seconds(net, layers, target, frozenset({"subspace"}), bits=6, eigenpairs=9, tolerance=0.0)
+    rows = estimate_seconds(net, layers, target, Cost(row_passes=1, row_products=True), tolerance=0.0)
     pairs = 300**2 * 111  # ten rows a sample, each a vector of 10 times one of 100
-    assert found == pytest.approx(2.0 * 1.5 * 10 + 1e-9 * (1.5 * pairs + 25 * 300**3))
-    some = estimate_seconds(net, layers, target, frozenset({"inputs"}), bits=6, eigenpairs=9)
-    assert some == pytest.approx(2.0 * 0.2)
+    assert rows == pytest.approx(2.0 * 1.5 * 10 + 1e-9 * (1.5 * pairs + 25 * 300**3))
+    assert estimate_seconds(net, layers, target, Cost(0.2)) == pytest.approx(2.0 * 0.2)
 
 
 def test_clocks_give_plausible_times():
@@ -57,8 +64,6 @@ def test_clocks_give_plausible_times():
     x, _ = nets.images(64, 0)
     layers = find_layers(net, x)
     with differentiable(net, layers):
-        seconds = estimate_seconds(
-            net, layers, make_objective("distill", net, [x]), frozenset({"inputs"}), bits=6, eigenpairs=4
-        )
+        seconds = estimate_seconds(net, layers, make_objective("distill", net, [x]), Cost(1.0))
     assert 0 < seconds < 10
     assert 1e-13 < cost._multiplication_seconds() < 1e-6

@@ -9,13 +9,17 @@ from scipy import stats
 from torch import nn
 
 from lightning_caq.errors import CalibrationError, OptionError
-from lightning_caq.measures import steps
-from lightning_caq.measures.measure import MEASURES, measure
+from lightning_caq.measures.hessian import subspace
+from lightning_caq.measures.hessian.validity import is_predicted
+from lightning_caq.measures.measure import measure
+from lightning_caq.measures.registry import available_measures
 from lightning_caq.network.batches import run_model
 from lightning_caq.network.layers import find_layers
 from lightning_caq.network.objective import make_objective
 from lightning_caq.profile import CurvatureProfile
 from lightning_caq.utilities.progress import Progress
+
+MEASURES = available_measures()
 
 
 def _measure(case, **kwargs):
@@ -107,8 +111,7 @@ def test_validity_walks_up_to_the_bits_at_which_the_model_holds(objective):
             moved[start : start + size] += _rounded(case, row, bits)
             actual = float(loss(dense.call(moved)).detach()) - reference
             assert change == pytest.approx(actual, rel=1e-5, abs=1e-8)
-            gap = abs(actual - row.first_order[bits] - 0.5 * row.second_order[bits])
-            good = gap <= max(steps.VALIDITY_TOLERANCE * abs(actual), steps.VALIDITY_FLOOR)
+            good = is_predicted(actual, row.first_order[bits] + 0.5 * row.second_order[bits])
             assert good == (bits not in row.outside)
             checked.add(good)
         # The walk ends at the first bit-width at which the model holds.
@@ -219,7 +222,7 @@ def test_attention_has_all_measures():
 
 def test_bad_input():
     case = nets.make_case("mlp")
-    with pytest.raises(OptionError, match=r"'curl'.*not known measures.*'kappa'"):
+    with pytest.raises(OptionError, match=r"'curl' is not a known measure.*'kappa'"):
         _measure(case, needs=frozenset({"curl"}))
     with pytest.raises(OptionError, match="objective='task' needs loss_fn"):
         _measure(case, objective="task")
@@ -319,8 +322,8 @@ def test_drawn_rows_are_said_to_be_drawn(max_rows, monkeypatch):
     """More rows than are computed: unbiased traces with a standard error, and a mark in the profile."""
     case = nets.make_case("mlp")
     if max_rows is not None:
-        whole = steps.gram_spectrum
-        monkeypatch.setattr(steps, "gram_spectrum", lambda *args, **kw: whole(*args, **kw, max_rows=max_rows))
+        whole = subspace.gram_spectrum
+        monkeypatch.setattr(subspace, "gram_spectrum", lambda *args, **kw: whole(*args, **kw, max_rows=max_rows))
     profile = _measure(case, needs=nets.DISTILL_NEEDS)
     assert profile.sampled == (None if max_rows is None else (20, 24))
     assert CurvatureProfile.from_json(profile.to_json()) == profile

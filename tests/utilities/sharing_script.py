@@ -17,10 +17,11 @@ import nets
 import torch
 import torch.distributed as dist
 
-from lightning_caq.measures import steps
 from lightning_caq.measures.hessian.gauss_newton import GaussNewton
 from lightning_caq.measures.hessian.hessian import Hessian
-from lightning_caq.measures.measure import MEASURES, measure
+from lightning_caq.measures.layer import kappa
+from lightning_caq.measures.measure import measure
+from lightning_caq.measures.registry import available_measures
 from lightning_caq.network.batches import run_model
 from lightning_caq.network.layers import find_layers
 from lightning_caq.network.objective import make_objective
@@ -53,7 +54,7 @@ def task(net: Any, batch: Any) -> torch.Tensor:
 
 def profile(name: str, objective: str, sharing: Sharing = ALONE, **kwargs: Any) -> Any:
     found = case(name)
-    options = {"needs": MEASURES, "bits": (2, 3, 8), "eigenpairs": 3, "loss_fn": task, **kwargs}
+    options = {"needs": available_measures(), "bits": (2, 3, 8), "eigenpairs": 3, "loss_fn": task, **kwargs}
     return measure(found.net, found.batches, objective=objective, sharing=sharing, **options)
 
 
@@ -162,7 +163,7 @@ def _raise_on(sharing: Sharing, rank: int, error: BaseException) -> None:
 def dealt(sharing: Sharing) -> dict[str, int]:
     """How much of the work this rank does: layers by themselves, and batches whose graph is built."""
     with (
-        mock.patch.object(steps, "second_order_sensitivity", wraps=steps.second_order_sensitivity) as layers,
+        mock.patch.object(kappa, "second_order_sensitivity", wraps=kappa.second_order_sensitivity) as layers,
         mock.patch.object(Hessian, "_build", autospec=True, side_effect=Hessian._build) as batches,
     ):
         profile("frozen_inplace", "task", sharing, needs=frozenset({"kappa", "subspace"}))

@@ -31,7 +31,7 @@ class AllocationMethod(Protocol):
     """What a table method provides.
 
     Attributes:
-        needs: Names of the measures it uses, from ``lightning_caq.measures.measure.MEASURES``.
+        needs: Names of the measures it uses, from ``lightning_caq.measures.registry``.
 
     A method whose costs are changes of the loss in nat has a second attribute, ``in_nat = True``: those of rounded
     inputs can be added to them.

@@ -118,10 +118,10 @@ def _choose(
     """Of every chosen row the index, ascending, and π; the share of the trace they stand for; rows they are of."""
     order = share.argsort(descending=True, stable=True)
     total = float(share.sum())
-    held = share[order].cumsum(0) / total if total > 0 else torch.ones_like(share)
-    count = min(int((held < 1 - tolerance).sum()) + 1, len(order))
+    kept = share[order].cumsum(0) / total if total > 0 else torch.ones_like(share)
+    count = min(int((kept < 1 - tolerance).sum()) + 1, len(order))
     if count <= max_rows:
-        return order[:count].sort().values, torch.ones(count, dtype=share.dtype), float(held[count - 1]), count
+        return order[:count].sort().values, torch.ones(count, dtype=share.dtype), float(kept[count - 1]), count
     order = order[: int((share > 0).sum())]
     # The j heaviest are certain as long as each has at least its turn's part of what is left: π would be above 1.
     left = share[order].flip(0).cumsum(0).flip(0)

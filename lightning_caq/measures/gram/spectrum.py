@@ -3,7 +3,7 @@
 At the float weights H = AᵀA exactly, with one row of A for each output row s and class c,
 √(p_c / N) ∇_w (z_c − Σ_c' p_c' z_c'), a vector–Jacobian product of the network (theory: CET). The eigenvalues of AAᵀ
 are those of H, and everything that is needed of the eigenvectors v_j = Aᵀ u_j / √λ_j follows from per-layer Gram
-matrices A_i A_iᵀ and projections A_i Δ_i: the rows themselves are held for a few layers at a time.
+matrices A_i A_iᵀ and projections A_i Δ_i: the rows themselves are kept for a few layers at a time.
 """
 
 from __future__ import annotations
@@ -118,12 +118,12 @@ def gram_spectrum(
         for layer in mine
     }
     for pieces in passes(model, mine, batches, len(rows), memory or rows_memory(weight)):
-        every = weight_rows(model, pieces, batches, rows)
-        while every:
-            piece, held = every.popitem()  # let go before the next pass holds its own
-            grams[piece.layer.name] += held.gram().cpu()
+        parts = weight_rows(model, pieces, batches, rows)
+        while parts:
+            piece, piece_rows = parts.popitem()  # let go before the next pass fills memory
+            grams[piece.layer.name] += piece_rows.gram().cpu()
             for b, delta in deltas[piece.layer.name].items():
-                projections[piece.layer.name][b] += _project(held, piece, delta, owners).cpu()
+                projections[piece.layer.name][b] += _project(piece_rows, piece, delta, owners).cpu()
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64)
     for gram in grams.values():
         total += gram
@@ -141,7 +141,7 @@ def gram_spectrum(
         traces={name: float(gram.diagonal().double().sum()) for name, gram in grams.items()},
         errors={name: sampling_error(rows, gram.diagonal()) for name, gram in grams.items()},
         projected={
-            name: {b: (vectors.T @ p.sum(1)).cpu() for b, p in each.items()} for name, each in projections.items()
+            name: {b: (vectors.T @ p.sum(1)).cpu() for b, p in by_bits.items()} for name, by_bits in projections.items()
         },
         parts={name: {b: (vectors.T @ p).cpu() for b, p in projections[name].items()} for name in owners},
         kept=choice.kept,
@@ -164,11 +164,12 @@ def rows_memory(weight: Tensor) -> int:
     return _ROWS_MEMORY_GPU if weight.is_cuda else _ROWS_MEMORY
 
 
-def _project(held: Rows, piece: Piece, delta: Tensor, owners: Mapping[str, Tensor]) -> Tensor:
+def _project(rows: Rows, piece: Piece, delta: Tensor, owners: Mapping[str, Tensor]) -> Tensor:
     """A_i Δ, a column for each owner; shape (rows, 1) where outputs have none, float64."""
     part = to_matrix(piece.layer, delta)[:, piece.cut]
     if piece.layer.name not in owners:
-        return held.project(part)[:, None].double()
+        return rows.project(part)[:, None].double()
     owner = owners[piece.layer.name]
-    found = held.project_by(part, owner[:, piece.cut]).double()
-    return F.pad(found, (0, int(owner.max()) + 1 - found.shape[1]))  # the last owners may have nothing in this piece
+    projected = rows.project_by(part, owner[:, piece.cut]).double()
+    missing = int(owner.max()) + 1 - projected.shape[1]  # the last owners may have nothing in this piece
+    return F.pad(projected, (0, missing))

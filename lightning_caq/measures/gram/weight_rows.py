@@ -142,7 +142,7 @@ def weight_rows(
     for piece in pieces:
         by_layer.setdefault(piece.layer.name, []).append(piece)
     watched = {id(module): piece.layer for piece in pieces for module in layer_modules(model, piece.layer)}
-    held = {piece: piece.empty(len(rows), layer_weight(model, piece.layer)) for piece in pieces}
+    piece_rows = {piece: piece.empty(len(rows), layer_weight(model, piece.layer)) for piece in pieces}
     first = take_rows(batches[rows[0].batch], [rows[0].sample])
     axis = sample_axis(model, first)
     axes = _sample_axes(model, watched, first, axis)
@@ -152,18 +152,19 @@ def weight_rows(
             output = run_model(model, batch)
         seed = output_seed(output.detach(), chunk, axis)
         gradients = torch.autograd.grad(output, [y for _, _, _, y in calls], grad_outputs=seed, allow_unused=True)
-        found: dict[str, list[tuple[Layer, nn.Module, Tensor, Tensor]]] = {}
+        layer_calls: dict[str, list[tuple[Layer, nn.Module, Tensor, Tensor]]] = {}
         for (layer, module, x, _), g, d in zip(calls, gradients, axes or [0] * len(calls), strict=True):
             if g is not None:
-                found.setdefault(layer.name, []).append((layer, module, x.movedim(d, 0), g.movedim(d, 0)))
+                layer_calls.setdefault(layer.name, []).append((layer, module, x.movedim(d, 0), g.movedim(d, 0)))
         del calls, output, gradients  # with the graph
         place = slice(start, start + len(chunk))
-        while found:
-            name, each = found.popitem()
-            factors = [_factors(*call, len(chunk)) for call in each]  # of one layer at a time: columns are large
+        while layer_calls:
+            name, calls_of_layer = layer_calls.popitem()
+            # Of one layer at a time: columns are large.
+            factors = [_factors(*call, len(chunk)) for call in calls_of_layer]
             for piece in by_layer[name]:
-                _put(held[piece], place, piece, factors)
-    return held
+                _put(piece_rows[piece], place, piece, factors)
+    return piece_rows
 
 
 Call = tuple[Layer, nn.Module, Tensor, Tensor]
@@ -237,17 +238,17 @@ def _by_row(parts: Tensor, rows: int) -> Tensor:
     return several.permute(0, 2, 1, 4, 3).flatten(2, 3)
 
 
-def _put(held: Rows, place: slice, piece: Piece, factors: Sequence[Factors]) -> None:
+def _put(piece_rows: Rows, place: slice, piece: Piece, factors: Sequence[Factors]) -> None:
     """Add what the calls of a layer contribute to some rows."""
-    if isinstance(held, FactoredRows):
+    if isinstance(piece_rows, FactoredRows):
         gradients, inputs = zip(*factors, strict=True)
-        held.put(place, torch.cat(gradients, 2)[..., piece.cut], torch.cat(inputs, 2))
+        piece_rows.put(place, torch.cat(gradients, 2)[..., piece.cut], torch.cat(inputs, 2))
         return
     for g, x in factors:
-        if isinstance(held, WordRows):
-            held.put(place, g, x)
+        if isinstance(piece_rows, WordRows):
+            piece_rows.put(place, g, x)
         elif g.ndim == 4:
-            held.put(place, g[..., piece.cut], x)
+            piece_rows.put(place, g[..., piece.cut], x)
         else:  # a look-up in a table that a linear layer shares: one-hot words take the part of the gradients
             words = torch.arange(piece.outputs.start, piece.outputs.stop, device=x.device)
-            held.put(place, (x[..., None] == words)[:, None].to(g), g[:, None])
+            piece_rows.put(place, (x[..., None] == words)[:, None].to(g), g[:, None])

@@ -63,11 +63,11 @@ class _ByInput(torch.autograd.Function):
     """The convolution, as a function of its input alone; the weight comes in a list, where autograd sees no edge."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, held: list[Tensor], bias: Tensor | None, geometry: Geometry) -> Tensor:
-        ctx.weight, ctx.shape, ctx.geometry = held[0], x.shape, geometry
+    def forward(ctx: Any, x: Tensor, boxed: list[Tensor], bias: Tensor | None, geometry: Geometry) -> Tensor:
+        ctx.weight, ctx.shape, ctx.geometry = boxed[0], x.shape, geometry
         stride, padding, dilation, groups = geometry
         still = (0,) * len(stride)
-        return torch.convolution(x, held[0].detach(), bias, stride, padding, dilation, False, still, groups)
+        return torch.convolution(x, boxed[0].detach(), bias, stride, padding, dilation, False, still, groups)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
@@ -92,8 +92,8 @@ class _ByWeight(torch.autograd.Function):
     """Zeros, with the derivative of the convolution by its weight alone."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, held: list[Tensor], shape: torch.Size, geometry: Geometry) -> Tensor:
-        ctx.input, ctx.weight, ctx.geometry = held[0], weight.detach(), geometry
+    def forward(ctx: Any, weight: Tensor, boxed: list[Tensor], shape: torch.Size, geometry: Geometry) -> Tensor:
+        ctx.input, ctx.weight, ctx.geometry = boxed[0], weight.detach(), geometry
         return weight.new_zeros(()).expand(shape)
 
     @staticmethod

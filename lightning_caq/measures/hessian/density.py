@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from lightning_caq.measures.cost import Cost
 from lightning_caq.measures.hessian.krylov import tridiagonalise
+from lightning_caq.measures.hessian.leading_pairs import folded_hessian
+from lightning_caq.measures.measurement import Measurement
+from lightning_caq.measures.registry import Measure
+from lightning_caq.profile import CurvatureProfile
+from lightning_caq.utilities import seeding
+
+_PROBES, _STEPS = 4, 32
 
 
 @dataclass(frozen=True)
@@ -70,9 +78,9 @@ class SpectralDensity:
         bells = (-0.5 * ((values[:, None, None] - self.nodes) / width).square()).exp() / (
             width * math.sqrt(2 * math.pi)
         )
-        each = (bells * self.weights).sum(2)  # (points, probes)
-        errors = each.std(1) if each.shape[1] > 1 else torch.zeros_like(values)
-        return values, each.mean(1), errors / each.shape[1] ** 0.5
+        curves = (bells * self.weights).sum(2)  # (points, probes)
+        errors = curves.std(1) if curves.shape[1] > 1 else torch.zeros_like(values)
+        return values, curves.mean(1), errors / curves.shape[1] ** 0.5
 
 
 def known_density(values: Tensor, size: int) -> SpectralDensity:
@@ -118,10 +126,10 @@ def spectral_density(
 
     Example:
         >>> H = torch.diag(torch.tensor([4.0, 1.0, 1.0, -2.0], dtype=torch.float64))
-        >>> found = spectral_density(lambda v: H @ v, H[0], torch.Generator().manual_seed(0), probes=2, steps=4)
-        >>> [round(x, 6) for x in found.nodes[0, :3].tolist()], [round(x, 6) for x in found.weights[0, :3].tolist()]
+        >>> density = spectral_density(lambda v: H @ v, H[0], torch.Generator().manual_seed(0), probes=2, steps=4)
+        >>> [round(x, 6) for x in density.nodes[0, :3].tolist()], [round(x, 6) for x in density.weights[0, :3].tolist()]
         ([-2.0, 1.0, 4.0], [0.25, 0.5, 0.25])
-        >>> round(found.trace[0], 6), round(found.trace_of_squares[0], 6)
+        >>> round(density.trace[0], 6), round(density.trace_of_squares[0], 6)
         (4.0, 22.0)
     """
     n = like.numel()
@@ -137,3 +145,30 @@ def spectral_density(
         size=n,
         products=sum(len(nodes) for nodes, _ in runs),
     )
+
+
+def with_density(profile: CurvatureProfile, density: SpectralDensity) -> CurvatureProfile:
+    """The profile with the curve of a density."""
+    values, heights, errors = (tuple(x.tolist()) for x in density.curve())
+    return replace(profile, density=(values, heights), density_stderr=errors)
+
+
+def take(measurement: Measurement, profile: CurvatureProfile) -> CurvatureProfile:
+    """The density of the objective's Hessian, unless the eigenspace has told it exactly."""
+    if profile.density is not None:
+        return profile
+    m = measurement
+    with folded_hessian(m.model, m.layers, m.objective, sharing=m.sharing) as hessian:
+        like, draws = hessian.like(torch.zeros(hessian.size)), seeding.generator(m.seed, "density")
+        density = spectral_density(hessian.product, like, draws, probes=_PROBES, steps=_STEPS)
+    return with_density(profile, density)
+
+
+MEASURE = Measure(
+    "density",
+    step="eigenspace of the Hessian",
+    take=take,
+    cost=lambda extent: Cost(0.0 if extent.distill else 2.0 * _PROBES * _STEPS),  # two gradients a product
+    needs=frozenset({"subspace"}),
+    collective=True,
+)

@@ -90,8 +90,8 @@ def _folded(layer: Layer, module: nn.Module, batchnorm: Any) -> Any:
     """The layer's forward pass with the batch-norm's scale in its weight and its shift in its bias."""
 
     def forward(inputs: Tensor) -> Tensor:
-        own = module._parameters
-        weight, bias = own["weight"], own.get("bias")
+        parameters = module._parameters
+        weight, bias = parameters["weight"], parameters.get("bias")
         assert weight is not None
         scale = (batchnorm.running_var + batchnorm.eps).rsqrt()
         if batchnorm.weight is not None:
@@ -99,12 +99,12 @@ def _folded(layer: Layer, module: nn.Module, batchnorm: Any) -> Any:
         shift = -batchnorm.running_mean * scale if bias is None else (bias - batchnorm.running_mean) * scale
         if batchnorm.bias is not None:
             shift = shift + batchnorm.bias
-        merged: dict[str, Any] = {**own, "weight": weight * scale.reshape(layer.channel_shape), "bias": shift}
+        merged: dict[str, Any] = {**parameters, "weight": weight * scale.reshape(layer.channel_shape), "bias": shift}
         try:
             module._parameters = merged
             output: Tensor = type(module).forward(module, inputs)
         finally:
-            module._parameters = own
+            module._parameters = parameters
         return output
 
     return forward

@@ -33,5 +33,5 @@ def graph_bytes(build: Callable[[], Any], model: nn.Module, batches: Any) -> int
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         build()
     there = (*model.parameters(), *tree_leaves(batches))
-    own = {t.untyped_storage().data_ptr() for t in there if isinstance(t, Tensor)}
-    return sum(size for pointer, size in seen.items() if pointer not in own)
+    present = {t.untyped_storage().data_ptr() for t in there if isinstance(t, Tensor)}
+    return sum(size for pointer, size in seen.items() if pointer not in present)

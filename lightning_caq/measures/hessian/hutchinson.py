@@ -1,4 +1,4 @@
-"""Hutchinson and Hutch++: traces and diagonals from products with random signs."""
+"""Hutchinson and Hutch++: traces from products with random signs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LEAST_PROBES = 4
 
 
 class LayerOperator(Protocol):
-    """What traces and diagonals are taken of, such as ``Hessian`` or ``GaussNewton``: blocks H_ii, one a layer."""
+    """What traces are taken of, such as ``Hessian`` or ``GaussNewton``: blocks H_ii, one a layer."""
 
     sizes: list[int]
 
@@ -49,21 +49,6 @@ class LayerTraces:
     probes: int
     products: int
     converged: Tensor
-
-
-@dataclass(frozen=True)
-class LayerDiagonals:
-    """diag(H_ii) of every layer, nat/weight².
-
-    Attributes:
-        values: Diagonals, one tensor a layer, in the shapes of the weights.
-        errors: Standard errors, element by element; Student's t with probes − 1 degrees of freedom makes intervals.
-        probes: Probes that were spent.
-    """
-
-    values: list[Tensor]
-    errors: list[Tensor]
-    probes: int
 
 
 def estimate_layer_traces(
@@ -107,8 +92,8 @@ def estimate_layer_traces(
         >>> from lightning_caq.network.objective import make_objective
         >>> net, x = torch.nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 0.0], [0.0, 2.0]])
         >>> operator = Hessian(net, find_layers(net, x), make_objective("distill", net, [x]))
-        >>> found = estimate_layer_traces(operator, [torch.Generator().manual_seed(0)], rank=0)
-        >>> found.values, found.probes, found.converged  # the block is diagonal: signs give its trace exactly
+        >>> traces = estimate_layer_traces(operator, [torch.Generator().manual_seed(0)], rank=0)
+        >>> traces.values, traces.probes, traces.converged  # the block is diagonal: signs give its trace exactly
         (tensor([2.5000], dtype=torch.float64), 4, tensor([True]))
     """
 
@@ -131,102 +116,6 @@ def estimate_layer_traces(
         converged = widened <= tolerance * size
         if len(draws) >= max_probes or bool(converged.all()):
             return LayerTraces(values, errors, len(draws), len(draws) + 2 * rank, converged)
-
-
-def layer_diagonals(operator: LayerOperator, probes: int, generators: Sequence[torch.Generator]) -> LayerDiagonals:
-    """diag(H_ii) of every layer: E[v ⊙ H_ii v] for vectors v of random signs (Bekas, Kokiopoulou and Saad 2007).
-
-    Element j has the variance Σ_{k≠j} H_jk² a probe: a small element beside large ones needs many. For ``distill``
-    ``gauss_newton_diagonals`` has no such noise.
-
-    Args:
-        operator: The Hessian or the Gauss–Newton matrix.
-        probes: Number of probes, at least 2, else there is no standard error.
-        generators: A random generator a layer.
-
-    Returns:
-        The diagonals.
-
-    Example:
-        >>> from lightning_caq.network.layers import find_layers
-        >>> from lightning_caq.measures.hessian.hessian import Hessian
-        >>> from lightning_caq.network.objective import make_objective
-        >>> net, x = torch.nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 0.0], [0.0, 2.0]])
-        >>> operator = Hessian(net, find_layers(net, x), make_objective("distill", net, [x]))
-        >>> layer_diagonals(operator, 2, [torch.Generator().manual_seed(0)]).values
-        [tensor([[0.5000, 2.0000]])]
-    """
-    means: list[Tensor] = []
-    spreads: list[Tensor] = []
-    for count in range(1, probes + 1):
-        signs = _signs(operator, generators)
-        draws = [v * p for v, p in zip(signs, operator.layer_products(signs), strict=True)]
-        if not means:
-            means, spreads = draws, [torch.zeros_like(d) for d in draws]
-            continue
-        # Welford's updates: sums of squares would lose small variances to rounding.
-        for mean, spread, draw in zip(means, spreads, draws, strict=True):
-            step = draw - mean
-            mean.add_(step, alpha=1 / count)
-            spread.addcmul_(step, draw - mean)
-    errors = [(spread / (probes * (probes - 1))).sqrt() for spread in spreads]
-    return LayerDiagonals(means, errors, probes)
-
-
-def hutch_plus_plus(
-    product: Callable[[Tensor], Tensor],
-    size: int,
-    products: int,
-    generator: torch.Generator,
-    *,
-    like: Tensor | None = None,
-) -> tuple[float, float]:
-    """tr(A) of a symmetric operator by Hutch++ (Meyer, Musco, Musco and Woodruff 2021), and its standard error.
-
-    A third of the products finds an orthonormal Q near the range of the largest eigenvalues, a third gives tr(QᵀAQ)
-    exactly, the rest probe what is left, P A P with P = I − QQᵀ. Unbiased whatever Q is, and the standard error is
-    that of the last part; Student's t with as many degrees of freedom as it has probes, less one, makes intervals.
-
-    It wins where eigenvalues decay fast. Root mean square error of Hutchinson's estimator over that of Hutch++ after
-    the same products, eigenvalues j^−c, n = 600, random eigenvectors, 60 runs:
-
-    | products | c = 0.5 | 1 | 1.5 | 2 | 3 |
-    | --- | --- | --- | --- | --- | --- |
-    | 12 | 0.7 | 1.4 | 2.9 | 6.7 | 37 |
-    | 30 | 0.9 | 2.2 | 6.9 | 23 | 280 |
-    | 90 | 0.8 | 3.6 | 21 | 130 | 4400 |
-
-    Args:
-        product: v ↦ A v for a vector of shape (n,).
-        size: n.
-        products: Products to spend, at least 6.
-        generator: Draws the sketch and the probes.
-        like: A tensor of the dtype and device that the vectors shall have; float64 on the CPU by default.
-
-    Returns:
-        The trace, in the unit of A, and its standard error; 0 where Q spans the whole space.
-
-    Example:
-        >>> A = torch.outer(torch.arange(9.0).double(), torch.arange(9.0).double())  # of rank one: found exactly
-        >>> value, error = hutch_plus_plus(lambda v: A @ v, 9, 6, torch.Generator().manual_seed(0))
-        >>> round(value, 6), round(error, 6)
-        (204.0, 0.0)
-    """
-    like = torch.empty(0, dtype=torch.float64) if like is None else like
-
-    def draw() -> list[Tensor]:
-        return [torch.randint(0, 2, (size,), generator=generator).mul_(2).sub_(1).to(like)]
-
-    def multiply(vectors: list[Tensor]) -> list[Tensor]:
-        return [product(vectors[0])]
-
-    rank = min(products // 3, size)
-    bases, inside = _subspaces(multiply, draw, rank)
-    if rank == size:
-        return float(inside), 0.0
-    rest = [_outside(multiply, draw(), bases) for _ in range(products - 2 * rank)]
-    mean, error = _mean_and_error(torch.tensor(rest, dtype=torch.float64))
-    return float(inside + mean), float(error)
 
 
 Multiply = Callable[[list[Tensor]], list[Tensor]]

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_caq.network.batches import run_model
+from lightning_caq.measures.cost import BLOCK_SAMPLES
+from lightning_caq.measures.measurement import Measurement
+from lightning_caq.network.batches import run_model, take_samples
 from lightning_caq.network.hooks import watching
 from lightning_caq.network.layers import Layer, layer_modules
 
@@ -134,6 +136,12 @@ def record_blocks(model: nn.Module, layers: Sequence[Layer], batch: Any) -> dict
     with watching([m for m in model.modules() if id(m) in watched], hook), torch.no_grad(), recorder:
         run_model(model, batch)
     return recorder.blocks
+
+
+def measured_blocks(measurement: Measurement) -> dict[str, Block]:
+    """The blocks of this process's layers on the first batch; those that it does not reach are missing."""
+    batch = take_samples(measurement.batches[:1], BLOCK_SAMPLES)[0]
+    return record_blocks(measurement.model, measurement.rank_layers, batch)
 
 
 class _Recorder(TorchFunctionMode):

@@ -68,22 +68,10 @@ def bias_corrections(
         else:  # a convolution takes one sample alone too, without an axis for it
             summed = inputs.sum(0, keepdim=True) if inputs.ndim == len(layer.shape) else inputs
         counts[layer.name] = counts.get(layer.name, 0) + output.numel() // output.shape[layer.channel_axis]
-        found = totals.setdefault(layer.name, {})
+        sums = totals.setdefault(layer.name, {})
         for b, delta in deltas[layer.name].items():
             error = apply_weight(module, delta, summed).movedim(layer.channel_axis, 0).flatten(1).double().sum(1)
-            found[b] = found[b] + error if b in found else error
+            sums[b] = sums[b] + error if b in sums else error
 
     visit_modules(model, owners, batches, visit)
-    return {name: {b: -total / counts[name] for b, total in found.items()} for name, found in totals.items()}
-
-
-def along_channels(layer: Layer, values: Tensor, output: Tensor) -> Tensor:
-    """A vector, one number an output channel, in a shape and type that adds to the layer's output.
-
-    Example:
-        >>> import torch
-        >>> layer = Layer("conv", "conv2d", (2, 1, 3, 3))
-        >>> along_channels(layer, torch.zeros(2), torch.zeros(5, 2, 8, 8)).shape
-        torch.Size([2, 1, 1])
-    """
-    return values.to(output).reshape(-1, *(1,) * (-layer.channel_axis - 1))
+    return {name: {b: -total / counts[name] for b, total in sums.items()} for name, sums in totals.items()}

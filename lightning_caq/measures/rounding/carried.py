@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_caq.measures.rounding.bias_correction import along_channels
 from lightning_caq.network.batches import batch_size, run_model, take_samples
 from lightning_caq.network.hooks import watching
+from lightning_caq.network.layer_matrix import along_channels
 from lightning_caq.network.layers import Layer, apply_weight, layer_modules
 from lightning_caq.sizes import W, Width
 from lightning_caq.utilities.seeding import generator
@@ -95,8 +95,8 @@ def carried_errors(
         >>> net = nn.Sequential(nn.Linear(2, 1, bias=False), nn.Linear(1, 1, bias=False))
         >>> _ = net[1].weight.data.fill_(3.0)
         >>> x = torch.tensor([[1.0, 0.0]])
-        >>> found = carried_errors(net, find_layers(net, x)[:1], [x], {"0": {2: torch.tensor([[0.5, 9.0]])}}, {})
-        >>> found.errors["0"][2], found.at_output("0", 2)
+        >>> carried = carried_errors(net, find_layers(net, x)[:1], [x], {"0": {2: torch.tensor([[0.5, 9.0]])}}, {})
+        >>> carried.errors["0"][2], carried.at_output("0", 2)
         (0.5, 1.5)
     """
     components: dict[str, dict[Width, list[Tensor]]] = {x.name: {b: [] for b in deltas[x.name]} for x in layers}
@@ -115,14 +115,14 @@ def carried_errors(
         }
         for (name, b), errors in us.items():
             squares[name][b] += sum(float(u.double().square().sum()) for u in errors)
-        found: dict[tuple[str, W], list[Tensor]] = {key: [] for key in us}
+        products: dict[tuple[str, W], list[Tensor]] = {key: [] for key in us}
         rows = output.reshape(count, -1)
         for probe in _probes(rows, [generator(seed, f"carried/{i}") for i in range(first, first + count)]):
             pulled = _pull(rows, probe, calls)
             for (name, b), errors in us.items():
                 inner = (_by_sample(g * u, count).double().sum(1) for g, u in zip(pulled[name], errors, strict=True))
-                found[name, b].append(sum(inner, torch.zeros(count, dtype=torch.float64, device=output.device)))
-        for (name, b), columns in found.items():
+                products[name, b].append(sum(inner, torch.zeros(count, dtype=torch.float64, device=output.device)))
+        for (name, b), columns in products.items():
             components[name][b].append(torch.stack(columns, dim=1).cpu())
         first += count
     samples = sum(map(batch_size, batches))
@@ -153,13 +153,13 @@ def _run(model: nn.Module, layers: Sequence[Layer], batch: Any) -> tuple[Calls, 
 
 def _pull(output: Tensor, probe: Tensor, calls: Calls) -> dict[str, list[Tensor]]:
     """J_iᵀ v at the output of every call."""
-    zeros = [zero for found in calls.values() for _, _, zero in found]
+    zeros = [zero for seen in calls.values() for _, _, zero in seen]
     pulled = iter(
         torch.autograd.grad(output, zeros, probe, retain_graph=True, materialize_grads=True)
         if output.requires_grad
         else [torch.zeros_like(zero) for zero in zeros]
     )
-    return {name: [next(pulled) for _ in found] for name, found in calls.items()}
+    return {name: [next(pulled) for _ in seen] for name, seen in calls.items()}
 
 
 def _probes(output: Tensor, draws: Sequence[torch.Generator]) -> Iterator[Tensor]:
@@ -170,7 +170,7 @@ def _probes(output: Tensor, draws: Sequence[torch.Generator]) -> Iterator[Tensor
             yield unit.expand(count, width)
         return
     for _ in range(_MOST_PROBES):
-        signs = torch.stack([torch.randint(0, 2, (width,), generator=own) for own in draws]) * 2 - 1
+        signs = torch.stack([torch.randint(0, 2, (width,), generator=draw) for draw in draws]) * 2 - 1
         yield signs.to(output) / _MOST_PROBES**0.5
 
 
@@ -189,8 +189,8 @@ def _parts(
     probe = take_samples(batches, 2)[0]
     calls, output = _run(model, layers, probe)
     count = batch_size(probe)
-    held = {name: len(deltas[name]) + _TENSORS_HELD for name in calls}
-    numbers = sum(held[name] * zero.numel() for name, found in calls.items() for _, _, zero in found) / count
+    tensors = {name: len(deltas[name]) + _TENSORS_HELD for name in calls}
+    numbers = sum(tensors[name] * zero.numel() for name, seen in calls.items() for _, _, zero in seen) / count
     most = max(int(memory / (4 * max(numbers, 1))), 1) if _samples_first(output, calls, count) else 1
     for batch in batches:
         for start in range(0, batch_size(batch), most):
@@ -199,7 +199,7 @@ def _parts(
 
 def _samples_first(output: Tensor, calls: Calls, count: int) -> bool:
     """Whether the first sample's output depends on what is stored first in every layer's output, and on no more."""
-    if output.numel() % count or any(zero.numel() % count for found in calls.values() for _, _, zero in found):
+    if output.numel() % count or any(zero.numel() % count for seen in calls.values() for _, _, zero in seen):
         return False
     rows = output.reshape(count, -1)
     first = torch.zeros_like(rows)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_caq.measures.cost import Cost
+from lightning_caq.measures.measurement import Measurement
+from lightning_caq.measures.registry import Measure
 from lightning_caq.network.batches import batch_size, take_samples
 from lightning_caq.network.layers import Layer, layer_weight
 from lightning_caq.network.objective import Objective, make_objective
+from lightning_caq.network.perturbed import replaced_weights
+from lightning_caq.profile import CurvatureProfile
 from lightning_caq.utilities.seeding import generator
 
 _STEPS = 40
@@ -33,7 +39,7 @@ def scale_importance(
     A layer that must keep its large weights exact ends with a larger scale, which LIMPQ reads as importance (Tang et
     al. 2022). As there, all scales are learned together: each step adds up the gradients of the network with every
     layer at b bits, for each b, and of one with random bits. The loss is the divergence from the float outputs. Unlike
-    there the weights are held and training is short (Adam on log s), so scales stay near their start, 2 mean|W| / √Q_P
+    there the weights are fixed and training is short (Adam on log s), so scales stay near their start, 2 mean|W| / √Q_P
     (Esser et al. 2020): within a factor e² under the defaults.
 
     Args:
@@ -55,29 +61,26 @@ def scale_importance(
         >>> abs(scale_importance(net, layers, [x], [2], steps=200)[""][2] - 0.25) < 0.05  # −2 · ¼ is exact
         True
     """
-    weights = [layer_weight(model, layer) for layer in layers]
-    floats = [weight.detach().clone() for weight in weights]
+    floats = [layer_weight(model, layer).detach().clone() for layer in layers]
     starts = [[_start(weight, b) for b in bits] for weight in floats]
     logs = torch.tensor(starts, dtype=torch.float64).log()
     optimizer = torch.optim.Adam([logs], lr=_RATE)
     parts = _parts(model, batches, samples)
     draw = generator(seed, "scale_importance")
     uniform = [[column] * len(layers) for column in range(len(bits))]
-    try:
-        for step in range(steps):
-            mixed = torch.randint(len(bits), (len(layers),), generator=draw).tolist()
-            logs.grad = torch.zeros_like(logs)
-            for choice in (*uniform, mixed):
-                scales = [float(logs[i, column].exp()) for i, column in enumerate(choice)]
-                widths = [bits[column] for column in choice]
-                slopes = _scale_gradients(model, weights, floats, scales, widths, parts[step % len(parts)])
-                for i, column in enumerate(choice):
-                    logs.grad[i, column] += scales[i] * slopes[i]  # by log s
-            optimizer.step()
-    finally:
-        with torch.no_grad():
-            for weight, values in zip(weights, floats, strict=True):
-                weight.copy_(values)
+    for step in range(steps):
+        mixed = torch.randint(len(bits), (len(layers),), generator=draw).tolist()
+        logs.grad = torch.zeros_like(logs)
+        for choice in (*uniform, mixed):
+            scales = [float(logs[i, column].exp()) for i, column in enumerate(choice)]
+            quantized = [
+                learned_step(weight, scale, bits[column])
+                for weight, scale, column in zip(floats, scales, choice, strict=True)
+            ]
+            slopes = _scale_gradients(model, layers, quantized, parts[step % len(parts)])
+            for i, column in enumerate(choice):
+                logs.grad[i, column] += scales[i] * slopes[i]  # by log s
+        optimizer.step()
     return {layer.name: {b: float(logs[i, c].exp()) for c, b in enumerate(bits)} for i, layer in enumerate(layers)}
 
 
@@ -122,20 +125,28 @@ def _parts(model: nn.Module, batches: Sequence[Any], samples: int) -> list[Objec
 
 
 def _scale_gradients(
-    model: nn.Module,
-    weights: Sequence[nn.Parameter],
-    floats: Sequence[Tensor],
-    scales: Sequence[float],
-    bits: Sequence[int],
-    objective: Objective,
+    model: nn.Module, layers: Sequence[Layer], quantized: Sequence[tuple[Tensor, Tensor]], objective: Objective
 ) -> list[float]:
     """∂ℓ/∂s of every layer, with all layers quantized: the gradient by the rounded weight times its derivative by s."""
-    derivatives = []
-    with torch.no_grad():
-        for weight, values, scale, b in zip(weights, floats, scales, bits, strict=True):
-            rounded, derivative = learned_step(values, scale, b)
-            weight.copy_(rounded)
-            derivatives.append(derivative)
-    losses = [objective.weight(i) * objective.batch_loss(model, i) for i in range(len(objective.batches))]
-    gradients = torch.autograd.grad(torch.stack(losses).sum(), weights, allow_unused=True, materialize_grads=True)
-    return [float((g * d).double().sum()) for g, d in zip(gradients, derivatives, strict=True)]
+    weights = [layer_weight(model, layer) for layer in layers]
+    rounded = {layer.name: values for layer, (values, _) in zip(layers, quantized, strict=True)}
+    with replaced_weights(model, layers, rounded):
+        losses = [objective.weight(i) * objective.batch_loss(model, i) for i in range(len(objective.batches))]
+        gradients = torch.autograd.grad(torch.stack(losses).sum(), weights, allow_unused=True, materialize_grads=True)
+    return [float((g * slope).double().sum()) for g, (_, slope) in zip(gradients, quantized, strict=True)]
+
+
+def take(measurement: Measurement, profile: CurvatureProfile) -> CurvatureProfile:
+    """The scales of every layer; they are learned together, so every process learns all."""
+    m = measurement
+    scales = scale_importance(m.model, m.layers, m.batches, sorted(m.bits), seed=m.seed)
+    return profile.with_rows(lambda row: replace(row, scale_importance=scales[row.name]))
+
+
+MEASURE = Measure(
+    "scale_importance",
+    step="rounding errors",
+    take=take,
+    cost=lambda extent: Cost(_STEPS * _SAMPLES * (extent.bits + 1) / extent.samples),
+    needs=frozenset({"rounding_error"}),
+)

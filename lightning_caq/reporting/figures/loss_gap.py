@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from lightning_caq.evaluation.loss_gap import LossGap, tolerated
+from lightning_caq.evaluation.loss_gap import LossGap
+from lightning_caq.measures.hessian.validity import tolerated_gap
 from lightning_caq.reporting.figures.scales import largest, numbers, tidy_log
 from lightning_caq.reporting.palette import BAR, POINT, TOLERANCE
 from lightning_caq.reporting.sheet import FONT, GREY, board, inches, short_names
@@ -86,7 +87,7 @@ def _compare(axes: Axes, gaps: Sequence[LossGap]) -> None:
     actual = np.sort(
         np.concatenate([np.geomspace(_NOISE / 10, high, 200), [0.0], -np.geomspace(_NOISE / 10, high, 200)])
     )
-    band = np.array([tolerated(y) for y in actual])
+    band = np.array([tolerated_gap(y) for y in actual])
     axes.fill_betweenx(actual, actual - band, actual + band, color="#eeeeee", linewidth=0, zorder=0)
     axes.plot(actual, actual, color=GREY, linewidth=0.8, zorder=1)
     axes.set_xscale("symlog", linthresh=_NOISE)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lightning_caq.measures.rounding.carried import carried_errors
-from lightning_caq.measures.rounding.rounding_errors import output_errors
+from lightning_caq.measures.rounding.output_error import output_errors
 from lightning_caq.network.layers import find_layers
 
 

@@ -1,4 +1,4 @@
-"""The objective of rounded networks, and magnitudes, against networks that are rounded by hand."""
+"""The objective of rounded networks against networks that are rounded by hand."""
 
 import copy
 from itertools import product
@@ -8,11 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_caq.measures.layer.blocks import record_blocks
-from lightning_caq.measures.layer.magnitudes import output_norm, weight_range
 from lightning_caq.measures.measure import measure
-from lightning_caq.measures.rounding.rounded_loss import rounded_loss
-from lightning_caq.network.layers import Layer, find_layers
+from lightning_caq.measures.rounding.rounded_loss import loss_change, rounded_loss
+from lightning_caq.network.layers import find_layers
 from lightning_caq.network.objective import make_objective
 from lightning_caq.quantizers.grids.affine import fit_grid
 
@@ -59,31 +57,6 @@ def test_the_weights_are_put_back_after_a_failure():
     assert torch.equal(net.weight, before)
 
 
-def test_output_norm_is_that_of_the_layer_and_what_follows():
-    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
-    x = torch.randn(6, 3)
-    blocks = record_blocks(net, find_layers(net, x), x)
-    for name, end in (("0", 2), ("2", 3)):
-        expected = net[:end](x).detach().square().sum(1).mean().sqrt()
-        assert output_norm(blocks[name]) == pytest.approx(float(expected))
-
-
-def test_output_norm_of_a_table_is_that_of_a_word():
-    table = nn.Embedding(5, 3)
-    tokens = torch.randint(0, 5, (4, 7))
-    norm = output_norm(record_blocks(table, find_layers(table, tokens), tokens)[""])
-    assert norm == pytest.approx(float(table(tokens).detach().flatten(0, 1).square().sum(1).mean().sqrt()))
-
-
-@pytest.mark.parametrize(("kind", "axis"), [("conv2d", 0), ("conv_transpose2d", 1)])
-def test_range_is_by_output_channel(kind, axis):
-    net = nn.Conv2d(2, 3, 2) if axis == 0 else nn.ConvTranspose2d(2, 3, 2)
-    weight = net.weight.detach().numpy()
-    others = tuple(d for d in range(4) if d != axis)
-    expected = ((weight.max(others) - weight.min(others)) ** 2).mean() ** 0.5
-    assert weight_range(net, Layer("", kind, tuple(weight.shape))) == pytest.approx(float(expected), rel=1e-6)
-
-
 def test_what_the_baselines_need_is_in_the_profile():
     """KL with one layer rounded, and the norm of the scores, √tr(H_ii), against the dense network in float64."""
     case = nets.make_case("cnn")
@@ -105,3 +78,20 @@ def test_what_the_baselines_need_is_in_the_profile():
         objective="task", loss_fn=lambda net, batch: nets.task_loss(net(batch)),
     )  # fmt: skip
     assert all(row.score_norm is None for row in task.layers)
+
+
+@pytest.fixture(params=nets.CASES)
+def case(request):
+    return nets.make_case(request.param)
+
+
+def test_loss_change_and_the_weight_is_put_back(case):
+    objective = make_objective("distill", case.net, case.batches)
+    layer = find_layers(case.net, case.batches[0])[0]
+    weight = case.net.get_submodule(layer.name).weight
+    before, delta = weight.detach().clone(), 0.2 * torch.randn(layer.shape, dtype=torch.float64)
+    dense = nets.Dense(case.net, [layer.name])
+    expected = nets.distill_loss(case)(dense.call(dense.vector + delta.flatten()))
+    found = loss_change(case.net, layer, objective, delta, 0.0)
+    assert found == pytest.approx(float(expected.detach()), rel=1e-9)
+    assert torch.equal(weight, before)

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_caq.errors import OptionError
 from lightning_caq.measures.layer.constants import lipschitz_constants, operator_norm
-from lightning_caq.measures.layer.graph import lipschitz_amplification
+from lightning_caq.measures.layer.lipschitz_amplification import lipschitz_amplification
 from lightning_caq.network.layers import find_layers
 
 
@@ -176,7 +176,8 @@ def test_what_is_not_known_is_named_and_not_guessed(function, words):
             return function(x)
 
     net = nn.Sequential(nn.Linear(3, 3), nn.Sequential(Inner())).eval()
-    with pytest.raises(OptionError, match=rf"composition='lipschitz'.*{words}.*composition='jacobian'") as error:
+    message = rf"'lipschitz_amplification' cannot be taken.*{words}.*'amplification'"
+    with pytest.raises(OptionError, match=message) as error:
         _found(net, torch.randn(4, 3))
     assert ("in the network" if function is _unseen else "in '1.0' (Inner)") in str(error.value)
 

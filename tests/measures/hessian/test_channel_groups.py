@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lightning_caq.measures.gram.spectrum import gram_spectrum
+from lightning_caq.measures.hessian import channel_split
+from lightning_caq.measures.hessian.channel_split import group_channels, row_owners
 from lightning_caq.measures.measure import differentiable, measure
-from lightning_caq.measures.rounding import channel_groups
-from lightning_caq.measures.rounding.channel_groups import group_channels, row_owners
 from lightning_caq.measures.rounding.rounding_errors import nearest_errors
 from lightning_caq.network.layers import find_layers, layer_weight
 from lightning_caq.profile import CurvatureProfile, LayerCurvature
@@ -23,8 +23,8 @@ BITS = (2, 4)
 @pytest.fixture
 def small(monkeypatch):
     """Groups of one channel and more, so that tiny layers have some."""
-    monkeypatch.setattr(channel_groups, "LEAST_CHANNELS", 1)
-    monkeypatch.setattr(channel_groups, "MOST_GROUPS", 3)
+    monkeypatch.setattr(channel_split, "LEAST_CHANNELS", 1)
+    monkeypatch.setattr(channel_split, "MOST_GROUPS", 3)
 
 
 def _blocks(case, layers):

@@ -1,6 +1,6 @@
 """Eigenvectors: the short-axis subspace with every weight's part in it, as a quadratic model of the objective.
 
-Measuring needs no eigenvector (``gram``); choosing what single weights are rounded to does.
+Measuring needs no eigenvector (``spectrum``); choosing what single weights are rounded to does.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ from torch import Tensor, nn
 from lightning_caq.errors import OptionError
 from lightning_caq.measures.gram.spectrum import gram_spectrum, rows_memory
 from lightning_caq.measures.gram.weight_rows import matrix_shape, passes, weight_rows
-from lightning_caq.measures.hessian.folding import batchnorm_folded
-from lightning_caq.measures.hessian.hessian import Hessian
 from lightning_caq.measures.hessian.hutchinson import estimate_layer_traces
-from lightning_caq.measures.hessian.lanczos import lanczos
+from lightning_caq.measures.hessian.leading_pairs import folded_hessian, leading_pairs, residual_curvature
 from lightning_caq.network.layer_matrix import from_matrix
 from lightning_caq.network.layers import Layer, layer_weight
 from lightning_caq.network.objective import Objective
@@ -67,13 +65,13 @@ def short_axis_model(model: nn.Module, layers: Sequence[Layer], target: Objectiv
         >>> from lightning_caq.network.objective import make_objective
         >>> net = nn.Linear(2, 1, bias=False)
         >>> layer, x = Layer("", "linear", (1, 2), calls=1, modules=("",)), torch.tensor([[1.0, 0.0], [0.0, 2.0]])
-        >>> found = short_axis_model(net, [layer], make_objective("distill", net, [x]), k=1, seed=0)
-        >>> found.vectors.abs().flatten(), round(float(found.values), 4), round(found.residual, 4)
+        >>> shape = short_axis_model(net, [layer], make_objective("distill", net, [x]), k=1, seed=0)
+        >>> shape.vectors.abs().flatten(), round(float(shape.values), 4), round(shape.residual, 4)
         (tensor([0., 1.]), 2.0, 0.5)
     """
     check_memory(layers, k)
-    found = _from_rows if target.name == "distill" else _from_products
-    return found(model, layers, target, k, seed)
+    route = _from_rows if target.name == "distill" else _from_products
+    return route(model, layers, target, k, seed)
 
 
 def _from_rows(model: nn.Module, layers: Sequence[Layer], target: Objective, k: int, seed: int) -> QuadraticModel:
@@ -86,13 +84,13 @@ def _from_rows(model: nn.Module, layers: Sequence[Layer], target: Objective, k: 
     edges = dict(zip([x.name for x in layers], pairwise(torch.tensor([0, *sizes]).cumsum(0).tolist()), strict=True))
     memory = rows_memory(layer_weight(model, layers[0]))
     for pieces in passes(model, layers, target.batches, len(mix), memory):
-        every = weight_rows(model, pieces, target.batches, spectrum.chosen)
-        while every:
-            piece, held = every.popitem()  # let go before the next pass holds its own
+        parts = weight_rows(model, pieces, target.batches, spectrum.chosen)
+        while parts:
+            piece, rows = parts.popitem()  # let go before the next pass fills memory
             start, stop = edges[piece.layer.name]
-            vectors[start:stop][_places(piece.layer)[:, piece.cut].flatten()] = held.combine(mix).float().cpu()
-    rest = spectrum.trace - float(values.sum())
-    return QuadraticModel(sizes, values, vectors, _mean(rest, vectors), torch.zeros(sum(sizes)))
+            vectors[start:stop][_places(piece.layer)[:, piece.cut].flatten()] = rows.combine(mix).float().cpu()
+    outside = residual_curvature(spectrum.trace, values, sum(sizes))
+    return QuadraticModel(sizes, values, vectors, outside, torch.zeros(sum(sizes)))
 
 
 def _places(layer: Layer) -> Tensor:
@@ -103,18 +101,10 @@ def _places(layer: Layer) -> Tensor:
 
 
 def _from_products(model: nn.Module, layers: Sequence[Layer], target: Objective, k: int, seed: int) -> QuadraticModel:
-    with batchnorm_folded(model, layers, target.batches[0]):
-        operator = Hessian(model, layers, target)
-        start = operator.like(torch.randn(operator.size, generator=generator(seed, "lanczos")))
-        pairs = lanczos(operator.product, start, min(k, operator.size))
-        traces = estimate_layer_traces(operator, [generator(seed, f"trace/{x.name}") for x in layers])
-        gradient = torch.cat([part.flatten() for part in operator.gradient()])
+    with folded_hessian(model, layers, target) as hessian:
+        pairs = leading_pairs(hessian, k, seed)
+        traces = estimate_layer_traces(hessian, [generator(seed, f"trace/{x.name}") for x in layers])
+        gradient = torch.cat([part.flatten() for part in hessian.gradient()])
     vectors, values = pairs.vectors.float().cpu(), pairs.values.cpu()
-    rest = float(traces.values.sum()) - float(values.sum())
-    return QuadraticModel(tuple(operator.sizes), values, vectors, _mean(rest, vectors), gradient.float().cpu())
-
-
-def _mean(rest: float, vectors: Tensor) -> float:
-    """Mean curvature outside S of a trace's rest, floored at 0."""
-    n, k = vectors.shape
-    return max(rest, 0.0) / max(n - k, 1)
+    outside = residual_curvature(float(traces.values.sum()), values, hessian.size)
+    return QuadraticModel(tuple(hessian.sizes), values, vectors, outside, gradient.float().cpu())

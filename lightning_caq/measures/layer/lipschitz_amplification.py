@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -18,10 +18,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_caq.errors import OptionError
+from lightning_caq.measures.cost import Cost
 from lightning_caq.measures.layer.constants import function_name, lipschitz_constants
+from lightning_caq.measures.measurement import Measurement
+from lightning_caq.measures.registry import Measure
 from lightning_caq.network.batches import run_model, take_samples
 from lightning_caq.network.hooks import watching
 from lightning_caq.network.layers import Layer, layer_modules
+from lightning_caq.profile import CurvatureProfile
+from lightning_caq.utilities import seeding
 
 _INPUT = None
 _SAMPLES = 2  # one alone might lose its axis to a squeeze()
@@ -73,8 +78,8 @@ def lipschitz_amplification(
         >>> _ = net[2].weight.data.copy_(torch.tensor([[3.0, 4.0]]))
         >>> from lightning_caq.network.layers import find_layers
         >>> x = torch.randn(8, 2)
-        >>> found = lipschitz_amplification(net, find_layers(net, x), x, torch.Generator().manual_seed(0))
-        >>> {name: round(gain, 3) for name, gain in found.layers.items()}
+        >>> bounds = lipschitz_amplification(net, find_layers(net, x), x, torch.Generator().manual_seed(0))
+        >>> {name: round(gain, 3) for name, gain in bounds.layers.items()}
         {'0': 5.0, '2': 1.0}
     """
     names = {id(module): layer.name for layer in layers for module in layer_modules(model, layer)}
@@ -164,7 +169,10 @@ class _Watcher(TorchFunctionMode):
 
     def _fail(self, what: str) -> NoReturn:
         where = self._modules[-1] if self._modules else "the network"
-        raise OptionError(f"composition='lipschitz' is not possible: {what}, in {where}; use composition='jacobian'.")
+        raise OptionError(
+            f"The measure 'lipschitz_amplification' cannot be taken: {what}, in {where}; leave it out of needs, or ask "
+            "for 'amplification', which is measured and takes any function."
+        )
 
 
 def _sum(parts: Sequence[tuple[Gains, float]]) -> Gains:
@@ -173,3 +181,19 @@ def _sum(parts: Sequence[tuple[Gains, float]]) -> Gains:
         for source, gain in gains.items():
             total[source] = total.get(source, 0.0) + constant * gain
     return total
+
+
+def take(measurement: Measurement, profile: CurvatureProfile) -> CurvatureProfile:
+    """A_i of every layer, and A_0."""
+    draws = seeding.generator(measurement.seed, "lipschitz_amplification")
+    bounds = lipschitz_amplification(measurement.model, measurement.layers, measurement.batches[0], draws)
+    profile = replace(profile, input_lipschitz=bounds.input)
+    return profile.with_rows(lambda row: replace(row, lipschitz_amplification=bounds.layers[row.name]))
+
+
+MEASURE = Measure(
+    "lipschitz_amplification",
+    step="Lipschitz constants along the graph",
+    take=take,
+    cost=lambda extent: Cost(960 / extent.samples),  # on two samples, however many there are
+)

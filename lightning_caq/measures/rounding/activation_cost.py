@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_caq.measures.cost import Cost
+from lightning_caq.measures.measurement import Measurement
+from lightning_caq.measures.registry import Measure
 from lightning_caq.network.layers import Layer
 from lightning_caq.network.objective import Objective
+from lightning_caq.profile import CurvatureProfile
 from lightning_caq.quantizers.calibration import rounded_inputs, sample_inputs
 from lightning_caq.quantizers.grids.activations import fit_input_grid
 
@@ -51,3 +56,19 @@ def activation_costs(
             with rounded_inputs(model, [layer], {layer.name: fit_input_grid(samples[layer.name], b)}):
                 costs[row, column] = objective.value(model) - before
     return costs
+
+
+def take(measurement: Measurement, profile: CurvatureProfile) -> CurvatureProfile:
+    """Costs of every layer's input, at 2 bits and more."""
+    m, bits = measurement, [b for b in measurement.bits if b >= 2]
+    table = activation_costs(m.model, m.rank_layers, m.batches, m.objective, bits).tolist()
+    costs = {layer.name: dict(zip(bits, row, strict=True)) for layer, row in zip(m.rank_layers, table, strict=True)}
+    return profile.with_rows(lambda row: replace(row, activation_cost=costs[row.name]))
+
+
+MEASURE = Measure(
+    "activation_cost",
+    step="costs of rounded inputs",
+    take=take,
+    cost=lambda extent: Cost(0.2 * extent.layers * extent.bits),
+)

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+
+from lightning_caq.measures.measurement import Measurement
+from lightning_caq.measures.registry import Measure
+from lightning_caq.measures.rounding.rounding_errors import layer_errors
+from lightning_caq.network.layers import layer_weight
+from lightning_caq.profile import CurvatureProfile
 
 _BINS = 64
 
@@ -29,8 +36,8 @@ def distribution_distance(weight: Tensor, deltas: Mapping[int, Tensor], bins: in
 
     Example:
         >>> weight = torch.tensor([0.0, 0.0, 1.0, 1.0])
-        >>> found = distribution_distance(weight, {1: torch.tensor([0.0, 0.0, -1.0, -1.0]), 8: torch.zeros(4)})
-        >>> {bits: round(distance, 4) for bits, distance in found.items()}  # p = (½, ½), q = (1, 0)
+        >>> distances = distribution_distance(weight, {1: torch.tensor([0.0, 0.0, -1.0, -1.0]), 8: torch.zeros(4)})
+        >>> {bits: round(distance, 4) for bits, distance in distances.items()}  # p = (½, ½), q = (1, 0)
         {1: 0.2158, 8: 0.0}
     """
     floats = weight.detach().double().flatten().cpu()
@@ -45,3 +52,15 @@ def _divergence(first: Tensor, second: Tensor, bins: int) -> float:
     p, q = (torch.histc(values, bins, low, high) / values.numel() for values in both)
     middle = (p + q) / 2
     return float(0.5 * (torch.xlogy(p, p) + torch.xlogy(q, q)).sum() - torch.xlogy(middle, middle).sum())
+
+
+def take(measurement: Measurement, profile: CurvatureProfile) -> CurvatureProfile:
+    """The distance of every layer at every bit-width."""
+    errors = measurement.once(layer_errors)
+    weights = {layer.name: layer_weight(measurement.model, layer) for layer in measurement.rank_layers}
+    return profile.with_rows(
+        lambda row: replace(row, distribution_distance=distribution_distance(weights[row.name], errors[row.name]))
+    )
+
+
+MEASURE = Measure("distribution_distance", step="rounding errors", take=take, needs=frozenset({"rounding_error"}))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_caq.evaluation.perturbed import perturbed
 from lightning_caq.network.layers import find_layers
+from lightning_caq.network.perturbed import perturbed, replaced_weights
 
 
 def _net():
@@ -43,3 +43,14 @@ def test_a_network_is_put_back_where_something_fails():
         raise ZeroDivisionError
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert not any(m._forward_hooks for m in net.modules())
+
+
+def test_replaced_weights_are_the_given_values_and_parameters_stay_the_same_objects():
+    net, x = _net(), torch.randn(1, 2, 3, 3, dtype=torch.float64)
+    layers, weight = find_layers(net, x), net[0].weight
+    before, values = weight.clone(), {layer.name: torch.rand(layer.shape) for layer in layers}
+    with replaced_weights(net, layers, values):
+        assert net[0].weight is weight
+        assert torch.equal(net[0].weight, values["0"].double())
+        assert torch.equal(net[3].weight, values["3"].double())
+    assert torch.equal(weight, before)

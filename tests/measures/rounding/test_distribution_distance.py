@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.spatial.distance import jensenshannon
 
-from lightning_caq.measures.rounding.distribution import distribution_distance
+from lightning_caq.measures.rounding.distribution_distance import distribution_distance
 from lightning_caq.measures.rounding.rounding_errors import nearest_errors
 from lightning_caq.network.layers import Layer
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_caq.measures.rounding.activation_costs import activation_costs
+from lightning_caq.measures.rounding.activation_cost import activation_costs
 from lightning_caq.network.layers import find_layers
 from lightning_caq.network.objective import make_objective
 from lightning_caq.quantizers.grids.activations import fit_input_grid
