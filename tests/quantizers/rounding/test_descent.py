@@ -10,9 +10,9 @@ from torch import nn
 
 from lightning_caq.network.layers import Layer, find_layers
 from lightning_caq.quantizers.grids.affine import Grid, fit_grid
+from lightning_caq.quantizers.rounding import descent as module_under_test
 from lightning_caq.quantizers.rounding.descent import improve, output_error
 from lightning_caq.quantizers.rounding.moments import damped
-from lightning_caq.quantizers.rounding import descent as module_under_test
 from lightning_caq.quantizers.rounding.round_layer import round_error_feedback, round_nearest
 
 LAYERS = {

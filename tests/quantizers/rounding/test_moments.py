@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_caq.network.layers import Layer, find_layers
+from lightning_caq.quantizers.rounding import moments as module_under_test
 from lightning_caq.quantizers.rounding.moments import damped
 from lightning_caq.quantizers.rounding.passes import holding
-from lightning_caq.quantizers.rounding import moments as module_under_test
 
 
 def _rows(module, x):

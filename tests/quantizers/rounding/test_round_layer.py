@@ -11,11 +11,11 @@ from torch import nn
 from lightning_caq.network.layer_matrix import from_matrix, to_matrix
 from lightning_caq.network.layers import Layer, find_layers
 from lightning_caq.quantizers.grids.affine import fit_grid
+from lightning_caq.quantizers.rounding import moments
+from lightning_caq.quantizers.rounding import round_layer as rounding
 from lightning_caq.quantizers.rounding.descent import improve
 from lightning_caq.quantizers.rounding.moments import InputMoments
-from lightning_caq.quantizers.rounding import moments
 from lightning_caq.quantizers.rounding.round_layer import corrected_weight, round_error_feedback, round_nearest
-from lightning_caq.quantizers.rounding import round_layer as rounding
 
 DAMPING, CORRECTION_DAMPING = 0.01, 0.1
 
