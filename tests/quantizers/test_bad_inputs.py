@@ -7,6 +7,7 @@ import warnings
 
 import nets
 import pytest
+import rounding_help
 import torch
 from torch import nn
 
@@ -27,7 +28,7 @@ def _round(module, x, rounding="error_feedback", bits=3):
     net = nn.Sequential(copy.deepcopy(module))
     (layer,) = find_layers(net, x)
     floats = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    grid, codes = nets.rounded(net, layer, bits, rounding, [x], floats)
+    grid, codes = rounding_help.rounded(net, layer, bits, rounding, [x], floats)
     rounded = copy.deepcopy(module)
     with torch.no_grad():
         rounded.weight.copy_(grid.values(codes))

@@ -1,7 +1,7 @@
 """Grids whose channels differ in their bits, against rounding each channel as if all had its bits."""
 
-import nets
 import pytest
+import rounding_help
 import torch
 from torch import nn
 
@@ -52,11 +52,11 @@ def test_each_channel_gets_the_grid_that_it_would_get_alone(name):
 def test_each_channel_is_rounded_as_it_would_be_alone(name, rounding):
     """Neither feedback nor descent carries anything from one output channel to another."""
     net, layer, x = _layer(name)
-    grid, codes = nets.rounded(net, layer, WIDTHS, rounding, [x], {})
+    grid, codes = rounding_help.rounded(net, layer, WIDTHS, rounding, [x], {})
     assert grid.width == WIDTHS
     assert codes.dtype == torch.uint8
     for c, b in enumerate(WIDTHS):
-        alone, own = nets.rounded(net, layer, b, rounding, [x], {})
+        alone, own = rounding_help.rounded(net, layer, b, rounding, [x], {})
         assert torch.equal(_channel(layer, codes, c), _channel(layer, own, c))
         found, wanted = (_channel(layer, g.scale.expand(layer.shape), c) for g in (grid, alone))
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)

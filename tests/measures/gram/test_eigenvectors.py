@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from lightning_caq.errors import OptionError
-from lightning_caq.measures.gram.eigenvectors import check_memory, short_axis_model
 from lightning_caq.measures.gram import eigenvectors
+from lightning_caq.measures.gram.eigenvectors import check_memory, short_axis_model
 from lightning_caq.measures.measure import differentiable
 from lightning_caq.network.layers import Layer, find_layers
 from lightning_caq.network.objective import make_objective

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_caq.measures.gram.row_forms import DenseRows, FactoredRows, WordRows
 from lightning_caq.measures.gram import row_forms
+from lightning_caq.measures.gram.row_forms import DenseRows, FactoredRows, WordRows
 from lightning_caq.measures.gram.spectrum import gram_spectrum
 from lightning_caq.measures.gram.weight_rows import passes
 from lightning_caq.measures.measure import differentiable

@@ -5,14 +5,15 @@ import itertools
 import nets
 import numpy as np
 import pytest
+import rounding_help
 import torch
 from torch import nn
 
 from lightning_caq.network.layers import Layer, find_layers
 from lightning_caq.quantizers.grids.affine import Grid, fit_grid
+from lightning_caq.quantizers.rounding import descent as module_under_test
 from lightning_caq.quantizers.rounding.descent import improve, output_error
 from lightning_caq.quantizers.rounding.moments import damped
-from lightning_caq.quantizers.rounding import descent as module_under_test
 from lightning_caq.quantizers.rounding.round_layer import round_error_feedback, round_nearest
 
 LAYERS = {
@@ -32,7 +33,7 @@ def _layer(name):
     )
     net = nn.Sequential(module)
     (layer,) = find_layers(net, x)
-    return layer, module.weight.detach(), nets.moments(net, layer, [x], {}).curvature
+    return layer, module.weight.detach(), rounding_help.moments(net, layer, [x], {}).curvature
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from lightning_caq.quantizers.grids.affine import Grid, fit_grid
+from lightning_caq.quantizers.rounding import long_axis
 from lightning_caq.quantizers.rounding.long_axis import exchanges, round_long_axis
 from lightning_caq.quantizers.rounding.quadratic_model import QuadraticModel
-from lightning_caq.quantizers.rounding import long_axis
 
 
 def _made(n, k, seed, *, signed=False, residual=1e-3):

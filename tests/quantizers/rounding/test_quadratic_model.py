@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_caq.quantizers.rounding.quadratic_model import QuadraticModel
 from lightning_caq.quantizers.rounding import quadratic_model
+from lightning_caq.quantizers.rounding.quadratic_model import QuadraticModel
 
 
 def test_change_and_energy_are_those_of_the_dense_matrix(monkeypatch):

@@ -5,15 +5,16 @@ import itertools
 import nets
 import numpy as np
 import pytest
+import rounding_help
 import torch
 from torch import nn
 
 from lightning_caq.network.layer_matrix import from_matrix, to_matrix
 from lightning_caq.network.layers import Layer, find_layers
 from lightning_caq.quantizers.grids.affine import fit_grid
+from lightning_caq.quantizers.rounding import moments
 from lightning_caq.quantizers.rounding.descent import improve
 from lightning_caq.quantizers.rounding.moments import InputMoments
-from lightning_caq.quantizers.rounding import moments
 from lightning_caq.quantizers.rounding.round_layer import corrected_weight, round_error_feedback, round_nearest
 from lightning_caq.quantizers.rounding.round_layer import round_layer as rounding
 
@@ -69,7 +70,7 @@ def _layer(name):
 @pytest.mark.parametrize("name", LAYERS)
 def test_equals_optimal_brain_quantization(name, bits):
     net, module, layer, x = _layer(name)
-    curvature = nets.moments(net, layer, [x[:15], x[15:]], {}).curvature
+    curvature = rounding_help.moments(net, layer, [x[:15], x[15:]], {}).curvature
     grid = fit_grid(module.weight, bits, layer.channel_shape)
     codes = round_error_feedback(layer, module.weight, grid, curvature)
     w, scale, zero = _matrices(layer, grid, module.weight)
@@ -158,7 +159,9 @@ def test_corrected_weight_is_the_ridge_regression_on_the_float_outputs():
 @pytest.mark.parametrize("name", ["linear", "groups", "transposed_all"])
 def test_without_drift_the_weight_stays(name):
     net, module, layer, x = _layer(name)
-    assert torch.equal(corrected_weight(layer, module.weight, nets.moments(net, layer, [x], {})), module.weight)
+    assert torch.equal(
+        corrected_weight(layer, module.weight, rounding_help.moments(net, layer, [x], {})), module.weight
+    )
 
 
 def test_round_layer_aims_at_the_float_outputs():
@@ -170,7 +173,7 @@ def test_round_layer_aims_at_the_float_outputs():
         net[0].weight.copy_(fit_grid(net[0].weight, 2, (30, 1)).nearest(net[0].weight))
     errors = []
     for known in (floats, {}):  # without the float weights nothing is known of the drift
-        grid, codes = nets.rounded(net, layer, 3, "error_feedback", [x[:1000]], known)
+        grid, codes = rounding_help.rounded(net, layer, 3, "error_feedback", [x[:1000]], known)
         out = torch.relu(net[0](x[1000:])) @ grid.values(codes).T + net[2].bias
         errors.append(float((out - aim[1000:]).detach().square().mean()))
     assert errors[0] < 0.8 * errors[1]
@@ -179,12 +182,12 @@ def test_round_layer_aims_at_the_float_outputs():
 def test_round_layer_uses_the_inputs_the_layer_sees_now():
     net, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), _correlated(60, 6)
     layer = find_layers(net, x)[1]
-    before = nets.rounded(net, layer, 2, "error_feedback", [x], {})[1]
+    before = rounding_help.rounded(net, layer, 2, "error_feedback", [x], {})[1]
     nn.init.normal_(net[0].weight)
     z = torch.relu(net[0](x)).detach()
     grid, h = fit_grid(net[2].weight, 2, layer.channel_shape), (z.T @ z / len(z))[None]
     better, expected = improve(layer, net[2].weight, grid, round_error_feedback(layer, net[2].weight, grid, h), h)
-    found, after = nets.rounded(net, layer, 2, "error_feedback", [x], {})
+    found, after = rounding_help.rounded(net, layer, 2, "error_feedback", [x], {})
     assert torch.equal(after, expected)
     torch.testing.assert_close(found.scale, better.scale)
     assert not torch.equal(after, before)
@@ -192,7 +195,7 @@ def test_round_layer_uses_the_inputs_the_layer_sees_now():
 
 def test_nearest_takes_the_grid_as_it_is_fitted():
     net, module, layer, x = _layer("linear")
-    grid, codes = nets.rounded(net, layer, 3, "nearest", [x], {})
+    grid, codes = rounding_help.rounded(net, layer, 3, "nearest", [x], {})
     assert torch.equal(grid.scale, fit_grid(module.weight, 3, layer.channel_shape).scale)
     assert torch.equal(codes, round_nearest(module.weight, grid))
 
@@ -204,5 +207,5 @@ def test_damping_is_the_one_of_the_reference():
 def test_does_not_touch_the_weight():
     net, module, layer, x = _layer("linear")
     before = module.weight.detach().clone()
-    nets.rounded(net, layer, 2, "error_feedback", [x], {})
+    rounding_help.rounded(net, layer, 2, "error_feedback", [x], {})
     assert torch.equal(module.weight, before)
