@@ -41,7 +41,7 @@ def raises(error: BaseException) -> Any:
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 PLACES = {  # what breaks, and how
-    "reading data": ("lightning_caq.bridge.training_batches", RuntimeError("a worker died")),
+    "reading data": ("lightning_caq.callback.training_batches", RuntimeError("a worker died")),
     "measuring": ("lightning_caq.pipeline.measure", RuntimeError("out of memory")),
     "rounding": ("lightning_caq.selection.candidate.round_layer", RuntimeError("no")),
     "swapping": ("lightning_caq.selection.candidate.swap", RuntimeError("no")),

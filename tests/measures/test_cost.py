@@ -3,6 +3,7 @@
 import nets
 import pytest
 import torch
+from every import every
 from torch import nn
 
 from lightning_caq.measures import cost
@@ -19,7 +20,7 @@ def _needed(*needs, objective="distill", **changed):
     return gradients_needed(frozenset(needs), objective, **{**COUNTS, "rows": 766, **changed})
 
 
-@pytest.mark.parametrize("objective", ["distill", "task"])
+@every("objective", ["distill", "task"])
 def test_every_measure_is_counted(objective):
     for need in MEASURES - FREE:
         assert _needed(need, objective=objective) > 0, need

@@ -3,6 +3,7 @@
 import nets
 import pytest
 import torch
+from every import every
 from torch import nn
 
 from lightning_caq.errors import CalibrationError, OptionError
@@ -125,7 +126,7 @@ def test_drawn_rows_give_the_diagonal_in_the_mean():
     assert float(draws.sum(1).std()) > 0
 
 
-@pytest.mark.parametrize("objective", ["task", "distill"])
+@every("objective", ["task", "distill"])
 def test_top_eigenvalues_against_dense_blocks(setup, objective):
     loss = nets.distill_loss(setup.case) if objective == "distill" else lambda net: nets.loss_of(setup.case, net)
     blocks = setup.dense.blocks(setup.dense.hessian(loss))

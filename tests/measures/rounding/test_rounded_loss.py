@@ -6,6 +6,7 @@ from itertools import product
 import nets
 import pytest
 import torch
+from every import every
 from torch import nn
 
 from lightning_caq.measures.layer.blocks import record_blocks
@@ -17,7 +18,7 @@ from lightning_caq.network.objective import make_objective
 from lightning_caq.quantizers.grids.affine import fit_grid
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "tied", "dict"])
+@every("name", ["mlp", "cnn", "tied", "dict"])
 def test_loss_of_networks_that_are_rounded_by_hand(name):
     case = nets.make_case(name)
     case.net.requires_grad_(False)
@@ -75,7 +76,7 @@ def test_output_norm_of_a_table_is_that_of_a_word():
     assert norm == pytest.approx(float(table(tokens).detach().flatten(0, 1).square().sum(1).mean().sqrt()))
 
 
-@pytest.mark.parametrize(("kind", "axis"), [("conv2d", 0), ("conv_transpose2d", 1)])
+@every(("kind", "axis"), [("conv2d", 0), ("conv_transpose2d", 1)])
 def test_range_is_by_output_channel(kind, axis):
     net = nn.Conv2d(2, 3, 2) if axis == 0 else nn.ConvTranspose2d(2, 3, 2)
     weight = net.weight.detach().numpy()

@@ -5,6 +5,7 @@ import pytest
 import rounding_help
 import torch
 import torch.nn.functional as F
+from every import every
 from torch import nn
 
 from lightning_caq.network.layers import Layer, find_layers
@@ -19,7 +20,7 @@ def _rows(module, x):
     return patches.double().transpose(1, 2).flatten(0, 1)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@every("groups", [1, 2])
 def test_curvature_is_the_second_moment_of_the_columns(groups):
     module = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=groups)
     x = torch.randn(9, 4, 7, 7)

@@ -4,19 +4,18 @@ import itertools
 
 import nets
 import numpy as np
-import pytest
 import rounding_help
 import torch
+from every import every
 from torch import nn
 
 from lightning_caq.network.layer_matrix import from_matrix, to_matrix
 from lightning_caq.network.layers import Layer, find_layers
 from lightning_caq.quantizers.grids.affine import fit_grid
-from lightning_caq.quantizers.rounding import moments
+from lightning_caq.quantizers.rounding import moments, round_layer
 from lightning_caq.quantizers.rounding.descent import improve
 from lightning_caq.quantizers.rounding.moments import InputMoments
 from lightning_caq.quantizers.rounding.round_layer import corrected_weight, round_error_feedback, round_nearest
-from lightning_caq.quantizers.rounding.round_layer import round_layer as rounding
 
 DAMPING, CORRECTION_DAMPING = 0.01, 0.1
 
@@ -66,8 +65,8 @@ def _layer(name):
     return net, module, layer, x
 
 
-@pytest.mark.parametrize("bits", [2, 4])
-@pytest.mark.parametrize("name", LAYERS)
+@every("bits", [2, 4])
+@every("name", LAYERS)
 def test_equals_optimal_brain_quantization(name, bits):
     net, module, layer, x = _layer(name)
     curvature = rounding_help.moments(net, layer, [x[:15], x[15:]], {}).curvature
@@ -100,8 +99,8 @@ def test_against_all_roundings_of_tiny_layers():
         w = torch.randn(1, columns, generator=draws)
         grid = fit_grid(w, bits, (1, 1))
         low = (w / grid.scale + grid.zero_point).floor()
-        every = torch.tensor(list(itertools.product((0.0, 1.0), repeat=columns)))
-        best = min(_output_error(w, grid.values((low + up).clamp(0, 7)), h) for up in every)
+        choices = torch.tensor(list(itertools.product((0.0, 1.0), repeat=columns)))
+        best = min(_output_error(w, grid.values((low + up).clamp(0, 7)), h) for up in choices)
         feedback = _output_error(w, grid.values(round_error_feedback(layer, w, grid, h[None])), h)
         nearest = _output_error(w, grid.values(round_nearest(w, grid)), h)
         better += feedback <= nearest * (1 + 1e-6)
@@ -113,7 +112,7 @@ def test_against_all_roundings_of_tiny_layers():
     assert min(gains) > 0.3  # and where it loses, not by much
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@every("bits", [2, 3, 4])
 def test_beats_nearest_on_the_output_of_correlated_inputs(bits):
     z = _correlated(400, 60)
     layer, w = Layer("fc", "linear", (16, 60)), torch.randn(16, 60)
@@ -134,9 +133,7 @@ def test_independent_inputs_leave_nothing_to_feed_back():
     assert torch.equal(codes, round_nearest(w, grid))
 
 
-@pytest.mark.parametrize(
-    "curvature", [torch.zeros(6, 6), torch.ones(6, 6), torch.diag(torch.tensor([1e12, 1.0, 0, 0, 0, 1e-12]))]
-)
+@every("curvature", [torch.zeros(6, 6), torch.ones(6, 6), torch.diag(torch.tensor([1e12, 1.0, 0, 0, 0, 1e-12]))])
 def test_singular_curvature(curvature):
     w = torch.randn(3, 6)
     grid = fit_grid(w, 2, (3, 1))
@@ -156,7 +153,7 @@ def test_corrected_weight_is_the_ridge_regression_on_the_float_outputs():
     torch.testing.assert_close(found, torch.from_numpy(np.linalg.lstsq(rows, aims, rcond=None)[0].T))
 
 
-@pytest.mark.parametrize("name", ["linear", "groups", "transposed_all"])
+@every("name", ["linear", "groups", "transposed_all"])
 def test_without_drift_the_weight_stays(name):
     net, module, layer, x = _layer(name)
     assert torch.equal(
@@ -201,7 +198,7 @@ def test_nearest_takes_the_grid_as_it_is_fitted():
 
 
 def test_damping_is_the_one_of_the_reference():
-    assert (moments._DAMPING, rounding._CORRECTION_DAMPING) == (DAMPING, CORRECTION_DAMPING)
+    assert (moments._DAMPING, round_layer._CORRECTION_DAMPING) == (DAMPING, CORRECTION_DAMPING)
 
 
 def test_does_not_touch_the_weight():
