@@ -29,10 +29,10 @@ bench: $(VENV)/.dev $(VENV)/.bench  ## accuracy of a quantized ResNet-20, cost o
 
 figures: $(VENV)/.dev  ## pictures of the documentation, from real runs; those of docs/ need the data folder too
 	$(BIN)/python examples/01_callback.py --network cnn --log-dir build/demo
-	$(BIN)/python docs/demo_pictures.py build/demo
-	$(BIN)/python docs/figures.py
-	$(BIN)/python docs/gallery_resnet20.py build/gallery/resnet20
-	$(BIN)/python docs/gallery.py build/demo build/gallery/resnet20
+	$(BIN)/python docs/scripts/demo_pictures.py build/demo
+	$(BIN)/python docs/scripts/figures.py
+	$(BIN)/python docs/scripts/gallery_resnet20.py build/gallery/resnet20
+	$(BIN)/python docs/scripts/gallery.py build/demo build/gallery/resnet20
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -14,10 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import hessian, jacrev
 
-from lightning_caq.quantizers.rounding.moments import input_moments
-from lightning_caq.quantizers.rounding.passes import PairedPasses
-from lightning_caq.quantizers.rounding.round_layer import round_layer
-
 DISTILL_NEEDS = frozenset({"rounding_error", "subspace", "trace", "loss_change"})
 
 
@@ -283,20 +279,6 @@ def small_cnn() -> nn.Module:
         nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(2),
         nn.Flatten(), nn.Dropout(0.1), nn.Linear(32, 4),
     )  # fmt: skip
-
-
-def moments(net: nn.Module, layer: Any, batches: Sequence[Any], floats: dict[str, Tensor]) -> Any:
-    """Moments of what reaches one layer."""
-    with PairedPasses(net, [layer], batches, floats) as passes:
-        return input_moments(layer, passes)
-
-
-def rounded(
-    net: nn.Module, layer: Any, bits: Any, rounding: str, batches: Sequence[Any], floats: dict[str, Tensor]
-) -> Any:
-    """One layer rounded: its grid and its codes."""
-    with PairedPasses(net, [layer], batches, floats) as passes:
-        return round_layer(net, layer, bits, rounding, passes)
 
 
 def image_batches() -> list[tuple[Tensor, Tensor]]:

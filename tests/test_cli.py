@@ -7,6 +7,7 @@ from dataclasses import replace
 import nets
 import pytest
 import torch
+from every import every
 from made_run import made_run
 
 from lightning_caq import quantize
@@ -94,7 +95,7 @@ def test_inspect_counts_bits_and_bytes(runs, capsys) -> None:
     assert f"the file has {(runs / 'net.safetensors').stat().st_size:,}." in out
 
 
-@pytest.mark.parametrize(
+@every(
     ("args", "message"),
     [
         (["report", "nowhere"], "lightning-caq: nowhere is no folder"),

@@ -1,6 +1,7 @@
 import dataclasses
 
 import pytest
+from every import every
 
 from lightning_caq.allocation.budget import AvgBits, Ratio
 from lightning_caq.errors import BudgetError, OptionError
@@ -30,7 +31,7 @@ def test_methods_are_the_chosen_one_and_then_the_others_once():
     assert QuantizationOptions(avg_bits=3, compare=(), guard=False).methods == ("cet",)
 
 
-@pytest.mark.parametrize(
+@every(
     ("name", "value", "message"),
     [
         ("method", "magic", "method='magic' is not known; choose from .*'cet'"),

@@ -4,6 +4,7 @@ import nets
 import numpy as np
 import pytest
 import torch
+from every import every
 from torch import nn
 
 from lightning_caq import quantize
@@ -30,8 +31,8 @@ def test_calibration_samples_are_a_limit(net):
     assert result.profile.samples == 40
 
 
-@pytest.mark.parametrize("method", ["cet", "caq"])
-@pytest.mark.parametrize("name", ["tied", "twice", "pixels", "regression", "frozen_inplace"])
+@every("method", ["cet", "caq"])
+@every("name", ["tied", "twice", "pixels", "regression", "frozen_inplace"])
 def test_other_networks(name, method):
     case = nets.make_case(name)
     net = case.net.float()
@@ -44,7 +45,7 @@ def test_other_networks(name, method):
     assert np.isfinite(list(result.report.metrics.values())).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@every("dtype", [torch.float64, torch.bfloat16])
 def test_other_types(dtype):
     net, x = nets.mlp().to(dtype), torch.randn(40, 4).to(dtype)
     result = quantize(net, [x], avg_bits=4)
@@ -78,7 +79,7 @@ def test_a_layer_that_no_batch_calls_stays_float():
         quantize(net, [torch.randn(30, 6)], avg_bits=3, include=["idle"])
 
 
-@pytest.mark.parametrize("method", ["cet", "caq"])
+@every("method", ["cet", "caq"])
 def test_attention(method):
     """The fused layer never calls its projections; what it does call is quantized, and nothing raises."""
     net = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Flatten(), nn.Linear(40, 3)).eval()

@@ -7,6 +7,7 @@ import nets
 import numpy as np
 import pytest
 import torch
+from every import every
 from torch import nn
 
 from lightning_caq import quantize
@@ -100,7 +101,7 @@ def _refused(net, act, error, message):
     assert isinstance(caught.value, ValueError)
 
 
-@pytest.mark.parametrize("name", BAD_OPTIONS)
+@every("name", BAD_OPTIONS)
 def test_bad_options(net, name):
     options, error, message = BAD_OPTIONS[name]
     calls = []
@@ -109,7 +110,7 @@ def test_bad_options(net, name):
     assert not calls  # before any work
 
 
-@pytest.mark.parametrize("name", BAD_BATCHES)
+@every("name", BAD_BATCHES)
 def test_bad_batches(net, name):
     batches, message = BAD_BATCHES[name]
     calls = []
@@ -165,7 +166,7 @@ def test_an_evaluation_that_fails_leaves_the_float_network(net, error, call):
     quantize(net, nets.image_batches(), avg_bits=3, compare=(), **FAST)  # and it can be quantized still
 
 
-@pytest.mark.parametrize("call", [1, 3, 8, 20])
+@every("call", [1, 3, 8, 20])
 def test_a_loss_that_fails_leaves_the_float_network(net, call):
     calls = []
 
@@ -197,7 +198,7 @@ def test_evaluations_must_give_numbers(net):
     nets.assert_same_picture(before, nets.picture(net))
 
 
-@pytest.mark.parametrize("bits", [1, 9, True, "4"])
+@every("bits", [1, 9, True, "4"])
 def test_bits_of_inputs_must_be_whole_numbers_from_2_to_8(net, bits):
     _refused(
         net,

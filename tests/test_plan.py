@@ -8,6 +8,7 @@ from dataclasses import replace
 import nets
 import pytest
 import torch
+from every import every
 from safetensors.torch import load_file
 from torch import nn
 
@@ -73,7 +74,7 @@ def test_saved_and_loaded(done, tmp_path):
     assert quantized_modules(other).keys() == quantized_modules(quantized).keys()
 
 
-@pytest.mark.parametrize("name", ["plan-2.25", "plan.json", "plan.safetensors", "v1.2.json"])
+@every("name", ["plan-2.25", "plan.json", "plan.safetensors", "v1.2.json"])
 def test_names_of_files(done, tmp_path, name):
     done[2].save(tmp_path / name)
     _same_plan(done[2], QuantizationPlan.load(str(tmp_path / name)))
@@ -215,7 +216,7 @@ def test_other_weights(done):
     _untouched(other, lambda: plan.apply(other), "made for other weights than those in Sequential")
 
 
-@pytest.mark.parametrize(
+@every(
     ("change", "match"),
     [
         (lambda net: net.__setitem__(10, nn.Linear(32, 5)), r"layer '10' with a weight \[4, 32\].*\[5, 32\] there"),
@@ -243,7 +244,7 @@ def _reshaped(path):
     return [{**layers[0], "shape": [1, *layers[0]["shape"]][:-1]}, *layers[1:]]
 
 
-@pytest.mark.parametrize(
+@every(
     ("damage", "match"),
     [
         (lambda path: path.unlink(), "cannot be read: No such file"),
@@ -275,7 +276,7 @@ def test_files_of_different_plans(done, tmp_path):
         QuantizationPlan.load(first)
 
 
-@pytest.mark.parametrize("state", [{}, {"version": "1"}, {"version": 99}, {"version": 1}])
+@every("state", [{}, {"version": "1"}, {"version": 99}, {"version": 1}])
 def test_damaged_checkpoints(state):
     with pytest.raises(PlanError, match="in the checkpoint"):
         QuantizationPlan.from_state_dict(state)
@@ -365,7 +366,7 @@ def test_a_plan_without_input_grids_and_one_of_before_there_were_any(done):
     assert torch.equal(model(X), quantized(X))
 
 
-@pytest.mark.parametrize("wrong", [{"bits": 4}, {"bits": 4, "scale": -1.0, "zero_point": 0}, {"bits": 4, "scale": "a"}])
+@every("wrong", [{"bits": 4}, {"bits": 4, "scale": -1.0, "zero_point": 0}, {"bits": 4, "scale": "a"}])
 def test_damaged_input_grids(rounded, wrong):
     state = rounded[1].state_dict()
     state["layers"][1]["input"] = wrong

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from every import every
 
 from lightning_caq.profile import CurvatureProfile, LayerCurvature
 
@@ -37,7 +38,7 @@ def test_rows_by_name():
     assert _full()["out"].name == "out"
 
 
-@pytest.mark.parametrize(
+@every(
     ("values", "shape"),
     [
         ((), "not measured"),

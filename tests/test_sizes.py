@@ -5,11 +5,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from every import every
 
 from lightning_caq.sizes import average_bits, code_bytes, width_bits
 
 
-@pytest.mark.parametrize("seed", range(5))
+@every("seed", range(5))
 def test_bytes_and_averages(seed):
     draws = np.random.default_rng(seed)
     width = tuple(draws.integers(1, 9, 11).tolist())

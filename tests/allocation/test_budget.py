@@ -1,4 +1,5 @@
 import pytest
+from every import every
 
 from lightning_caq.allocation.budget import (
     AvgBits,
@@ -32,7 +33,7 @@ def test_excluded_layers_count_in_float():
     assert sizes.ratio([8, 4]) == pytest.approx(32 * 450 / (2000 + 720 + 32 * 50))
 
 
-@pytest.mark.parametrize("unquantized", [0, 70])
+@every("unquantized", [0, 70])
 def test_limits_are_what_keeps_the_budget(unquantized):
     sizes = LayerSizes((100, 300), (10, 5), unquantized)
     assert AvgBits(3.5).limit(sizes) == 1400
@@ -71,12 +72,12 @@ def test_in_words():
         assert str(make_budget(bits=BITS, **arguments)) == text
 
 
-@pytest.mark.parametrize("avg_bits", [2, 2.5, 8])
+@every("avg_bits", [2, 2.5, 8])
 def test_average_bits_within_the_candidates(avg_bits):
     assert make_budget(avg_bits=avg_bits, bits=BITS) == AvgBits(avg_bits)
 
 
-@pytest.mark.parametrize(
+@every(
     ("avg_bits", "ratio", "message"),
     [
         (None, None, "Got no budget; give exactly one of avg_bits .* or ratio"),
@@ -116,7 +117,7 @@ def test_a_ratio_out_of_reach_names_the_nearest():
         check_budget(Ratio(2), SIZES, BITS)
 
 
-@pytest.mark.parametrize(
+@every(
     ("arguments", "message"),
     [
         ({"error": 0.1, "avg_bits": 3}, r"Got two budgets \(avg_bits=3, error=0.1\); give exactly one"),

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from every import every
 
 from lightning_caq.allocation.budget import AvgBits, Ratio, SizeAndBops, make_budget
 from lightning_caq.allocation.choose import Chooser, check_separable, group_sizes
@@ -58,7 +59,7 @@ def _payload(by_layer):
     return sum(PER_CHANNEL[name] * sum(bits) for name, bits in by_layer.items())
 
 
-@pytest.mark.parametrize("avg_bits", [2, 2.3, 2.5, 3.7, 4])
+@every("avg_bits", [2, 2.3, 2.5, 3.7, 4])
 def test_the_choice_is_the_cheapest_within_the_budget(chooser, avg_bits):
     chosen = _expand(chooser, chooser.choose("mckp", AvgBits(avg_bits)))
     limit = avg_bits * sum(chooser.sizes.weights)
@@ -109,7 +110,7 @@ def test_budgets_that_cannot_be_met(chooser):
         chooser.choose("mckp", Ratio(30.0))
 
 
-@pytest.mark.parametrize("method", ["caq", "random_search", "hawq_v2", "cet_subspace"])
+@every("method", ["caq", "random_search", "hawq_v2", "cet_subspace"])
 def test_methods_of_whole_layers_are_refused_before_any_work(method, chooser):
     message = rf"granularity='channel_group' cannot be had with method '{method}'.*'cet', 'cet_expected'.*'mckp'"
     for attempt in (
@@ -121,13 +122,13 @@ def test_methods_of_whole_layers_are_refused_before_any_work(method, chooser):
             attempt()
 
 
-@pytest.mark.parametrize("method", ["cet", "cet_expected", "mckp", "uniform", "hessian_diagonal"])
+@every("method", ["cet", "cet_expected", "mckp", "uniform", "hessian_diagonal"])
 def test_methods_of_groups(method):
     check_separable(method)
     assert QuantizationOptions(method=method, avg_bits=3, granularity="channel_group").granularity == "channel_group"
 
 
-@pytest.mark.parametrize(
+@every(
     ("options", "message"),
     [
         ({"avg_bits": 3, "granularity": "filter"}, "granularity='filter' is not known; choose from 'layer', 'channel_"),

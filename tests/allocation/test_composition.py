@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from every import every
 
 from lightning_caq.allocation.composition import compose, correlated_bound, layer_error_bound, precision_floor
 from lightning_caq.errors import OptionError
@@ -54,7 +55,7 @@ def test_floor_is_where_the_curved_part_equals_the_error():
     assert floors[2] == 0
 
 
-@pytest.mark.parametrize(
+@every(
     ("call", "words"),
     [
         (lambda: compose([1.0], [1.0, 2.0]), "1 amplifications and 2 errors"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from every import every
 
 from lightning_caq.allocation.methods import available_methods, get_method, is_search, register_method
 from lightning_caq.errors import OptionError
@@ -58,7 +59,7 @@ def test_methods_that_were_promised_are_there():
     assert tables | SEARCHES <= set(available_methods())
 
 
-@pytest.mark.parametrize("name", available_methods())
+@every("name", available_methods())
 def test_methods_say_what_they_need_and_what_they_are(name):
     method = get_method(name)
     assert method.needs <= available_measures()
@@ -66,7 +67,7 @@ def test_methods_say_what_they_need_and_what_they_are(name):
     assert hasattr(method, "costs") != is_search(method)
 
 
-@pytest.mark.parametrize("name", sorted(set(available_methods()) - {"weight_mse"}))
+@every("name", sorted(set(available_methods()) - {"weight_mse"}))
 def test_the_page_on_methods_has_each(name):
     assert f"(`{name}`)" in PAGE.read_text(encoding="utf-8")
 
@@ -103,7 +104,7 @@ class _WithoutNeeds:
 
 
 @pytest.mark.usefixtures("_own_registry")
-@pytest.mark.parametrize(
+@every(
     ("name", "method", "words"),
     [
         ("Mine", _Mine(), "name='Mine' is not allowed"),
@@ -169,7 +170,7 @@ def test_hawq_is_the_largest_eigenvalue_times_the_squared_error():
     np.testing.assert_allclose(_costs("hawq", *rows), [[20.0, 5.0, 0.5], [8.0, 2.0, 0.2]])
 
 
-@pytest.mark.parametrize("method", ["hawq_v2", "hawq_v3"])
+@every("method", ["hawq_v2", "hawq_v3"])
 def test_hawq_v2_and_v3_are_the_mean_curvature_times_the_squared_error(method):
     errors = _by_bits(4.0, 1.0, 0.1)
     rows = (

@@ -9,6 +9,7 @@ import nets
 import numpy as np
 import pytest
 import torch
+from every import every
 from torch import nn
 
 from lightning_caq import CurvatureProfile, CurvatureQuantizationCallback, QuantizationReport, quantize
@@ -59,7 +60,7 @@ def _cost(profile, bits, inputs):
     return weights + sum(row.activation_cost[a] for row, a in zip(profile.layers[1:], inputs[1:], strict=True))
 
 
-@pytest.mark.parametrize("seed", range(6))
+@every("seed", range(6))
 def test_the_cheapest_of_all_pairs_within_the_operations(seed):
     profile, sizes = _made_up(seed)
     limit = sum(sizes.macs) * 4 * 4 / 1e9
@@ -70,8 +71,8 @@ def test_the_cheapest_of_all_pairs_within_the_operations(seed):
     assert _cost(profile, bits, inputs) == pytest.approx(best, rel=1e-5)
 
 
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("kind", [AvgBits, Ratio])
+@every("seed", range(6))
+@every("kind", [AvgBits, Ratio])
 def test_the_cheapest_of_all_pairs_within_size_and_operations(seed, kind):
     profile, sizes = _made_up(seed)
     most, limit = 3.2 * sum(sizes.weights), sum(sizes.macs) * 4 * 4 / 1e9
@@ -93,7 +94,7 @@ def test_a_loss_that_falls_counts_as_none():
     assert choose_mixed("mckp", Bops(1e3), profile, sizes, BITS, CANDIDATES[:2])[1] == (8, 8)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@every("seed", range(4))
 def test_uniform_has_one_width_of_inputs_and_fits(seed):
     profile, sizes = _made_up(seed)
     chooser = Chooser(profile, sizes, BITS, 1.0, lambda bits: 0.0, 0, inputs=CANDIDATES)
@@ -128,7 +129,7 @@ def test_candidates_are_those_of_weights_from_2_up():
     assert input_candidates(layers, (1, 2, 6), None) == ()
 
 
-@pytest.mark.parametrize(
+@every(
     ("options", "message"),
     [
         ({"avg_bits": 3}, "activation_bits='mixed' needs a budget of operations; give bops"),
@@ -146,7 +147,7 @@ def test_options_that_are_not_allowed(options, message):
         QuantizationOptions(activation_bits="mixed", **options)
 
 
-@pytest.mark.parametrize("method", ["cet", "cet_expected", "mckp", "zeroq", "uniform"])
+@every("method", ["cet", "cet_expected", "mckp", "zeroq", "uniform"])
 def test_methods_that_take_part(method):
     options = QuantizationOptions(method=method, bops=1, activation_bits="mixed")
     assert "activation_cost" in options.needs

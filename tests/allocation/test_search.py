@@ -4,6 +4,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from every import every
 
 from lightning_caq.allocation.budget import Ratio
 from lightning_caq.allocation.methods import get_method
@@ -47,7 +48,7 @@ def test_two_constraints():
         assert space.fits(bits) == (bits in _feasible() and bops(bits) <= 130_000)
 
 
-@pytest.mark.parametrize("quantizer", ["series", "dorefa", "codebook", "lq_nets"])
+@every("quantizer", ["series", "dorefa", "codebook", "lq_nets"])
 def test_tables_of_values_count_as_the_budget_counts_them(quantizer):
     sizes = LayerSizes((900, 1600, 400), (16, 32, 10), quantizer=quantizer)
     for target in ((2, 2, 2), (3, 3, 3), (2, 3, 4)):
@@ -89,7 +90,7 @@ def test_a_budget_that_nothing_meets():
         _space(700)
 
 
-@pytest.mark.parametrize(("method", "most"), [("random_search", DRAWS), ("evolution", EVALUATIONS)])
+@every(("method", "most"), [("random_search", DRAWS), ("evolution", EVALUATIONS)])
 def test_the_best_that_was_tried_is_returned(method, most):
     calls = []
 
@@ -121,7 +122,7 @@ def test_evolution_beats_random_draws_in_a_large_space():
         assert _uneven(evolved) < 0.8 * _uneven(drawn)
 
 
-@pytest.mark.parametrize("method", ["random_search", "evolution"])
+@every("method", ["random_search", "evolution"])
 def test_a_seed_repeats_a_search(method):
     space = search_space([size_limit([10] * 20, BITS, 3 * 200)], BITS)
     first, again, other = (get_method(method).search(CurvatureProfile(()), space, _uneven, seed) for seed in (0, 0, 1))
@@ -129,7 +130,7 @@ def test_a_seed_repeats_a_search(method):
     assert all(type(b) is int for b in first)
 
 
-@pytest.mark.parametrize("method", ["random_search", "evolution"])
+@every("method", ["random_search", "evolution"])
 def test_a_space_of_one(method):
     space = search_space([size_limit([10, 10], (4,), 80)], (4,))
     assert get_method(method).search(CurvatureProfile(()), space, lambda bits: 0.0, 0) == (4, 4)

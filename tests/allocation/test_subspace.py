@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from every import every
 from scipy.optimize import brentq
 
 from lightning_caq.allocation.methods import get_method
@@ -25,7 +26,7 @@ def _optimum(a, r, n, limit):
     return noise(np.exp(brentq(excess, -40, 40, xtol=1e-13)))
 
 
-@pytest.mark.parametrize("seed", range(5))
+@every("seed", range(5))
 def test_adam_reaches_the_optimum(seed):
     rng = np.random.default_rng(seed)
     k = int(rng.integers(2, 15))

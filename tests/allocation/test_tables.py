@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from every import every
 
 from lightning_caq.allocation.methods import available_methods, get_method, is_search
 from lightning_caq.allocation.tables import layer_column, layer_table
@@ -25,7 +26,7 @@ def test_what_was_not_measured_is_named():
         layer_table(profile, "kl", (2, 4))
 
 
-@pytest.mark.parametrize("name", sorted(set(available_methods()) - {"uniform", "cet"}))
+@every("name", sorted(set(available_methods()) - {"uniform", "cet"}))
 def test_no_table_is_made_of_what_was_not_measured(name):
     method = get_method(name)
     if not is_search(method):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from every import every
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def test_many_codes_are_not_handled_one_by_one(packing):
     assert packing.measure(2**20, 3, rounds=5).unpack > 0.05
 
 
-@pytest.mark.parametrize("argument", [["--bits", "9"], ["--codes", "0"]])
+@every("argument", [["--bits", "9"], ["--codes", "0"]])
 def test_bad_arguments(packing, argument):
     with pytest.raises(SystemExit, match="must be positive"):
         packing.main(argument)

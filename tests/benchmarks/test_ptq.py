@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from every import every
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "../shared/data"
@@ -51,7 +52,7 @@ def test_missing_data_is_said_in_one_sentence(tmp_path: Path) -> None:
     assert "--data" in done.stderr
 
 
-@pytest.mark.parametrize(
+@every(
     ("arguments", "words"),
     [(["--method", "magic"], "magic"), (["--avg-bits", "3", "99"], "99"), (["--samples", "0"], "0 is not allowed")],
 )

@@ -5,6 +5,7 @@ import functools
 import nets
 import pytest
 import torch
+from every import every
 
 from lightning_caq.evaluation.shares import error_shares, observed_errors, rounding_energies, subspace_shares
 from lightning_caq.measures.gram.spectrum import gram_spectrum
@@ -36,7 +37,7 @@ def test_shares_of_indefinite_energies_count_magnitudes() -> None:
     assert Energy(0.0, 0.0).share is None
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "tied", "dict"])
+@every("name", ["mlp", "cnn", "tied", "dict"])
 def test_observed_errors_are_those_of_networks_with_one_weight_replaced(name) -> None:
     case = nets.make_case(name)
     layers = find_layers(case.net, case.batches[0])
@@ -58,7 +59,7 @@ def test_observed_errors_are_those_of_networks_with_one_weight_replaced(name) ->
         assert found[layer.name] == pytest.approx((total / samples) ** 0.5)
 
 
-@pytest.mark.parametrize("objective", ["distill", "task"])
+@every("objective", ["distill", "task"])
 def test_energies_are_those_of_the_dense_eigenspace(objective) -> None:
     case, k = nets.make_case("mlp"), 5
 

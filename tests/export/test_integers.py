@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from every import every
 
 from lightning_caq.errors import ExportError
 from lightning_caq.export.integers import TYPES, to_integers
@@ -19,10 +20,10 @@ def _weight(grid, shape, seed=0):
     return grid.values(torch.from_numpy(codes))
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize("half", [0.0, 0.5])
-@pytest.mark.parametrize("away", [0, 3, -3, 5000, -16000])
-@pytest.mark.parametrize("axis", [0, 1, None])
+@every("bits", range(1, 9))
+@every("half", [0.0, 0.5])
+@every("away", [0, 3, -3, 5000, -16000])
+@every("axis", [0, 1, None])
 def test_the_products_are_those_of_the_grid(bits, half, away, axis):
     shape = (6, 5, 3)
     scales = tuple(n if d == axis else 1 for d, n in enumerate(shape))
@@ -41,7 +42,7 @@ def test_the_products_are_those_of_the_grid(bits, half, away, axis):
     assert 0 <= int(x.zero_point.min()) <= int(x.zero_point.max()) <= TYPES[x.type]
 
 
-@pytest.mark.parametrize("bits", SMALLEST)
+@every("bits", SMALLEST)
 def test_the_smallest_type(bits):
     for half, kind in zip((0.0, 0.5), SMALLEST[bits], strict=True):
         grid = Grid(bits, torch.ones(4, 1), torch.full((4, 1), 2 ** (bits - 1) - half))

@@ -7,6 +7,7 @@ import nets
 import numpy as np
 import pytest
 import torch
+from every import every
 from torch import nn
 
 from lightning_caq import quantize
@@ -91,7 +92,7 @@ def test_resnet20(tmp_path, monkeypatch):
     assert result.path.stat().st_size < 268_336  # half a byte a weight, and the rest
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 7, 8])
+@every("bits", [1, 2, 3, 4, 5, 6, 7, 8])
 def test_stored_integers_give_the_very_weights(bits, tmp_path):
     torch.manual_seed(bits)
     net = _swapped(nn.Sequential(nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 3)), (bits,))
@@ -103,7 +104,7 @@ def test_stored_integers_give_the_very_weights(bits, tmp_path):
     assert bool(result.notes) == any(kind != f"uint{bits}" for kind in result.types.values())
 
 
-@pytest.mark.parametrize("name", nets.CONVOLUTIONS)
+@every("name", nets.CONVOLUTIONS)
 def test_convolutions_of_every_kind(name, tmp_path):
     make, shape = nets.CONVOLUTIONS[name]
     net, x = _swapped(nn.Sequential(make()), (3,)), torch.randn(2, *shape)
@@ -129,7 +130,7 @@ def test_named_inputs_and_outputs(tmp_path):
     torch.testing.assert_close(torch.from_numpy(_run(tmp_path / "net.onnx", a, b)[0]), net(a, b)["logits"])
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float16, 1e-2)])
+@every(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float16, 1e-2)])
 def test_other_floating_point_types(dtype, tolerance, tmp_path):
     net = _swapped(nn.Sequential(nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype), (3,))
     x = torch.randn(2, 9, dtype=dtype)
@@ -170,9 +171,7 @@ class Branch(nn.Module):
         return self.fc(x) if x.sum() > 0 else x
 
 
-@pytest.mark.parametrize(
-    ("make", "match"), [(Eigenvalues, "operator aten.linalg_eig"), (Branch, "Branch cannot be exported to ONNX: ")]
-)
+@every(("make", "match"), [(Eigenvalues, "operator aten.linalg_eig"), (Branch, "Branch cannot be exported to ONNX: ")])
 def test_networks_that_onnx_cannot_hold(make, match, tmp_path):
     net = _swapped(make(), (3,))
     before = copy.deepcopy(net.state_dict())
@@ -220,7 +219,7 @@ def _with_inputs(net, grids):
     return net
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@every("bits", [2, 3, 4, 5, 8])
 def test_rounded_inputs_are_the_very_ones(bits, tmp_path):
     net = nn.Sequential(nn.Linear(9, 9, bias=False))
     with torch.no_grad():
@@ -239,7 +238,7 @@ def test_rounded_inputs_are_the_very_ones(bits, tmp_path):
     assert [x.domain for x in graph.opset_import] == [""]
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@every("bits", [4, 8])
 def test_a_cnn_with_rounded_inputs(bits, tmp_path):
     net, x = _swapped(nets.small_cnn(), (3, 8)), nets.images(32, 2)[0]
     layers = find_layers(net, x)

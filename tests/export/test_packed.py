@@ -7,6 +7,7 @@ from pathlib import Path
 import nets
 import pytest
 import torch
+from every import every
 from safetensors.torch import load_file
 from torch import nn
 
@@ -96,8 +97,8 @@ def test_a_layer_left_in_float_stays_so(done, tmp_path):
     assert torch.equal(other(X), net(X))
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize("name", ["mlp", "cnn", "pixels", "tied", "twice", "dict"])
+@every("bits", range(1, 9))
+@every("name", ["mlp", "cnn", "pixels", "tied", "twice", "dict"])
 def test_round_trips_of_every_width(name, bits, tmp_path):
     case = nets.make_case(name)
     net, batch = _swapped(case.net, bits), case.batches[0]
@@ -107,7 +108,7 @@ def test_round_trips_of_every_width(name, bits, tmp_path):
         assert torch.equal(case.output(other, batch), case.output(net, batch))
 
 
-@pytest.mark.parametrize("name", nets.CONVOLUTIONS)
+@every("name", nets.CONVOLUTIONS)
 def test_convolutions_of_every_kind(name, tmp_path):
     make, shape = nets.CONVOLUTIONS[name]
     net, x = _swapped(nn.Sequential(make()), 3), torch.randn(2, *shape)
@@ -116,7 +117,7 @@ def test_convolutions_of_every_kind(name, tmp_path):
         assert torch.equal(load_quantized(nn.Sequential(make()), path, packed=packed)(x), net(x))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@every("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_other_floating_point_types(dtype, tmp_path):
     net, x = _swapped(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3)).to(dtype), 3), torch.randn(5, 6, dtype=dtype)
     path = save_quantized(net, tmp_path / "f")
@@ -240,7 +241,7 @@ def _refused(net, path, match):
     assert [type(m) for m in net.modules()] == classes
 
 
-@pytest.mark.parametrize(
+@every(
     ("change", "match"),
     [
         (lambda net: net.__setitem__(10, nn.Linear(32, 5)), r"'10.weight' as torch.float32 \[4, 32\].*\[5, 32\]"),
@@ -290,7 +291,7 @@ def _without(name):
     return lambda description, tensors: tensors.pop(name)
 
 
-@pytest.mark.parametrize(
+@every(
     ("edit", "match"),
     [
         (_without("1.bias"), "it lacks '1.bias', which Sequential has"),
@@ -350,8 +351,8 @@ def _with_inputs(net, bits=3):
     return net
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("name", ["mlp", "cnn", "pixels", "tied", "twice", "dict"])
+@every("packed", [False, True])
+@every("name", ["mlp", "cnn", "pixels", "tied", "twice", "dict"])
 def test_inputs_are_rounded_as_in_the_network_that_was_saved(name, packed, tmp_path):
     case = nets.make_case(name)
     plain = case.output(_swapped(copy.deepcopy(case.net), 3), case.batches[0])

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from every import every
 from safetensors.torch import load_file, save_file
 
 from lightning_caq.errors import PlanError
@@ -37,7 +38,7 @@ def test_tensors_that_share_memory(tmp_path):
     assert torch.equal(tensors["t"], x.view(2, 3).T)
 
 
-@pytest.mark.parametrize("flip", [1, 32, 128])
+@every("flip", [1, 32, 128])
 def test_any_changed_byte_is_refused(path, flip):
     payload = path.read_bytes()
     for place in range(len(payload)):

@@ -15,6 +15,7 @@ import lightning.pytorch
 import pytest
 import torch
 import torch.nn.functional as F
+from every import every
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lit import CLASSES, FEATURES, blobs, trainer, without_figures
 from torch import Tensor, nn
@@ -176,7 +177,8 @@ def ema() -> Any:
     return averaging and averaging(decay=0.8)
 
 
-NAMES = ("best", "last", "save_last", "finished", "weights_only", "ema", "ema_best")
+NAMES = ("best", "last", "save_last", "finished", "weights_only", *(("ema", "ema_best") if ema() else ()))
+RESUMABLE = tuple(name for name in NAMES if name != "weights_only")
 
 
 @pytest.fixture(scope="module", params=NETWORKS)
@@ -187,19 +189,7 @@ def network(request, tmp_path_factory):
         return request.param, checkpoints(tmp_path_factory.mktemp(request.param), request.param)
 
 
-@pytest.fixture(params=NAMES)
-def checkpoint(request, network):
-    if request.param not in network[1]:
-        pytest.skip(f"this version of Lightning has no EMAWeightAveraging, so no {request.param} checkpoint")
-    return network[1][request.param]
-
-
-@pytest.fixture
-def kind(network):
-    return network[0]
-
-
-ATTACHED = pytest.mark.parametrize("attached", [True, False], ids=["callback", "without"])
+attached_or_not = every("attached", [True, False])
 pytestmark = [
     pytest.mark.usefixtures("no_figures"),
     pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides"),
@@ -237,10 +227,12 @@ def is_quantized(net: Net, plan: QuantizationPlan) -> bool:
     return bool(quantized_modules(net)) and all(len(row.unique()) <= 2**bits for row, bits in rows)
 
 
-@ATTACHED
-@pytest.mark.parametrize("use", ["validate", "test", "predict"])
-@pytest.mark.parametrize("by_path", [True, False], ids=["ckpt_path", "as_it_is"])
-def test_a_stand_alone_run(tmp_path, kind, checkpoint, use, by_path, attached):
+@attached_or_not
+@every("use", ["validate", "test", "predict"])
+@every("by_path", [True, False])
+@every("name", NAMES)
+def test_a_stand_alone_run(tmp_path, network, name, use, by_path, attached):
+    kind, checkpoint = network[0], network[1][name]
     callback, net = (quantizer() if attached else None), Net(kind)
     run = getattr(trainer(tmp_path, callbacks=[callback] if attached else []), use)
     quiet = {} if use == "predict" else {"verbose": False}
@@ -257,8 +249,10 @@ def test_a_stand_alone_run(tmp_path, kind, checkpoint, use, by_path, attached):
         check(net, checkpoint, callback if by_path else None)
 
 
-@ATTACHED
-def test_load_from_checkpoint_and_no_trainer(kind, checkpoint, attached):
+@attached_or_not
+@every("name", NAMES)
+def test_load_from_checkpoint_and_no_trainer(network, name, attached):
+    kind, checkpoint = network[0], network[1][name]
     loaded = Net.load_from_checkpoint(checkpoint.path)
     check(loaded, checkpoint, None)
     net = built(kind)
@@ -272,8 +266,10 @@ def test_load_from_checkpoint_and_no_trainer(kind, checkpoint, attached):
         check(net, checkpoint, None)
 
 
-@ATTACHED
-def test_a_resumed_fit(tmp_path, kind, checkpoint, attached):
+@attached_or_not
+@every("name", NAMES)
+def test_a_resumed_fit(tmp_path, network, name, attached):
+    kind, checkpoint = network[0], network[1][name]
     callback, net = (quantizer() if attached else None), Net(kind)
     t = trainer(tmp_path, callbacks=[callback] if attached else [], max_epochs=EPOCHS + 1)
     if checkpoint.holds == VALUES:
@@ -292,12 +288,13 @@ def test_a_resumed_fit(tmp_path, kind, checkpoint, attached):
     check_settled(callback, checkpoint)
 
 
+@pytest.mark.skipif(ema() is None, reason="no EMAWeightAveraging in this version of Lightning")
 @pytest.mark.filterwarnings("ignore:The checkpoint was not created with WeightAveraging")
-def test_a_resumed_fit_that_averages(tmp_path, kind, checkpoint):
+@every("name", RESUMABLE)
+def test_a_resumed_fit_that_averages(tmp_path, network, name):
     """Whether the checkpoint was written by an averaging fit or not; ``test_averaging`` looks at the numbers."""
+    kind, checkpoint = network[0], network[1][name]
     callback, averaging, net = quantizer(), ema(), Net(kind)
-    if averaging is None or checkpoint.holds == VALUES:
-        pytest.skip("no EMAWeightAveraging in this version of Lightning, or a checkpoint that no fit resumes from")
     t = trainer(tmp_path, callbacks=[averaging, callback], max_epochs=EPOCHS + 1)
     t.fit(net, ckpt_path=checkpoint.path)
     assert t.current_epoch == EPOCHS + 1
@@ -313,11 +310,11 @@ def check_settled(callback: CurvatureQuantizationCallback, saved: Saved) -> None
         assert any("trained on" in note for note in callback.report.notes)
 
 
-@ATTACHED
-def test_a_finished_fit(tmp_path, kind, checkpoint, attached):
+@attached_or_not
+@every("name", RESUMABLE)
+def test_a_finished_fit(tmp_path, network, name, attached):
     """There is nothing left to train, so Lightning calls no ``on_train_end`` and nothing is quantized."""
-    if checkpoint.holds == VALUES:
-        pytest.skip("Lightning resumes no fit from weights alone")
+    kind, checkpoint = network[0], network[1][name]
     progress = torch.load(checkpoint.path, weights_only=True)["loops"]["fit_loop"]["epoch_progress"]
     epochs = progress["current"]["processed"]
     callback, net = (quantizer() if attached else None), Net(kind)

@@ -5,6 +5,7 @@ import copy
 import nets
 import pytest
 import torch
+from every import every
 from scipy import stats
 from torch import nn
 
@@ -66,7 +67,7 @@ def _check_against(profile, case, dense, matrix):
     assert profile.residual_curvature == pytest.approx(outside, rel=1e-9)
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "tied", "frozen_inplace", "dict"])
+@every("name", ["mlp", "cnn", "tied", "frozen_inplace", "dict"])
 def test_distill_against_the_dense_hessian(name):
     case = nets.make_case(name)
     profile = _measure(case, needs=nets.DISTILL_NEEDS)
@@ -93,7 +94,7 @@ def test_task_against_the_dense_hessian():
             assert row.first_order[bits] == pytest.approx(float(part @ _rounded(case, row, bits)), rel=1e-6)
 
 
-@pytest.mark.parametrize("objective", ["distill", "task"])
+@every("objective", ["distill", "task"])
 def test_validity_walks_up_to_the_bits_at_which_the_model_holds(objective):
     """``outside`` says where the quadratic prediction is off by more than half; there the measured change counts."""
     case = nets.make_case("mlp")
@@ -137,7 +138,7 @@ def test_the_model_predicts_small_changes():
         assert profile.predicted_change(row.name, 8) == pytest.approx(actual, rel=0.1)
 
 
-@pytest.mark.parametrize("objective", ["distill", "task"])
+@every("objective", ["distill", "task"])
 def test_leaves_the_network_as_it_was(objective):
     net = nets.trained(nets.small_cnn(), *nets.images(64, 0), steps=2)
     net[0].weight.requires_grad_(False)
@@ -176,7 +177,7 @@ def test_samples_are_the_first_of_the_batches():
     assert few.eigenvalues == _measure(cut, needs=nets.DISTILL_NEEDS).eigenvalues
 
 
-@pytest.mark.parametrize("need", sorted(MEASURES))
+@every("need", sorted(MEASURES))
 def test_each_measure_can_be_asked_for_alone(need):
     case = nets.make_case("mlp")
     profile = _measure(case, needs=frozenset({need}))
@@ -237,7 +238,7 @@ def test_bad_input():
         _measure(case, objective="task", loss_fn=lambda m, b: m(b), needs=nets.DISTILL_NEEDS)
 
 
-@pytest.mark.parametrize("objective", ["distill", "task"])
+@every("objective", ["distill", "task"])
 def test_sensitivities_of_the_baselines_against_the_dense_matrix(objective):
     case = nets.make_case("mlp")
     needs = frozenset(
@@ -278,7 +279,7 @@ def test_a_time_budget_means_fewer_samples(capsys):
         measure(case.net, batches, time_budget=0)
 
 
-@pytest.mark.parametrize("objective", ["distill", "task"])
+@every("objective", ["distill", "task"])
 def test_density_against_the_eigenvalues(objective):
     case = nets.make_case("mlp")
     profile = _measure(case, objective=objective, loss_fn=_task, needs=frozenset({"density"}))

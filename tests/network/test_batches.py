@@ -1,5 +1,6 @@
 import pytest
 import torch
+from every import every
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -33,7 +34,7 @@ class Output:
     logits = X
 
 
-@pytest.mark.parametrize("batch", [X, (X, "label"), [X], [X, X, X]])
+@every("batch", [X, (X, "label"), [X], [X, X, X]])
 def test_the_first_item_is_the_input(batch):
     assert torch.equal(run_model(nn.Identity(), batch), X)
 
@@ -53,18 +54,18 @@ def test_a_forward_of_keywords_only():
     assert torch.equal(run_model(Net(lambda *, image: image), {"image": X, "label": 1}), X)
 
 
-@pytest.mark.parametrize("output", [X, (X, None), [X], {"logits": X, "loss": None}, {"first": X}, Output()])
+@every("output", [X, (X, None), [X], {"logits": X, "loss": None}, {"first": X}, Output()])
 def test_outputs(output):
     assert torch.equal(run_model(Net(lambda x: output), X), X)
 
 
-@pytest.mark.parametrize("output", [None, "text", X.long(), (), {}, torch.tensor(1.0), {"logits": None}])
+@every("output", [None, "text", X.long(), (), {}, torch.tensor(1.0), {"logits": None}])
 def test_outputs_without_a_tensor(output):
     with pytest.raises(CalibrationError, match=r"returned no floating-point tensor for a batch of float32\[6, 2\]"):
         run_model(Net(lambda x: output), X)
 
 
-@pytest.mark.parametrize(
+@every(
     ("net", "batch"),
     [
         (nn.Linear(3, 1), X),
@@ -106,8 +107,8 @@ def _flat(batches):
     return [x for batch in batches for x in (batch if isinstance(batch, torch.Tensor) else batch["x"])[:, 0].tolist()]
 
 
-@pytest.mark.parametrize("skip", range(8))
-@pytest.mark.parametrize("samples", range(8))
+@every("skip", range(8))
+@every("samples", range(8))
 def test_taking_samples_is_slicing(samples, skip):
     batches = [X[:1], X[1:4], X[4:]]
     taken = take_samples(batches, samples, skip=skip)
@@ -162,7 +163,7 @@ def test_tensors_of_inference_mode_become_normal():
     assert not kept.is_inference()
 
 
-@pytest.mark.parametrize(
+@every(
     ("batches", "message"),
     [
         ([], "batches is empty"),

@@ -4,12 +4,13 @@ import nets
 import numpy as np
 import pytest
 import torch
+from every import every
 from torch import nn
 
 from lightning_caq.network.float_outputs import Reference, make_reference
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "pixels", "dict", "regression"])
+@every("name", ["mlp", "cnn", "pixels", "dict", "regression"])
 def test_the_error_is_the_distance_of_the_outputs_over_their_size(name):
     case = nets.make_case(name)
     reference = make_reference(case.net, case.batches)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from every import every
 from torch import nn
 
 from lightning_caq.network.hooks import visit_modules
@@ -30,7 +31,7 @@ def test_skips_the_rest_of_the_network_once_all_calls_were_seen():
     assert (seen, ran) == ([4, 2], [])
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@every("error", [ValueError, KeyboardInterrupt])
 def test_leaves_no_hooks_behind(error):
     net, batches = _setup()
 

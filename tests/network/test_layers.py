@@ -1,6 +1,7 @@
 import nets
 import pytest
 import torch
+from every import every
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -39,7 +40,7 @@ def test_layers_come_in_the_order_they_run_in():
     assert [(x.name, x.calls, x.macs) for x in layers] == [("body", 1, 12), ("head", 1, 8), ("idle", 0, 0)]
 
 
-@pytest.mark.parametrize("name", nets.CONVOLUTIONS)
+@every("name", nets.CONVOLUTIONS)
 def test_macs_of_convolutions(name):
     """Every output position multiplies the whole kernel; for a transposed one it is every input position."""
     make, shape = nets.CONVOLUTIONS[name]
@@ -93,7 +94,7 @@ def test_batchnorm_that_takes_the_output_as_it_is():
     assert [x.batchnorm for x in layers] == ["1", None, "7"]
 
 
-@pytest.mark.parametrize("name", nets.CONVOLUTIONS)
+@every("name", nets.CONVOLUTIONS)
 def test_channels_are_those_of_the_output(name):
     make, _ = nets.CONVOLUTIONS[name]
     module = make()
@@ -157,7 +158,7 @@ def test_bad_input():
         find_layers(nets.mlp(), x)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@every("value", [float("nan"), float("inf"), -float("inf")])
 def test_weights_that_are_not_finite_name_the_layer(value):
     net = nets.mlp()
     with torch.no_grad():

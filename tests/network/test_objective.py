@@ -4,13 +4,14 @@ import nets
 import pytest
 import torch
 import torch.nn.functional as F
+from every import every
 from torch import nn
 
 from lightning_caq.errors import CalibrationError, OptionError
 from lightning_caq.network.objective import divergence, make_objective, output_rows
 
 
-@pytest.mark.parametrize("name", nets.CASES)
+@every("name", nets.CASES)
 def test_distill_is_the_mean_divergence_over_samples(name):
     case = nets.make_case(name)
     objective = make_objective("distill", case.net, case.batches)

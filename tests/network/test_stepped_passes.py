@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from every import every
 from torch import nn
 
 from lightning_caq.network.stepped_passes import SteppedPasses
@@ -40,8 +41,8 @@ def _plainly(net, batches, module):
     return seen
 
 
-@pytest.mark.parametrize("memory", [0, 4 * 4 * 5 * 4, 2**28])
-@pytest.mark.parametrize("order", [["first", "left", "right", "last"], ["last", "right", "left", "first", "last"]])
+@every("memory", [0, 4 * 4 * 5 * 4, 2**28])
+@every("order", [["first", "left", "right", "last"], ["last", "right", "left", "first", "last"]])
 def test_inputs_are_those_of_the_network_as_changed_so_far(order, memory):
     net, batches = Branches(), [torch.randn(5, 4), torch.randn(2, 4)]
     own = {name: tensor.clone() for name, tensor in net.state_dict().items()}
@@ -107,7 +108,7 @@ def test_a_pass_that_ends_early_gives_what_it_has():
         assert [len(calls) for calls in passes.calls([net.left], 2)] == [2]
 
 
-@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
+@every("error", [ValueError("no"), KeyboardInterrupt()])
 def test_an_error_in_the_network_comes_out_and_nothing_stays(error):
     net = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
     assert _waiting() == 0

@@ -6,8 +6,9 @@ import re
 import warnings
 
 import nets
-import pytest
+import rounding_help
 import torch
+from every import every
 from torch import nn
 
 from lightning_caq import quantize
@@ -27,7 +28,7 @@ def _round(module, x, rounding="error_feedback", bits=3):
     net = nn.Sequential(copy.deepcopy(module))
     (layer,) = find_layers(net, x)
     floats = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    grid, codes = nets.rounded(net, layer, bits, rounding, [x], floats)
+    grid, codes = rounding_help.rounded(net, layer, bits, rounding, [x], floats)
     rounded = copy.deepcopy(module)
     with torch.no_grad():
         rounded.weight.copy_(grid.values(codes))
@@ -39,7 +40,7 @@ def _error(module, rounded, x):
         return float((module(x) - rounded(x)).square().mean())
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@every("kind", LAYERS)
 def test_channels_that_are_always_zero_say_nothing_about_the_others(kind):
     torch.manual_seed(1)
     make, shape = LAYERS[kind]
@@ -56,7 +57,7 @@ def test_channels_that_are_always_zero_say_nothing_about_the_others(kind):
     assert dead.abs().max() < 1.5 * span
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@every("kind", LAYERS)
 def test_without_any_input_weights_go_to_the_nearest_values(kind):
     torch.manual_seed(2)
     make, shape = LAYERS[kind]
@@ -66,8 +67,8 @@ def test_without_any_input_weights_go_to_the_nearest_values(kind):
     assert (found.weight - module.weight).abs().max() < (module.weight.max() - module.weight.min()) / 4
 
 
-@pytest.mark.parametrize("value", [0.0, 0.3, -1e-30, 70.0])
-@pytest.mark.parametrize("kind", LAYERS)
+@every("value", [0.0, 0.3, -1e-30, 70.0])
+@every("kind", LAYERS)
 def test_constant_channels_are_kept_by_error_feedback(kind, value):
     torch.manual_seed(3)
     make, shape = LAYERS[kind]
@@ -89,7 +90,7 @@ def test_inputs_that_never_change_still_leave_outputs_right():
     assert _error(module, found, x) < 0.02 * _error(module, _round(module, x, "nearest", bits=2)[0], x) + 1e-6
 
 
-@pytest.mark.parametrize("activation_bits", [None, 4])
+@every("activation_bits", [None, 4])
 def test_a_network_with_all_of_them(activation_bits):
     torch.manual_seed(5)
     net = nets.small_cnn().eval()
@@ -115,7 +116,7 @@ def _columns_of(module, x):
     return layer, z.double()
 
 
-@pytest.mark.parametrize(
+@every(
     ("module", "shape"),
     [
         (nn.Linear(20, 3), (20,)),
@@ -155,7 +156,7 @@ def test_too_few_samples_are_told_once_and_made_up_for():
     assert all(tensor.isfinite().all() for tensor in result.model.state_dict().values() if tensor.is_floating_point())
 
 
-@pytest.mark.parametrize("options", [{"rounding": "nearest", "calibration_samples": 24}, {"calibration_samples": 48}])
+@every("options", [{"rounding": "nearest", "calibration_samples": 24}, {"calibration_samples": 48}])
 def test_nothing_is_told_where_it_does_not_matter(options):
     torch.manual_seed(8)
     net, x = nn.Sequential(nn.Linear(60, 40), nn.ReLU(), nn.Linear(40, 4)), torch.randn(69, 60)

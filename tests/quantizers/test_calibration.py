@@ -5,6 +5,7 @@ import copy
 import nets
 import pytest
 import torch
+from every import every
 from torch import nn
 
 from lightning_caq.network.layers import find_layers
@@ -54,7 +55,7 @@ def test_inputs_are_rounded_while_the_context_is_open():
     assert not any(m._forward_pre_hooks for m in net.modules())
 
 
-@pytest.mark.parametrize("name", nets.CASES)
+@every("name", nets.CASES)
 def test_networks_of_every_kind(name):
     case = nets.make_case(name)
     layers = find_layers(case.net, case.batches[0])

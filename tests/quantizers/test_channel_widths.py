@@ -1,8 +1,8 @@
 """Grids whose channels differ in their bits, against rounding each channel as if all had its bits."""
 
-import nets
-import pytest
+import rounding_help
 import torch
+from every import every
 from torch import nn
 
 from lightning_caq.network.layers import find_layers, layer_weight
@@ -32,7 +32,7 @@ def _channel(layer, tensor, c):
     return tensor.select(1 if layer.transposed else 0, c)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@every("name", LAYERS)
 def test_each_channel_gets_the_grid_that_it_would_get_alone(name):
     net, layer, _ = _layer(name)
     weight = layer_weight(net, layer).detach()
@@ -47,22 +47,22 @@ def test_each_channel_gets_the_grid_that_it_would_get_alone(name):
     assert not on_grid(weight, grid)
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "error_feedback"])
-@pytest.mark.parametrize("name", LAYERS)
+@every("rounding", ["nearest", "error_feedback"])
+@every("name", LAYERS)
 def test_each_channel_is_rounded_as_it_would_be_alone(name, rounding):
     """Neither feedback nor descent carries anything from one output channel to another."""
     net, layer, x = _layer(name)
-    grid, codes = nets.rounded(net, layer, WIDTHS, rounding, [x], {})
+    grid, codes = rounding_help.rounded(net, layer, WIDTHS, rounding, [x], {})
     assert grid.width == WIDTHS
     assert codes.dtype == torch.uint8
     for c, b in enumerate(WIDTHS):
-        alone, own = nets.rounded(net, layer, b, rounding, [x], {})
+        alone, own = rounding_help.rounded(net, layer, b, rounding, [x], {})
         assert torch.equal(_channel(layer, codes, c), _channel(layer, own, c))
         found, wanted = (_channel(layer, g.scale.expand(layer.shape), c) for g in (grid, alone))
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@every("name", LAYERS)
 def test_modules_snap_every_channel_to_its_own_values(name):
     net, layer, x = _layer(name)
     weight = layer_weight(net, layer)

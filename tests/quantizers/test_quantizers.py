@@ -7,6 +7,7 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 import torch
+from every import every
 from torch import nn
 
 from lightning_caq import CurvatureQuantizationCallback, export_onnx, load_quantized, quantize, save_quantized
@@ -119,8 +120,8 @@ def test_onnx_says_what_it_cannot_hold(done, tmp_path):
         export_onnx(result.model, tmp_path / "net.onnx", _batches()[0])
 
 
-@pytest.mark.parametrize("range_", RANGES)
-@pytest.mark.parametrize("rounding", ["nearest", "error_feedback"])
+@every("range_", RANGES)
+@every("rounding", ["nearest", "error_feedback"])
 def test_ranges_go_the_whole_road(range_, rounding, tmp_path):
     result = _quantized(range=range_, rounding=rounding, symmetry="mid_rise" if range_ == "aciq" else "asymmetric")
     path = save_quantized(result.model, tmp_path / "net")
@@ -142,8 +143,8 @@ def test_curvature_lowers_the_output_error_of_nearest_rounding():
     assert errors["curvature"] < errors["mse"]
 
 
-@pytest.mark.parametrize("quantizer", CODEBOOKS)
-@pytest.mark.parametrize("shape", [(6, 20), (8, 3, 3, 3)])
+@every("quantizer", CODEBOOKS)
+@every("shape", [(6, 20), (8, 3, 3, 3)])
 def test_error_feedback_lowers_the_output_error(quantizer, shape):
     draw = torch.Generator().manual_seed(5)
     w = 0.3 * torch.randn(shape, generator=draw)
@@ -195,7 +196,7 @@ def test_a_ratio_counts_tables():
     check_budget(AvgBits(2), sizes, (2, 3))  # tables are no part of the average
 
 
-@pytest.mark.parametrize(("quantizer", "ratio"), [("codebook", 6.5), ("lq_nets", 6.5), ("series", 9.0)])
+@every(("quantizer", "ratio"), [("codebook", 6.5), ("lq_nets", 6.5), ("series", 9.0)])
 def test_a_ratio_is_met(quantizer, ratio):
     result = _quantized(quantizer=quantizer, avg_bits=None, ratio=ratio, method="cet", bits=(1, 2, 3, 4))
     assert result.plan.ratio >= ratio
@@ -210,7 +211,7 @@ def test_bad_options():
             QuantizationOptions(avg_bits=3, quantizer="lq_nets", **{name: value})
 
 
-@pytest.mark.parametrize("quantizer", ["codebook", "abc_net"])
+@every("quantizer", ["codebook", "abc_net"])
 def test_embeddings_and_tied_weights(quantizer):
     torch.manual_seed(0)
     emb, out = nn.Embedding(12, 8), nn.Linear(8, 12, bias=False)

@@ -3,8 +3,8 @@
 import copy
 
 import nets
-import pytest
 import torch
+from every import every
 from torch import nn
 
 from lightning_caq.network.batches import split_samples
@@ -70,7 +70,7 @@ def test_batchnorm_moves_by_what_changed_layer_by_layer():
     assert not torch.allclose(found["5.running_mean"], float_net.state_dict()["5.running_mean"], atol=1e-3)
 
 
-@pytest.mark.parametrize(
+@every(
     "make",
     [
         lambda: nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 3)),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from every import every
 
 from lightning_caq.report import QuantizationReport
 from lightning_caq.reporting.files import write_outputs
@@ -23,7 +24,7 @@ def test_a_run_is_read_back_from_either_folder(log_dir, make_run, names) -> None
         assert run.problems == {}
 
 
-@pytest.mark.parametrize(
+@every(
     ("name", "content", "problem"),
     [
         ("profile.json", None, "is missing"),

@@ -3,11 +3,12 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
+from every import every
 
 from lightning_caq.reporting.sheet import inches, sheet, short_names, shorten
 
 
-@pytest.mark.parametrize("length", [1, 19, 20, 21, 120])
+@every("length", [1, 19, 20, 21, 120])
 def test_shorten_keeps_both_ends_and_the_limit(length: int) -> None:
     name = "".join(chr(ord("a") + i % 26) for i in range(length))
     short = shorten(name, 20)
@@ -28,7 +29,7 @@ def test_short_names_are_numbered_where_length_does_not_help() -> None:
     assert [s.split(":")[0] for s in short] == ["0", "1", "2"]
 
 
-@pytest.mark.parametrize("layers", [1, 4, 36, 37, 60, 181, 300])
+@every("layers", [1, 4, 36, 37, 60, 181, 300])
 def test_panels_hold_every_layer_once_in_rows_of_one_height(layers: int) -> None:
     figure, panels = sheet([f"l{i}" for i in range(layers)], title="T", subtitle="t", width=2, right=1, header=0.3)
     shown = [label.get_text() for axes, _ in panels for label in axes.get_yticklabels()]

@@ -6,6 +6,7 @@ import nets
 import pytest
 import torch
 import torch.nn.functional as F
+from every import every
 
 from lightning_caq import pipeline, quantize
 from lightning_caq.errors import OptionError
@@ -60,7 +61,7 @@ class Rounded:
         return [grid.nearest(w) for grid, w in zip(self.grids, self.floats, strict=True)]
 
 
-@pytest.mark.parametrize("bits", [3, 4])
+@every("bits", [3, 4])
 def test_steep_energy_and_divergence_are_far_below_those_of_nearest(trained, bits):
     done = Rounded(trained, "distill", bits, k=8)
     near, chosen = done.nearest, done.of(done.codes)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import nets
 import pytest
 import torch
+from every import every
 from torch import nn
 
 from lightning_caq import quantize
@@ -78,8 +79,8 @@ def test_without_the_guard_the_methods_own_bits_are_kept(net):
     assert set(result.report.sizes) == {"float", "quantized"}
 
 
-@pytest.mark.parametrize(("held_out", "kept"), [(0.1, "cet"), (0.3, "uniform")])
-@pytest.mark.parametrize("compare", [(), ("uniform",)])
+@every(("held_out", "kept"), [(0.1, "cet"), (0.3, "uniform")])
+@every("compare", [(), ("uniform",)])
 @pytest.mark.filterwarnings("ignore:caq. uniform bits are better")
 def test_the_guard_decides_by_the_samples_held_out(held_out, kept, compare):
     losses, made = {"cet": held_out, "uniform": 0.2}, []
@@ -104,7 +105,7 @@ def test_the_guard_decides_by_the_samples_held_out(held_out, kept, compare):
     assert made == ["cet", "uniform"]
 
 
-@pytest.mark.parametrize(("accuracy", "kept"), [(0.5, "cet"), (0.9, "uniform")])
+@every(("accuracy", "kept"), [(0.5, "cet"), (0.9, "uniform")])
 @pytest.mark.filterwarnings("ignore:caq. uniform bits are better")
 def test_the_guard_loses_no_more_of_the_metric_than_max_drop_allows(accuracy, kept):
     losses, accuracies, made = {"cet": 0.3, "uniform": 0.2}, {"cet": 0.9, "uniform": accuracy}, []
@@ -126,7 +127,7 @@ def test_the_guard_loses_no_more_of_the_metric_than_max_drop_allows(accuracy, ke
     assert contest.metrics["quantized"]["acc"] == 0.9
 
 
-@pytest.mark.parametrize(("error", "kept"), [(2.0, "caq"), (3.0, "uniform")])
+@every(("error", "kept"), [(2.0, "caq"), (3.0, "uniform")])
 @pytest.mark.filterwarnings("ignore:caq. uniform bits are better")
 def test_the_guard_keeps_the_predicted_error(error, kept):
     losses, made = {"caq": 0.3, "uniform": 0.2}, []
@@ -242,7 +243,7 @@ def test_search_methods_run_on_the_network_and_leave_it_float_between(net):
     assert isinstance(result.model, nn.Module)
 
 
-@pytest.mark.parametrize(
+@every(
     ("options", "words"),
     [
         ({"max_drop": 0.1}, "max_drop is given without monitor"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from every import every
 from torch import nn
 
 from lightning_caq.utilities.contexts import InFloat32, curvature_safe, full_float32
@@ -37,7 +38,7 @@ def _shortened():
     return [torch.get_float32_matmul_precision() != "highest", backends.cudnn.allow_tf32]
 
 
-@pytest.mark.parametrize("allowed", ["highest", "medium"])
+@every("allowed", ["highest", "medium"])
 def test_float32_is_not_shortened(allowed):
     torch.set_float32_matmul_precision(allowed)
     try:

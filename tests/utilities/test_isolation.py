@@ -3,6 +3,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from every import every
 from torch import nn
 
 from lightning_caq.quantizers.fake_quant.swap import swap
@@ -54,7 +55,7 @@ def _wreck(net, error):
     raise error
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+@every("error", [RuntimeError, KeyboardInterrupt, SystemExit])
 def test_everything_is_put_back_if_the_work_fails(error):
     net = _net()
     before = _picture(net)

@@ -14,6 +14,7 @@ import nets
 import pytest
 import sharing_script as script
 import torch
+from every import every
 
 from lightning_caq.utilities.sharing import ALONE, Sharing
 
@@ -82,8 +83,8 @@ def leaves(name, value):
             yield from leaves(f"{name}.{key}", x)
 
 
-@pytest.mark.parametrize("objective", script.OBJECTIVES)
-@pytest.mark.parametrize("name", script.SIZES)
+@every("objective", script.OBJECTIVES)
+@every("name", script.SIZES)
 def test_every_rank_has_the_profile_of_one_process(found, name, objective):
     texts = [rank["profiles"][name, objective] for rank in found]
     assert len(set(texts)) == 1  # to the last digit, seconds included
@@ -95,8 +96,8 @@ def test_every_rank_has_the_profile_of_one_process(found, name, objective):
         assert other == (pytest.approx(value, **CLOSE) if close else value), k
 
 
-@pytest.mark.parametrize("objective", script.OBJECTIVES)
-@pytest.mark.parametrize("name", script.SIZES)
+@every("objective", script.OBJECTIVES)
+@every("name", script.SIZES)
 def test_products_are_those_of_the_dense_hessian(found, name, objective):
     case = script.case(name)
     dense = nets.Dense(case.net, [layer.name for layer in script.find_layers(case.net, case.batches[0])])
@@ -118,7 +119,7 @@ def test_each_rank_does_its_part_only(found):
     assert parts == ([(2, 2), (1, 1)] if len(found) == 2 else [(1, 1)] * 3)
 
 
-@pytest.mark.parametrize("place", script.FAILURES)
+@every("place", script.FAILURES)
 def test_a_failure_on_one_rank_is_raised_on_both(two, place):
     (kind, text, seconds, kept), own = (rank["failures"][place] for rank in two)
     assert own[:2] == ("ZeroDivisionError", f"call {script.FAILURES[place][1]}")

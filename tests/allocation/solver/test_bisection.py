@@ -1,12 +1,12 @@
 """Bisection against thresholds that are known."""
 
-import pytest
+from every import every
 
 from lightning_caq.allocation.solver.bisection import smallest_passing
 
 
-@pytest.mark.parametrize("begin", [2.0, 2.7, 4.4, 7.9])
-@pytest.mark.parametrize("tests", [1, 2, 4, 8])
+@every("begin", [2.0, 2.7, 4.4, 7.9])
+@every("tests", [1, 2, 4, 8])
 def test_what_is_found_passes_and_is_as_near_as_the_tests_allow(begin, tests):
     asked = []
     found = smallest_passing(lambda x: asked.append(x) or x >= begin, 2.0, 8.0, tests)

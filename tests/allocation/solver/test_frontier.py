@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from every import every
 from scipy.spatial import ConvexHull
 
 from lightning_caq.allocation.solver.constraint import size_limit
@@ -32,18 +33,18 @@ def _lower_left(points):
     return np.array(kept)
 
 
-@pytest.mark.parametrize("seed", range(30))
+@every("seed", range(30))
 def test_all_corners_and_nothing_above_the_hull(seed):
     rng = np.random.default_rng(seed)
     layers, bits = int(rng.integers(2, 5)), (2, 3, 4, 8)
     weights = rng.integers(1, 40, layers)
     costs = rng.exponential(size=(layers, 4))
     usage = np.multiply.outer(weights, bits).astype(float)
-    every = [
+    choices = [
         (sum(usage[i, c] for i, c in enumerate(choice)), sum(costs[i, c] for i, c in enumerate(choice)))
         for choice in itertools.product(range(4), repeat=layers)
     ]
-    expected = _lower_left(np.array(every))
+    expected = _lower_left(np.array(choices))
     found = np.array([(p.usage["size"], p.cost) for p in frontier(costs, usage, bits)])
     for corner in expected:
         assert np.isclose(found, corner).all(1).any()

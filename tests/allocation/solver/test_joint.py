@@ -4,6 +4,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from every import every
 
 from lightning_caq.allocation.solver.constraint import size_limit
 from lightning_caq.allocation.solver.joint import JointChoices, solve_joint
@@ -21,7 +22,7 @@ def _problem(seed):
     return weights, macs, damage[0], damage[1], [(8, 8, 8), INPUTS, INPUTS]
 
 
-@pytest.mark.parametrize("seed", range(20))
+@every("seed", range(20))
 def test_the_cheapest_of_all_pairs_within_both_limits(seed):
     n, m, w, a, inputs = _problem(seed)
     size, bops = 1.35 * 2 * n.sum(), 0.45 * (m * 4 * 8).sum()

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from every import every
 
 from lightning_caq.allocation.solver.constraint import Constraint, bops_limit, size_limit
 from lightning_caq.allocation.solver.knapsack import smallest, solve
@@ -51,7 +52,7 @@ def _case(seed):
     return rng, costs, weights, bits
 
 
-@pytest.mark.parametrize("seed", range(150))
+@every("seed", range(150))
 def test_is_optimal_and_within_the_budget(seed):
     rng, costs, weights, bits = _case(seed)
     limit = rng.uniform(_size(weights, [bits[0]] * len(weights)), _size(weights, [bits[-1]] * len(weights)))
@@ -65,7 +66,7 @@ def test_is_optimal_and_within_the_budget(seed):
     assert found.gap == found.cost - found.relaxed
 
 
-@pytest.mark.parametrize("seed", range(80))
+@every("seed", range(80))
 def test_several_limits(seed):
     rng, costs, weights, bits = _case(seed)
     layers, least, most = len(weights), bits[0], bits[-1]
@@ -90,7 +91,7 @@ def test_several_limits(seed):
         assert found.usage[each.name] == each.total(columns) <= each.limit * (1 + 1e-12)
 
 
-@pytest.mark.parametrize("seed", range(80))
+@every("seed", range(80))
 def test_the_smallest_within_an_error(seed):
     rng, costs, weights, bits = _case(seed)
     costs = np.abs(costs)
@@ -116,7 +117,7 @@ def test_smallest_and_solve_are_each_others_inverse():
     assert back.usage["error"] == pytest.approx(best.cost)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@every("seed", range(40))
 def test_pinned_layers_groups_and_floors(seed):
     rng = np.random.default_rng(seed)
     bits, weights = (2, 3, 5, 8), rng.integers(1, 50, 5).tolist()
@@ -144,7 +145,7 @@ def test_pinned_layers_groups_and_floors(seed):
     assert found.cost == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("scale", [1, 10**3, 10**6, 10**8])
+@every("scale", [1, 10**3, 10**6, 10**8])
 def test_a_budget_missed_by_one_bit_is_missed(scale):
     """Tolerances of a solver are relative: at millions of weights one bit is less than that."""
     weights, bits = [3 * scale + 1, 3 * scale], (2, 4)
@@ -155,7 +156,7 @@ def test_a_budget_missed_by_one_bit_is_missed(scale):
         assert solve([[5.0, 0.0], [4.0, 0.0]], bits, twice).bits == expected
 
 
-@pytest.mark.parametrize("kind", ["wide", "alike", "anything"])
+@every("kind", ["wide", "alike", "anything"])
 def test_a_thousand_layers(kind):
     """Optimal to the stated bound; the multiplier's bound is checked here, from the table alone."""
     rng, bits = np.random.default_rng(7), (1, 2, 3, 4, 5, 6, 7, 8)
@@ -237,13 +238,13 @@ def test_budgets_that_cannot_be_met():
         smallest([[4.0, 1.0]] * 2, (2, 4), size.usage, float("nan"))
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@every("value", [np.nan, np.inf, -np.inf])
 def test_costs_that_are_not_finite(value):
     with pytest.raises(ValueError, match="costs must be finite; row 1 is not"):
         _sized([[1.0, 1.0], [1.0, value]], [10, 10], [2, 4], 60)
 
 
-@pytest.mark.parametrize(
+@every(
     ("table", "arguments", "message"),
     [
         ([], {}, "a row for each layer"),
@@ -272,7 +273,7 @@ def test_negative_errors_and_usage_of_another_shape():
         smallest([[1.0, 0.0]] * 2, (2, 4), [[2, 4]], 1.0)
 
 
-@pytest.mark.parametrize("usage", [[[1.0, -1.0]], [[np.nan, 1.0]], [1.0, 2.0]])
+@every("usage", [[[1.0, -1.0]], [[np.nan, 1.0]], [1.0, 2.0]])
 def test_usage_must_be_a_table_of_numbers_from_zero_up(usage):
     with pytest.raises(OptionError, match="usage of 'energy' must be a table of finite numbers"):
         Constraint("energy", usage, 1.0)

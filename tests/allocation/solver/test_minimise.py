@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from every import every
 
 from lightning_caq.allocation.solver import core
 from lightning_caq.allocation.solver.constraint import Constraint, size_limit
@@ -26,11 +27,11 @@ def _program(seed, layers=5, limits=1):
 
 def _least(program):
     """The least cost of all choices that keep the limits, infinite if there is none."""
-    every = (np.array(c) for c in itertools.product(range(4), repeat=len(program.costs)))
-    return min((program.cost(c) for c in every if program.fits(c)), default=np.inf)
+    choices = (np.array(c) for c in itertools.product(range(4), repeat=len(program.costs)))
+    return min((program.cost(c) for c in choices if program.fits(c)), default=np.inf)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@every("seed", range(40))
 def test_dominated_choices_are_not_missed(seed):
     program = _program(seed, layers=4, limits=1 + seed % 2)
     fewer = without_dominated(program)
@@ -43,7 +44,7 @@ def test_dominated_choices_are_not_missed(seed):
             assert kept[mine] == (not better)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@every("seed", range(60))
 def test_the_core_holds_the_optimum(seed):
     program = without_dominated(_program(seed))
     price = float(best_multipliers(program)[0])
@@ -56,8 +57,8 @@ def test_the_core_holds_the_optimum(seed):
     assert program.lagrangian(np.array([price])) - 1e-12 <= found.cost <= quick.cost + 1e-12
 
 
-@pytest.mark.parametrize("seed", range(30))
-@pytest.mark.parametrize("limits", [1, 2, 3])
+@every("seed", range(30))
+@every("limits", [1, 2, 3])
 def test_highs_agrees(seed, limits):
     program = _program(seed, limits=limits)
     least = _least(program)

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from every import every
 from scipy.optimize import linprog, minimize
 
 from lightning_caq.allocation.solver.constraint import bops_limit, size_limit
@@ -29,7 +30,7 @@ def test_bits_at_their_ends():
     assert relax_bits([1.0, 1.0], [1, 1], 7.0, least=[5.0, 2.0], most=8).bits == pytest.approx((5, 2))
 
 
-@pytest.mark.parametrize("seed", range(20))
+@every("seed", range(20))
 def test_real_bits_are_optimal(seed):
     rng = np.random.default_rng(seed)
     layers = int(rng.integers(2, 6))
@@ -50,7 +51,7 @@ def test_real_bits_are_optimal(seed):
     assert (found.value - more.value) / 1e-4 == pytest.approx(found.prices["size"], rel=1e-3, abs=1e-12)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@every("seed", range(20))
 def test_real_bits_certify_every_allocation(seed):
     rng = np.random.default_rng(seed)
     bits, weights = (2, 3, 4, 6), rng.integers(1, 20, 4).tolist()
@@ -63,7 +64,7 @@ def test_real_bits_certify_every_allocation(seed):
     assert bound <= best * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("seed", range(30))
+@every("seed", range(30))
 def test_tables_against_a_linear_program(seed):
     rng = np.random.default_rng(seed)
     layers, bits = int(rng.integers(1, 8)), (2, 3, 5, 8)

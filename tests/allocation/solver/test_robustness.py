@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from every import every
 
 from lightning_caq.allocation.methods import get_method
 from lightning_caq.allocation.solver.robustness import robustness
@@ -68,7 +69,7 @@ def test_what_is_not_measured_stays_so():
     assert all(p.layers[0].kappa is None for p in seen)
 
 
-@pytest.mark.parametrize("options", [{"factor": 0.5}, {"factor": float("nan")}, {"draws": 0}])
+@every("options", [{"factor": 0.5}, {"factor": float("nan")}, {"draws": 0}])
 def test_bad_options(options):
     with pytest.raises(OptionError, match="not allowed"):
         robustness(_profile(1.0), _costs, _one_at_four_bits, **options)

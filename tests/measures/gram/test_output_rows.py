@@ -3,6 +3,7 @@
 import nets
 import pytest
 import torch
+from every import every
 from scipy import stats
 from torch import nn
 
@@ -102,7 +103,7 @@ def test_outputs_without_any_curvature():
     assert all(row.weight * (1 - row.weight) == 0 for row in choice.rows)
 
 
-@pytest.mark.parametrize(("batch", "outputs"), [(3, lambda x: x.mean(0)), (3, lambda x: x.flatten()[:7].reshape(1, 7))])
+@every(("batch", "outputs"), [(3, lambda x: x.mean(0)), (3, lambda x: x.flatten()[:7].reshape(1, 7))])
 def test_outputs_without_samples_are_refused(batch, outputs):
     class Net(nn.Module):
         def forward(self, x):

@@ -3,6 +3,7 @@
 import nets
 import pytest
 import torch
+from every import every
 from torch import nn
 
 from lightning_caq.measures.gram import row_forms
@@ -43,7 +44,7 @@ def test_factors_are_as_good_as_rows(positions, numbers, monkeypatch):
         _check(held, rows, delta)
 
 
-@pytest.mark.parametrize("words", [range(9), range(4, 9)])
+@every("words", [range(9), range(4, 9)])
 def test_words_are_as_good_as_rows(words):
     """Words that come twice in a sample, in two calls, and words that belong to another piece."""
     index = torch.randint(0, 9, (ROWS, 6))
@@ -87,8 +88,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("memory", [2**30, 1500])
+@every("name", CASES)
+@every("memory", [2**30, 1500])
 def test_networks_with_few_positions_against_the_dense_matrix(name, memory):
     make, batches = CASES[name]
     net = make().double().eval()

@@ -3,6 +3,7 @@
 import nets
 import pytest
 import torch
+from every import every
 
 from lightning_caq.measures.gram.output_rows import choose_rows
 from lightning_caq.measures.gram.spectrum import gram_spectrum
@@ -82,7 +83,7 @@ def test_projections_of_layers_add_up_with_their_signs(setup):
     assert float(signed.square().sum()) == pytest.approx(float(whole @ setup.matrix @ whole), rel=1e-5)
 
 
-@pytest.mark.parametrize("memory", [1, 2000])
+@every("memory", [1, 2000])
 def test_little_memory_gives_the_same(memory):
     setup = Setup("cnn")
     whole, parts = setup.spectrum(), setup.spectrum(memory=memory)
@@ -146,8 +147,8 @@ class _Layout(torch.nn.Module):
         return flat if self.layout == "flat to the end" else flat.reshape(*y.shape[:2], 5)
 
 
-@pytest.mark.parametrize("layout", ["flat inside", "flat to the end", "sequence first"])
-@pytest.mark.parametrize("tokens", [3, 64])
+@every("layout", ["flat inside", "flat to the end", "sequence first"])
+@every("tokens", [3, 64])
 def test_the_layout_of_tokens_does_not_matter(layout, tokens):
     x = torch.randn(6, tokens, 3)
     found = []
@@ -185,8 +186,8 @@ def test_samples_are_found_wherever_they_lie():
         assert _sample_axes(net, watched, x, axis=1) == axes
 
 
-@pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("tokens", [2, 4])  # with four, tokens and samples are equally many in a batch
+@every("flat", [False, True])
+@every("tokens", [2, 4])  # with four, tokens and samples are equally many in a batch
 def test_tokens_before_samples_against_the_dense_matrix(flat, tokens):
     net = _TokensFirst(flat).double()
     batches = [torch.randn(4, tokens, 3, dtype=torch.float64), torch.randn(3, tokens, 3, dtype=torch.float64)]

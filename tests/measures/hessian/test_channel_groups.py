@@ -7,6 +7,7 @@ from itertools import pairwise
 import nets
 import pytest
 import torch
+from every import every
 
 from lightning_caq.measures.gram.spectrum import gram_spectrum
 from lightning_caq.measures.hessian import channel_split
@@ -39,7 +40,7 @@ def _at(layer, delta, channels):
     return only.index_copy(axis, torch.tensor(channels), delta.index_select(axis, torch.tensor(channels)))
 
 
-@pytest.mark.parametrize("name", nets.CASES)
+@every("name", nets.CASES)
 def test_parts_of_the_quadratic_form_and_their_cross_terms(name):
     """Δ_gᵀ H Δ_h for every pair of groups; the sum over pairs is that of the whole layer."""
     case = nets.make_case(name)
@@ -61,7 +62,7 @@ def test_parts_of_the_quadratic_form_and_their_cross_terms(name):
             torch.testing.assert_close(parts.sum(1), spectrum.projected[layer.name][3])
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "pixels", "tied", "twice"])
+@every("name", ["mlp", "cnn", "pixels", "tied", "twice"])
 def test_measured_costs_of_groups(name, small):
     case = nets.make_case(name)
     layers = find_layers(case.net, case.batches[0])

@@ -3,8 +3,8 @@
 import contextlib
 import itertools
 
-import pytest
 import torch
+from every import every
 from torch import nn
 
 from lightning_caq.measures.hessian.convolutions import SeparateConvolutions
@@ -26,7 +26,7 @@ def _derivatives(first, second, x, context):
     return [loss.detach(), *(g.detach() for g in gradients), *whole, *blocks]
 
 
-@pytest.mark.parametrize(
+@every(
     ("dims", "stride", "padding", "dilation", "groups"),
     list(itertools.product((1, 2, 3), (1, 3), (0, 2), (1, 2), (1, 2))),
 )
@@ -42,7 +42,7 @@ def test_second_derivatives_are_those_of_torch(dims, stride, padding, dilation, 
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("padding", ["same", 1])
+@every("padding", ["same", 1])
 def test_what_it_does_not_handle_takes_the_usual_path(padding):
     conv = nn.Conv2d(2, 3, 3, padding=padding)  # with a trained bias
     x = torch.randn(2, 2, 5, 5)

@@ -3,6 +3,7 @@
 import nets
 import pytest
 import torch
+from every import every
 from scipy import stats
 
 from lightning_caq.measures.hessian.density import spectral_density
@@ -37,7 +38,7 @@ def test_recursion_gives_an_orthonormal_basis_and_the_matrix_in_it():
     assert float(rest[-1].norm()) == pytest.approx(space.beta)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@every("dtype", [torch.float64, torch.float32])
 def test_recursion_ends_when_the_space_closes(dtype):
     matrix = _matrix(torch.tensor([4.0, 4.0, 1.0, 1.0, 1.0, -2.0], dtype=torch.float64)).to(dtype)
     space = tridiagonalise(lambda v: matrix @ v, torch.ones(6, dtype=dtype), 6)

@@ -3,6 +3,7 @@
 import nets
 import pytest
 import torch
+from every import every
 
 from lightning_caq.errors import OptionError
 from lightning_caq.measures.hessian import eigenvectors
@@ -47,7 +48,7 @@ def test_distill_against_the_dense_gauss_newton_matrix(name, memory, monkeypatch
     assert not found.gradient.any()
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "tied", "twice"])
+@every("name", ["mlp", "cnn", "tied", "twice"])
 def test_task_against_the_dense_hessian(name):
     case = nets.make_case(name)
     found, dense = _model(case, "task")

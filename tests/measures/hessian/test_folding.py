@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from every import every
 from torch import nn
 
 from lightning_caq.measures.hessian.folding import batchnorm_folded
@@ -37,7 +38,7 @@ NETS = {
 }
 
 
-@pytest.mark.parametrize("name", NETS)
+@every("name", NETS)
 def test_outputs_and_second_derivatives_stay(name):
     make, shape = NETS[name]
     x = torch.randn(16, *shape)

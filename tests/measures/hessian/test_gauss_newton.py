@@ -4,6 +4,7 @@ import nets
 import pytest
 import torch
 import torch.nn.functional as F
+from every import every
 from torch import nn
 from torch.func import hessian
 
@@ -59,7 +60,7 @@ def _rows(outputs):
     return outputs.movedim(1, -1).flatten(0, -2) if outputs.ndim == 4 else outputs.flatten(0, -2)
 
 
-@pytest.mark.parametrize("graph_memory", [0, 2**30])
+@every("graph_memory", [0, 2**30])
 def test_distill_is_the_hessian_and_the_gram_route(setup, graph_memory):
     operator = GaussNewton(setup.net, setup.layers, setup.batches, graph_memory=graph_memory)
     matrix = nets.gauss_newton(setup.case, setup.dense)

@@ -3,6 +3,7 @@
 import nets
 import pytest
 import torch
+from every import every
 
 from lightning_caq.measures.hessian.hessian import Hessian
 from lightning_caq.network.batches import run_model
@@ -21,7 +22,7 @@ def case(request):
     return nets.make_case(request.param)
 
 
-@pytest.mark.parametrize("objective", ["task", "distill"])
+@every("objective", ["task", "distill"])
 def test_equals_dense_hessian(case, objective):
     case.net.requires_grad_(True)  # `measure` lets autograd see frozen weights; here it is done by hand
     layers = find_layers(case.net, case.batches[0])
@@ -70,7 +71,7 @@ def test_a_layer_that_is_not_used_has_no_curvature():
     assert torch.equal(product[6:], torch.zeros(6, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("graph_memory", [0, 10_000, 2**30])
+@every("graph_memory", [0, 10_000, 2**30])
 def test_graphs_are_kept_only_within_memory(graph_memory):
     """Batches whose graphs do not fit are built anew each time; the products are the same."""
     net = torch.nn.Sequential(torch.nn.Linear(6, 20), torch.nn.Tanh(), torch.nn.Linear(20, 4)).eval()
@@ -107,8 +108,8 @@ class Apart(Sharing):
         return tensor
 
 
-@pytest.mark.parametrize("objective", ["task", "distill"])
-@pytest.mark.parametrize("ranks", [2, 4])  # the cases have two batches: dealt out whole, and cut
+@every("objective", ["task", "distill"])
+@every("ranks", [2, 4])  # the cases have two batches: dealt out whole, and cut
 def test_parts_of_the_ranks_add_up_to_the_dense_hessian(case, objective, ranks):
     case.net.requires_grad_(True)
     layers = find_layers(case.net, case.batches[0])

@@ -3,6 +3,7 @@
 import nets
 import pytest
 import torch
+from every import every
 from scipy import stats
 
 from lightning_caq.measures.hessian.hessian import Hessian
@@ -67,7 +68,7 @@ def _check(means, errors, truth, probes):
     assert bool(((covered >= 0.88) & (covered <= 0.99)).all()), covered
 
 
-@pytest.mark.parametrize("probes", [5, 12])
+@every("probes", [5, 12])
 def test_traces_are_unbiased_and_their_standard_errors_cover(probes):
     blocks = _setup("mlp")[1]
     operator = DenseOperator(blocks)
@@ -75,7 +76,7 @@ def test_traces_are_unbiased_and_their_standard_errors_cover(probes):
     _check(torch.stack([m for m, _ in runs]), torch.stack([e for _, e in runs]), _traces(blocks), probes)
 
 
-@pytest.mark.parametrize("name", nets.CASES)
+@every("name", nets.CASES)
 def test_traces_of_every_case(name):
     operator, blocks = _setup(name)
     found = estimate_layer_traces(operator, _generators(operator, 0), tolerance=0.2, max_probes=64)
@@ -111,7 +112,7 @@ def test_a_layer_that_has_not_converged_says_so():
     assert mixed.converged.tolist() == (ratio <= 0.05).tolist()
 
 
-@pytest.mark.parametrize(("rank", "tolerance"), [(0, 0.15), (2, 0.1)])
+@every(("rank", "tolerance"), [(0, 0.15), (2, 0.1)])
 def test_intervals_after_a_stop_still_hold(rank, tolerance):
     """A rule that looks at the draws favours lucky ones, and few draws are skewed: intervals pay a little for it."""
     blocks = _setup("mlp")[1]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from every import every
 
 from lightning_caq.measures.hessian.lanczos import lanczos
 
@@ -35,7 +36,7 @@ def test_mixed_signs_come_by_magnitude():
     _check(matrix, pairs, 1e-9)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@every("seed", range(5))
 def test_no_ghosts(seed):
     """Without reorthogonalisation a dominant eigenvalue comes back as copies of itself long before 80 steps."""
     values = [1000.0, -100.0, 10.0, *torch.linspace(0.01, 1, 197).tolist()]
@@ -64,7 +65,7 @@ def test_a_basis_in_a_file_gives_the_same():
     assert torch.equal(here.vectors, there.vectors)
 
 
-@pytest.mark.parametrize("k", [0, 5])
+@every("k", [0, 5])
 def test_more_pairs_than_there_are(k):
     with pytest.raises(ValueError, match="choose 1 to 4"):
         lanczos(torch.zeros_like, torch.ones(4), k)

@@ -4,6 +4,7 @@ import nets
 import pytest
 import torch
 import torch.nn.functional as F
+from every import every
 from torch import nn
 
 from lightning_caq.measures.layer.blocks import record_blocks
@@ -24,7 +25,7 @@ def _record(net, x):
     return record_blocks(net, find_layers(net, x), x)
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@every("name", ACTIVATIONS)
 def test_activations_are_followed_with_their_constants(name):
     activation, constant = ACTIVATIONS[name]
     x = torch.randn(4, 3)

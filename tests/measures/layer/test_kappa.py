@@ -3,6 +3,7 @@
 import nets
 import pytest
 import torch
+from every import every
 from torch import nn
 
 from lightning_caq.measures.layer.blocks import record_blocks
@@ -20,7 +21,7 @@ def _kappa(block, **kwargs):
     return second_order_sensitivity(block, generator(0, "kappa"), **{"iterations": 3000, "tolerance": 1e-9, **kwargs})
 
 
-@pytest.mark.parametrize("name", nets.CONVOLUTIONS)
+@every("name", nets.CONVOLUTIONS)
 def test_kappa_of_affine_layers_is_twice_the_squared_norm(name):
     make, shape = nets.CONVOLUTIONS[name]
     module = make().double()
@@ -33,7 +34,7 @@ def test_kappa_of_affine_layers_is_twice_the_squared_norm(name):
     assert change <= 1e-3 or value > 0.99 * expected
 
 
-@pytest.mark.parametrize("activation", [nn.Tanh(), nn.ReLU(inplace=True), nn.GELU(), nn.SiLU(inplace=True)])
+@every("activation", [nn.Tanh(), nn.ReLU(inplace=True), nn.GELU(), nn.SiLU(inplace=True)])
 def test_kappa_with_what_follows_against_dense_hessians(activation):
     net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), activation).double()
     nets.shake_batchnorm(net)

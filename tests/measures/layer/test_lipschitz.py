@@ -3,6 +3,7 @@
 import nets
 import pytest
 import torch
+from every import every
 from torch import nn
 
 from lightning_caq.measures.layer.blocks import record_blocks
@@ -17,8 +18,8 @@ def _lipschitz(net, x, **kwargs):
     return lipschitz(block, generator(0, "L"), **kwargs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("name", nets.CONVOLUTIONS)
+@every("dtype", [torch.float64, torch.float32])
+@every("name", nets.CONVOLUTIONS)
 def test_convolutions_as_operators_on_images(name, dtype):
     make, shape = nets.CONVOLUTIONS[name]
     module = make().double()

@@ -4,6 +4,7 @@ import nets
 import pytest
 import torch
 import torch.nn.functional as F
+from every import every
 from torch import nn
 
 from lightning_caq.errors import OptionError
@@ -67,7 +68,7 @@ def test_convolutions_batchnorm_and_pooling_are_operators_on_images():
     assert found.layers == pytest.approx(expected, rel=2e-3)
 
 
-@pytest.mark.parametrize("case", [name for name in nets.CASES if name != "twice"])
+@every("case", [name for name in nets.CASES if name != "twice"])
 def test_no_change_is_stretched_by_more(case):
     case = nets.make_case(case)
     layers, batch = find_layers(case.net, case.batches[0]), case.batches[0]
@@ -105,7 +106,7 @@ class Tripled(torch.autograd.Function):
         return 3 * grad
 
 
-@pytest.mark.parametrize(
+@every(
     ("function", "expected"),
     [
         (lambda x: x.clone().add_(x), 2.0),
@@ -154,7 +155,7 @@ def _changed_through_a_view(x):
     return view.reshape(-1, 3)
 
 
-@pytest.mark.parametrize(
+@every(
     ("function", "words"),
     [
         (lambda x: x * x, "'mul'"),

@@ -1,9 +1,9 @@
 """Costs of rounded inputs against a network computed by hand in float64."""
 
 import nets
-import pytest
 import torch
 import torch.nn.functional as F
+from every import every
 from torch import nn
 
 from lightning_caq.measures.rounding.activation_cost import activation_costs
@@ -32,7 +32,7 @@ def test_divergences_of_single_rounded_inputs():
     assert (found[:, :-1] > found[:, 1:]).all()
 
 
-@pytest.mark.parametrize("name", ["cnn", "tied", "twice"])
+@every("name", ["cnn", "tied", "twice"])
 def test_shapes_and_that_the_network_is_left_as_it_was(name):
     case = nets.make_case(name)
     layers = find_layers(case.net, case.batches[0])

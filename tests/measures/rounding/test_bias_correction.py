@@ -1,16 +1,16 @@
 """Bias corrections against means of errors that torch computes over every sample and position."""
 
 import nets
-import pytest
 import torch
 import torch.nn.functional as F
+from every import every
 from torch import nn
 
 from lightning_caq.measures.rounding.bias_correction import bias_corrections, correctable
 from lightning_caq.network.layers import find_layers
 
 
-@pytest.mark.parametrize(
+@every(
     ("net", "shape", "axis"),
     [
         (nn.Linear(4, 3), (4,), -1),

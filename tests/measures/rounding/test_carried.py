@@ -3,6 +3,7 @@
 import nets
 import pytest
 import torch
+from every import every
 from torch import nn
 
 from lightning_caq.measures.rounding.carried import carried_errors
@@ -24,8 +25,8 @@ def _dense(case, layers, deltas, b):
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("name", [name for name in nets.CASES if name not in {"pixels", "tied"}])
-@pytest.mark.parametrize("memory", [2**28, 1])
+@every("name", [name for name in nets.CASES if name not in {"pixels", "tied"}])
+@every("memory", [2**28, 1])
 def test_few_outputs_are_exact(name, memory):
     case = nets.make_case(name)
     layers = find_layers(case.net, case.batches[0])
@@ -42,7 +43,7 @@ def test_few_outputs_are_exact(name, memory):
             assert found.errors[layer.name][b] == pytest.approx(direct[layer.name][b], rel=1e-8)
 
 
-@pytest.mark.parametrize("name", ["pixels", "tied"])
+@every("name", ["pixels", "tied"])
 def test_many_outputs_are_estimated_without_bias(name):
     case = nets.make_case(name)
     if name == "tied":

@@ -6,6 +6,7 @@ from itertools import product
 import nets
 import pytest
 import torch
+from every import every
 from torch import nn
 
 from lightning_caq.measures.measure import measure
@@ -15,7 +16,7 @@ from lightning_caq.network.objective import make_objective
 from lightning_caq.quantizers.grids.affine import fit_grid
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "tied", "dict"])
+@every("name", ["mlp", "cnn", "tied", "dict"])
 def test_loss_of_networks_that_are_rounded_by_hand(name):
     case = nets.make_case(name)
     case.net.requires_grad_(False)

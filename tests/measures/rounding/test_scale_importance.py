@@ -3,6 +3,7 @@
 import nets
 import pytest
 import torch
+from every import every
 from torch import nn
 
 from lightning_caq.measures.rounding.scale_importance import learned_step, scale_importance
@@ -14,7 +15,7 @@ def _straight_through(x):
     return x + (x.round() - x).detach()
 
 
-@pytest.mark.parametrize("bits", [2, 3, 8])
+@every("bits", [2, 3, 8])
 def test_the_quantizer_and_its_derivative_are_those_of_lsq(bits):
     weight = torch.randn(500, dtype=torch.float64)
     scale = torch.tensor(2.5 / 2 ** (bits - 1), dtype=torch.float64, requires_grad=True)
@@ -38,7 +39,7 @@ def _scales(case, bits=(2, 4), **options):
     return scale_importance(case.net, find_layers(case.net, case.batches[0]), case.batches, bits, **options)
 
 
-@pytest.mark.parametrize("name", nets.CASES)
+@every("name", nets.CASES)
 def test_every_layer_has_scales_and_the_weights_are_put_back(name):
     case = nets.make_case(name)
     before = {key: value.clone() for key, value in case.net.state_dict().items()}

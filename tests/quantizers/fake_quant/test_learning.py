@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from every import every
 from torch import nn
 
 from lightning_caq import load_quantized, quantize, save_quantized
@@ -146,7 +147,7 @@ def test_tied_modules_learn_together():
     assert torch.equal(net.one.scale, settled.layers[0].grid.scale)
 
 
-@pytest.mark.parametrize("quantizer", [None, "codebook"])
+@every("quantizer", [None, "codebook"])
 def test_networks_without_an_affine_grid_are_refused(quantizer):
     net = _net()
     if quantizer:

@@ -9,6 +9,7 @@ import nets
 import pytest
 import torch
 import torch.nn.functional as F
+from every import every
 from torch import nn
 
 from lightning_caq.network.layers import quantizable_layers
@@ -56,7 +57,7 @@ def _swapped(net, bits=3):
     return net, plain
 
 
-@pytest.mark.parametrize("name", MODULES)
+@every("name", MODULES)
 def test_forward_and_gradients_are_those_of_the_rounded_weights(name):
     make, shape = MODULES[name]
     net, plain = _swapped(nn.Sequential(make()))
@@ -124,7 +125,7 @@ def _saved(net):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("duplicate", [_copied, _pickled, _saved])
+@every("duplicate", [_copied, _pickled, _saved])
 def test_copies_stay_quantized(duplicate):
     net, _ = _swapped(nets.small_cnn())
     net.eval()
@@ -162,7 +163,7 @@ def test_moves_with_its_network():
     assert torch.equal(net[0].quantized_weight().float(), plain[0].weight)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@every("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_types(dtype):
     net = nn.Sequential(nn.Linear(16, 3)).to(dtype)
     swap(net, _grids(net, 8))
@@ -199,7 +200,7 @@ def test_loading_without_the_weight_changes_nothing():
     assert net[0].quantizing
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every("dtype", [torch.float32, torch.bfloat16])
 def test_on_grid(dtype):
     w = torch.randn(4, 50)
     grid = fit_grid(w, 4, (4, 1))

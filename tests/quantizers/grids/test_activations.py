@@ -8,6 +8,7 @@ import nets
 import numpy as np
 import pytest
 import torch
+from every import every
 from torch import nn
 
 from lightning_caq.errors import OptionError
@@ -31,8 +32,8 @@ def _error(values, scale, zero, bits):
     return float(np.mean((scale * (codes - zero) - values) ** 2))
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("name", SAMPLES)
+@every("bits", [2, 3, 4, 8])
+@every("name", SAMPLES)
 def test_no_other_range_is_much_better(name, bits):
     values = SAMPLES[name]()
     grid, x = fit_input_grid(values, bits), values.double().numpy()
@@ -53,15 +54,13 @@ def test_rounds_as_numpy_does():
     assert grid.nearest(torch.zeros(1)) == 0
 
 
-@pytest.mark.parametrize(
-    "values", [torch.zeros(5), torch.full((5,), 3.0), torch.full((5,), -2.0), torch.tensor([1e-38])]
-)
+@every("values", [torch.zeros(5), torch.full((5,), 3.0), torch.full((5,), -2.0), torch.tensor([1e-38])])
 def test_inputs_that_are_constant(values):
     grid = fit_input_grid(values, 4)
     torch.testing.assert_close(grid.nearest(values), values, rtol=1e-5, atol=1e-29)
 
 
-@pytest.mark.parametrize(
+@every(
     "numbers", [(0, 1.0, 0), (9, 1.0, 0), (4, 0.0, 0), (4, math.nan, 0), (4, math.inf, 0), (4, 1.0, 16), (4, 1.0, -1),
                 (4.0, 1.0, 0), (True, 1.0, 0), (4, 1.0, 0.5)],
 )  # fmt: skip
@@ -70,7 +69,7 @@ def test_what_is_no_grid(numbers):
         InputGrid(*numbers)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@every("dtype", [torch.float64, torch.bfloat16])
 def test_rounding_keeps_the_type_and_passes_gradients(dtype):
     grid, x = InputGrid(3, 0.5, 0), torch.tensor([0.3, 9.0], dtype=dtype, requires_grad=True)
     y = grid.round(x)
@@ -98,7 +97,7 @@ def _fine(module):
     return Grid(8, torch.full([1] * module.weight.ndim, 2.0**-6), torch.full([1] * module.weight.ndim, 128.0))
 
 
-@pytest.mark.parametrize("name", MODULES)
+@every("name", MODULES)
 def test_swapped_modules_round_their_input(name):
     make, shape = MODULES[name]
     net = nn.Sequential(make())

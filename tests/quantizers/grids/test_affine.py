@@ -4,6 +4,7 @@ import nets
 import numpy as np
 import pytest
 import torch
+from every import every
 from torch import nn
 
 from lightning_caq.network.layers import quantizable_layers
@@ -42,8 +43,8 @@ def _error(w, grid):
     return float((grid.nearest(w).double() - w.double()).square().sum())
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
-@pytest.mark.parametrize("draw", sorted(DRAWS.keys() - {"few"}))  # five weights on 16 values err by next to nothing
+@every("bits", [1, 2, 3, 4])
+@every("draw", sorted(DRAWS.keys() - {"few"}))  # five weights on 16 values err by next to nothing
 def test_is_close_to_the_best_grid(draw, bits):
     rng = np.random.default_rng(bits)
     ratios = []
@@ -56,8 +57,8 @@ def test_is_close_to_the_best_grid(draw, bits):
     assert max(ratios) < 1.2
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("draw", ["tails on both sides", "a tail on one side"])
+@every("bits", [2, 3, 4])
+@every("draw", ["tails on both sides", "a tail on one side"])
 def test_heavy_tails_are_cut_off_where_it_pays(draw, bits):
     rng = np.random.default_rng(0)
     w = rng.standard_t(3, size=4608) if draw == "tails on both sides" else rng.gamma(1.5, size=4608) - 0.7
@@ -71,8 +72,8 @@ def test_heavy_tails_are_cut_off_where_it_pays(draw, bits):
     assert _error(weight, fit_grid(weight, bits, (1, 1))) < 1.1 * best
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("draw", DRAWS)
+@every("bits", [1, 2, 3, 5, 8])
+@every("draw", DRAWS)
 def test_is_never_worse_than_the_full_range(draw, bits):
     rng = np.random.default_rng(0)
     w = torch.tensor(np.stack([DRAWS[draw](rng, 64) for _ in range(8)]), dtype=torch.float32)
@@ -85,8 +86,8 @@ def test_is_never_worse_than_the_full_range(draw, bits):
     )
 
 
-@pytest.mark.parametrize("name", nets.CONVOLUTIONS)
-@pytest.mark.parametrize("bits", [2, 8])
+@every("name", nets.CONVOLUTIONS)
+@every("bits", [2, 8])
 def test_codes_against_a_numpy_loop_channel_by_channel(name, bits):
     module = nets.CONVOLUTIONS[name][0]()
     (layer,) = quantizable_layers(nn.Sequential(module))
@@ -115,8 +116,8 @@ def test_channels_do_not_see_each_other():
         assert torch.equal(together.zero_point[i], alone.zero_point[0])
 
 
-@pytest.mark.parametrize("bits", [1, 2, 8])
-@pytest.mark.parametrize("value", [0.0, 1.0, -2.5, 1e-20, -3e7, 0.1])
+@every("bits", [1, 2, 8])
+@every("value", [0.0, 1.0, -2.5, 1e-20, -3e7, 0.1])
 def test_a_constant_channel_is_stored_exactly(value, bits):
     w = torch.full((2, 6), value)
     w[1] = torch.randn(6)
@@ -132,8 +133,8 @@ def test_values_on_a_grid_are_found_again():
     torch.testing.assert_close(fit_grid(w, 3, (4, 1)).nearest(w), w, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("offset", [1.0, -40.0, 1e4])
-@pytest.mark.parametrize("bits", [2, 8])
+@every("offset", [1.0, -40.0, 1e4])
+@every("bits", [2, 8])
 def test_a_narrow_range_far_from_zero(offset, bits):
     """The zero point has 16 bits: the step widens until it reaches, and no weight is lost."""
     w = offset * (1 + 1e-4 * torch.rand(3, 40))
@@ -149,7 +150,7 @@ def test_zero_points_fit_their_16_bits():
         assert float((2 * zero).abs().max()) < 2**15
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@every("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_other_types_give_a_float32_grid(dtype):
     w = torch.randn(3, 20).to(dtype)
     grid = fit_grid(w, 4, (3, 1))

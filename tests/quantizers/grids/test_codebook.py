@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from every import every
 
 from lightning_caq.quantizers.grids.affine import fit_grid
 from lightning_caq.quantizers.grids.basis import fit_basis, refine_basis, squared_errors
@@ -37,8 +38,8 @@ def _best_kmeans(points, k):
     return cost[n]
 
 
-@pytest.mark.parametrize("quantizer", CODEBOOKS)
-@pytest.mark.parametrize("bits", [1, 2, 3, 5, 8])
+@every("quantizer", CODEBOOKS)
+@every("bits", [1, 2, 3, 5, 8])
 def test_codes_are_the_nearest_values(quantizer, bits):
     w = _draw(3, 4, 5, 2)
     shape = (1, 4, 1, 1)
@@ -63,7 +64,7 @@ def test_nearest_code_of_neighbouring_floats_is_exact():
     assert nearest_codes(table, table).tolist() == [[0, 1]]
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3])
+@every("bits", [1, 2, 3])
 def test_kmeans_reaches_the_optimum_of_separated_clusters(bits):
     centres = torch.arange(2**bits).float() * 3
     w = (centres[:, None] + 0.2 * _draw(2**bits, 5)).reshape(1, -1)
@@ -97,7 +98,7 @@ def test_turns_never_raise_the_error():
         before = after
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@every("bits", [2, 3, 4])
 def test_lq_nets_is_no_worse_than_even_spacing(bits):
     w = _draw(4, 20_000)
     found = _error(fit_codebook(w, bits, (4, 1), "lq_nets"), w)
@@ -131,7 +132,7 @@ def test_abc_net_follows_the_paper():
         assert np.min([(row - s) ** 2 for s in sums], axis=0).sum() <= kept + 1e-12
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
+@every("bits", range(1, 9))
 def test_series_stays_within_its_bound(bits):
     w = _draw(8, 300)
     book = fit_codebook(w, bits, (8, 1), "series")
@@ -161,8 +162,8 @@ def test_dorefa_has_the_papers_values_up_to_a_scale():
     assert _error(book, w) <= np.square(scale * values - x).sum() + 1e-9
 
 
-@pytest.mark.parametrize("quantizer", CODEBOOKS)
-@pytest.mark.parametrize("value", [0.0, -0.7])
+@every("quantizer", CODEBOOKS)
+@every("value", [0.0, -0.7])
 def test_constant_weights(quantizer, value):
     w = torch.full((2, 6), value)
     for bits in (1, 2, 4):
@@ -172,7 +173,7 @@ def test_constant_weights(quantizer, value):
         torch.testing.assert_close(book.nearest(w), w, rtol=1e-5, atol=bound * 1.01 + 1e-7)
 
 
-@pytest.mark.parametrize("quantizer", CODEBOOKS)
+@every("quantizer", CODEBOOKS)
 def test_error_falls_with_the_bits(quantizer):
     w = 0.3 * _draw(8, 300)
     errors = [_error(fit_codebook(w, bits, (8, 1), quantizer), w) for bits in (1, 2, 3, 4, 6)]

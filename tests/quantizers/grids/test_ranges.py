@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from every import every
 from scipy.integrate import quad
 from scipy.optimize import minimize_scalar
 from scipy.stats import laplace, norm
@@ -22,8 +23,8 @@ def _error(grid, w, importance=1.0):
     return float((importance * (grid.nearest(w) - w).double().square()).sum())
 
 
-@pytest.mark.parametrize(("density", "clip"), [(laplace(), laplace_clip), (norm(), gauss_clip)])
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
+@every(("density", "clip"), [(laplace(), laplace_clip), (norm(), gauss_clip)])
+@every("bits", [1, 2, 3, 4, 6, 8])
 def test_clip_minimises_the_expected_error(density, clip, bits):
     def expected(alpha):
         cut = 2 * quad(lambda x: (x - alpha) ** 2 * density.pdf(x), alpha, np.inf, epsabs=1e-14)[0]
@@ -33,7 +34,7 @@ def test_clip_minimises_the_expected_error(density, clip, bits):
     assert clip(bits) == pytest.approx(best, rel=1e-3)
 
 
-@pytest.mark.parametrize(("density", "clip", "spread"), [(laplace, laplace_clip, 1.0), (norm, gauss_clip, 1.0)])
+@every(("density", "clip", "spread"), [(laplace, laplace_clip, 1.0), (norm, gauss_clip, 1.0)])
 def test_the_likelier_distribution_is_taken(density, clip, spread):
     w = torch.from_numpy(density(loc=0.5).rvs((1, 20_000), random_state=0))
     low, high = clipping(w, 3, centred=False)
@@ -53,8 +54,8 @@ def test_minmax_and_percentile_end_where_numpy_says():
     np.testing.assert_allclose(ends, np.percentile(w.double(), [0.1, 99.9], axis=1).T, atol=0.26 * step)
 
 
-@pytest.mark.parametrize("range_", RANGES)
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@every("range_", RANGES)
+@every("bits", [1, 2, 3, 4, 8])
 def test_symmetry_fixes_the_zero_point(range_, bits):
     w = _draw() + 0.05
     for symmetry, zero in (("symmetric", 2 ** (bits - 1)), ("mid_rise", (2**bits - 1) / 2)):
@@ -66,8 +67,8 @@ def test_symmetry_fixes_the_zero_point(range_, bits):
         assert bool(((grid.nearest(w) - w).abs() <= grid.scale * 0.501).all())  # no weight is cut off
 
 
-@pytest.mark.parametrize("bits", [2, 3])
-@pytest.mark.parametrize("symmetry", SYMMETRIES)
+@every("bits", [2, 3])
+@every("symmetry", SYMMETRIES)
 def test_mse_is_near_the_best_of_a_fine_search(bits, symmetry):
     w = _draw(rows=1, columns=300, seed=3)
     found = _error(fit_range(w, bits, (1, 1), "mse", symmetry), w)
@@ -97,8 +98,8 @@ def test_curvature_without_importance_is_no_worse_than_mse():
     assert _error(fit_range(w, 2, (4, 1), "curvature"), w) <= _error(fit_grid(w, 2, (4, 1)), w) * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("range_", RANGES)
-@pytest.mark.parametrize("value", [0.0, 0.3, -2.0])
+@every("range_", RANGES)
+@every("value", [0.0, 0.3, -2.0])
 def test_constant_channels(range_, value):
     w = torch.full((2, 5), value)
     grid = fit_range(w, 2, (2, 1), range_)
@@ -106,7 +107,7 @@ def test_constant_channels(range_, value):
     torch.testing.assert_close(grid.nearest(w), w)
 
 
-@pytest.mark.parametrize("range_", RANGES)
+@every("range_", RANGES)
 def test_each_channel_may_have_its_own_bits(range_):
     w = _draw(rows=3)
     mixed = fit_range(w, (2, 4, 2), (3, 1), range_)
@@ -116,7 +117,7 @@ def test_each_channel_may_have_its_own_bits(range_):
         torch.testing.assert_close(mixed.nearest(w)[row], alone.nearest(w[row : row + 1])[0])
 
 
-@pytest.mark.parametrize("range_", RANGES)
+@every("range_", RANGES)
 def test_channels_along_the_second_dimension(range_):
     w = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(2))
     grid = fit_range(w, 3, (1, 4, 1, 1), range_)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from every import every
 
 from lightning_caq.quantizers.packing.bit_packing import pack, packed_bytes, unpack
 
@@ -13,8 +14,8 @@ def _codes(count, bits, seed=0):
     return torch.from_numpy(np.random.default_rng(seed).integers(0, 2**bits, count, dtype=np.uint8))
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize("count", COUNTS)
+@every("bits", range(1, 9))
+@every("count", COUNTS)
 def test_round_trips_in_the_fewest_bytes(count, bits):
     codes = _codes(count, bits)
     packed = pack(codes, bits)
@@ -23,7 +24,7 @@ def test_round_trips_in_the_fewest_bytes(count, bits):
     assert torch.equal(unpack(packed, bits, count), codes)
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
+@every("bits", range(1, 9))
 def test_every_bit_of_the_codes_is_stored_once(bits):
     codes = _codes(1003, bits)
     packed = pack(codes, bits).numpy()
@@ -34,8 +35,8 @@ def test_every_bit_of_the_codes_is_stored_once(bits):
         assert np.unpackbits(packed ^ pack(changed, bits).numpy()).sum() == bits
 
 
-@pytest.mark.parametrize("shape", [(), (3, 5), (16, 3, 3, 3), (2, 0, 4), (7, 1, 1)])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32])
+@every("shape", [(), (3, 5), (16, 3, 3, 3), (2, 0, 4), (7, 1, 1)])
+@every("dtype", [torch.uint8, torch.int64, torch.float32])
 def test_any_shape_and_number_type(shape, dtype):
     count = int(np.prod(shape))
     codes = _codes(count, 3).reshape(shape)
@@ -48,7 +49,7 @@ def test_memory_layout_does_not_matter():
     assert torch.equal(pack(codes[:, ::2], 5), pack(codes[:, ::2].contiguous(), 5))
 
 
-@pytest.mark.parametrize("bits", [0, 9, -1])
+@every("bits", [0, 9, -1])
 def test_widths_that_are_not_allowed(bits):
     with pytest.raises(ValueError, match="1 to 8 bits"):
         pack(torch.zeros(3), bits)
@@ -56,13 +57,13 @@ def test_widths_that_are_not_allowed(bits):
         unpack(torch.zeros(3, dtype=torch.uint8), bits, 3)
 
 
-@pytest.mark.parametrize("code", [-1, 8])
+@every("code", [-1, 8])
 def test_codes_that_do_not_fit(code):
     with pytest.raises(ValueError, match=f"from 0 to 7; got {min(code, 0)} to {max(code, 0)}"):
         pack(torch.tensor([0, code]), 3)
 
 
-@pytest.mark.parametrize("packed", [torch.zeros(3, dtype=torch.uint8), torch.zeros(2), torch.zeros(1, 2).byte()])
+@every("packed", [torch.zeros(3, dtype=torch.uint8), torch.zeros(2), torch.zeros(1, 2).byte()])
 def test_bytes_of_another_number_of_codes(packed):
     with pytest.raises(ValueError, match="5 codes of 3 bits take 2 bytes"):
         unpack(packed, 3, 5)

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+from every import every
 
 from lightning_caq.quantizers.grids.affine import Grid
 from lightning_caq.quantizers.grids.codebook import Codebook
 from lightning_caq.quantizers.packing.codes import pack_codes, unpack_codes
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 3, 3), (1, 1)])
+@every("bits", range(1, 9))
+@every("shape", [(3, 5), (2, 3, 3, 3), (1, 1)])
 def test_there_and_back_and_the_bytes_that_it_takes(bits, shape):
     ones = torch.ones(shape[0], *[1] * (len(shape) - 1))
     codes = torch.randint(2**bits, shape, dtype=torch.uint8)

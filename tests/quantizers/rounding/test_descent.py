@@ -5,7 +5,9 @@ import itertools
 import nets
 import numpy as np
 import pytest
+import rounding_help
 import torch
+from every import every
 from torch import nn
 
 from lightning_caq.network.layers import Layer, find_layers
@@ -32,11 +34,11 @@ def _layer(name):
     )
     net = nn.Sequential(module)
     (layer,) = find_layers(net, x)
-    return layer, module.weight.detach(), nets.moments(net, layer, [x], {}).curvature
+    return layer, module.weight.detach(), rounding_help.moments(net, layer, [x], {}).curvature
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4])
-@pytest.mark.parametrize("name", LAYERS)
+@every("bits", [1, 2, 4])
+@every("name", LAYERS)
 def test_never_makes_a_layer_worse(name, bits):
     layer, w, h = _layer(name)
     grid = fit_grid(w, bits, layer.channel_shape)
@@ -64,7 +66,7 @@ def _column_by_column(w, c, s, z, top, h):
         c[:, j] = best
 
 
-@pytest.mark.parametrize("start", ["nearest", "far"])
+@every("start", ["nearest", "far"])
 def test_a_sweep_over_blocks_is_one_column_by_column(start):
     """Most columns stay after rounding to nearest, none does where all codes begin at 0."""
     a, w = torch.randn(2, 29, 40).double(), torch.randn(2, 29, 5).double()
@@ -94,12 +96,12 @@ def test_no_single_code_is_left_to_improve(monkeypatch):
 def test_near_the_best_of_all_roundings():
     layer, ratios = Layer("fc", "linear", (1, 6)), []
     draws = torch.Generator().manual_seed(0)
-    every = torch.tensor(list(itertools.product(range(4), repeat=6)))
+    choices = torch.tensor(list(itertools.product(range(4), repeat=6)))
     for _ in range(30):
         z = torch.randn(40, 6, generator=draws) @ torch.randn(6, 6, generator=draws)
         h, w = (z.T @ z / 40)[None], torch.randn(1, 6, generator=draws)
         grid = fit_grid(w, 2, (1, 1))
-        e = (grid.values(every) - w).double()
+        e = (grid.values(choices) - w).double()
         best = float(((e @ damped(h)[0]) * e).sum(1).min())
         better, codes = improve(layer, w, grid, round_error_feedback(layer, w, grid, h), h)
         ratios.append(float(output_error(layer, w, better.values(codes), damped(h))) / best)

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from every import every
 
 from lightning_caq.quantizers.grids.affine import Grid, fit_grid
 from lightning_caq.quantizers.rounding import long_axis
@@ -34,7 +35,7 @@ def _dense(model, deltas):
 
 
 # Negative curvature falls off on two sides, and descent ends on one of them.
-@pytest.mark.parametrize(("signed", "allowed"), [(False, 0.05), (True, 0.35)])
+@every(("signed", "allowed"), [(False, 0.05), (True, 0.35)])
 def test_near_the_best_of_all_patterns_and_never_better(signed, allowed):
     n, lost = 14, []
     patterns = np.array(list(itertools.product([0, 1], repeat=n)))
@@ -75,7 +76,7 @@ def test_the_price_of_large_errors_keeps_the_nearest_values():
     assert not exchanges(errors, steps, model.stiffened(1e9)).any()
 
 
-@pytest.mark.parametrize("widths", [3, (2, 4, 3)])
+@every("widths", [3, (2, 4, 3)])
 def test_codes_are_one_of_two_neighbours_on_every_grid(widths):
     weights = [torch.randn(3, 40), torch.randn(5, 24)]
     grids = [fit_grid(weights[0], widths, (3, 1)), Grid(2, torch.full((1, 1), 0.5), torch.ones(1, 1))]

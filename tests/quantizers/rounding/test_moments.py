@@ -2,8 +2,10 @@
 
 import nets
 import pytest
+import rounding_help
 import torch
 import torch.nn.functional as F
+from every import every
 from torch import nn
 
 from lightning_caq.network.layers import Layer, find_layers
@@ -18,12 +20,12 @@ def _rows(module, x):
     return patches.double().transpose(1, 2).flatten(0, 1)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@every("groups", [1, 2])
 def test_curvature_is_the_second_moment_of_the_columns(groups):
     module = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=groups)
     x = torch.randn(9, 4, 7, 7)
     (layer,) = find_layers(nn.Sequential(module), x)
-    found = nets.moments(nn.Sequential(module), layer, [x[:7], x[7:]], {})
+    found = rounding_help.moments(nn.Sequential(module), layer, [x[:7], x[7:]], {})
     for g, part in enumerate(x.chunk(groups, dim=1)):
         z = _rows(module, part)
         torch.testing.assert_close(found.curvature[g].double(), z.T @ z / len(z), rtol=1e-5, atol=1e-6)
@@ -37,7 +39,7 @@ def test_drift_is_how_the_float_inputs_lie_along_the_present_ones():
     z_float = net[:2](x).detach().double()
     nn.init.normal_(net[0].weight)
     z = net[:2](x).detach().double()
-    found = nets.moments(net, layer, [x[:15], x[15:]], floats)
+    found = rounding_help.moments(net, layer, [x[:15], x[15:]], floats)
     torch.testing.assert_close(found.curvature[0].double(), z.T @ z / 40, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.drift[0].double(), (z_float - z).T @ z / 40, rtol=1e-5, atol=1e-6)
 
@@ -45,26 +47,26 @@ def test_drift_is_how_the_float_inputs_lie_along_the_present_ones():
 def test_a_few_positions_stand_for_all(monkeypatch):
     module, x = nn.Conv2d(2, 3, 3, padding=1), torch.randn(64, 2, 16, 16)
     (layer,) = find_layers(nn.Sequential(module), x)
-    whole = nets.moments(nn.Sequential(module), layer, [x], {}).curvature
+    whole = rounding_help.moments(nn.Sequential(module), layer, [x], {}).curvature
     monkeypatch.setattr(module_under_test, "_COLUMNS", 64 * 64)
-    part = nets.moments(nn.Sequential(module), layer, [x], {}).curvature
+    part = rounding_help.moments(nn.Sequential(module), layer, [x], {}).curvature
     assert not torch.equal(whole, part)
     assert (whole - part).norm() < 0.1 * whole.norm()
-    assert torch.equal(part, nets.moments(nn.Sequential(module), layer, [x], {}).curvature)
+    assert torch.equal(part, rounding_help.moments(nn.Sequential(module), layer, [x], {}).curvature)
 
 
 def test_a_layer_used_twice_shows_both_inputs():
     net, x = nets.Twice(), torch.randn(9, 4)
     layer = find_layers(net, x)[0]
     z = torch.cat([x, torch.tanh(net.first(x))]).detach()
-    torch.testing.assert_close(nets.moments(net, layer, [x], {}).curvature[0], z.T @ z / len(z))
+    torch.testing.assert_close(rounding_help.moments(net, layer, [x], {}).curvature[0], z.T @ z / len(z))
 
 
 def test_words_and_layers_without_inputs_have_none():
     words, tokens = nets.Words(), torch.randint(0, 6, (3, 4))
-    assert nets.moments(words, find_layers(words, tokens)[0], [tokens], {}) is None
+    assert rounding_help.moments(words, find_layers(words, tokens)[0], [tokens], {}) is None
     idle = Layer("0", "linear", (3, 4), modules=("0",))
-    assert nets.moments(nn.Sequential(nn.Linear(4, 3)), idle, [torch.randn(2, 4)], {}) is None
+    assert rounding_help.moments(nn.Sequential(nn.Linear(4, 3)), idle, [torch.randn(2, 4)], {}) is None
 
 
 class Routed(nn.Module):
@@ -86,7 +88,7 @@ def test_samples_that_take_another_way_show_no_drift():
     layer = find_layers(net, x)[1]
     floats = {"gate.bias": torch.full((1,), 5.0)}
     z = x[x[:, 0] > 0]
-    found = nets.moments(net, layer, [x], floats)
+    found = rounding_help.moments(net, layer, [x], floats)
     torch.testing.assert_close(found.curvature[0], z.T @ z / len(z))
     assert not found.drift.any()
 

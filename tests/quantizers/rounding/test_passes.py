@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from every import every
 from torch import nn
 
 from lightning_caq.errors import OptionError
@@ -39,7 +40,7 @@ def test_one_network_runs_on_rounded_inputs_and_the_other_on_its_own():
     assert not any(module._forward_pre_hooks for module in net.modules())
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "error_feedback"])
+@every("rounding", ["nearest", "error_feedback"])
 @torch.no_grad()
 def test_weights_make_up_for_the_rounding_of_their_inputs(rounding):
     """Against the least-squares weight for the rounded inputs, computed by numpy's solver in float64."""

@@ -4,15 +4,15 @@ import itertools
 
 import nets
 import numpy as np
-import pytest
+import rounding_help
 import torch
+from every import every
 from torch import nn
 
 from lightning_caq.network.layer_matrix import from_matrix, to_matrix
 from lightning_caq.network.layers import Layer, find_layers
 from lightning_caq.quantizers.grids.affine import fit_grid
-from lightning_caq.quantizers.rounding import moments
-from lightning_caq.quantizers.rounding import round_layer as rounding
+from lightning_caq.quantizers.rounding import moments, round_layer
 from lightning_caq.quantizers.rounding.descent import improve
 from lightning_caq.quantizers.rounding.moments import InputMoments
 from lightning_caq.quantizers.rounding.round_layer import corrected_weight, round_error_feedback, round_nearest
@@ -65,11 +65,11 @@ def _layer(name):
     return net, module, layer, x
 
 
-@pytest.mark.parametrize("bits", [2, 4])
-@pytest.mark.parametrize("name", LAYERS)
+@every("bits", [2, 4])
+@every("name", LAYERS)
 def test_equals_optimal_brain_quantization(name, bits):
     net, module, layer, x = _layer(name)
-    curvature = nets.moments(net, layer, [x[:15], x[15:]], {}).curvature
+    curvature = rounding_help.moments(net, layer, [x[:15], x[15:]], {}).curvature
     grid = fit_grid(module.weight, bits, layer.channel_shape)
     codes = round_error_feedback(layer, module.weight, grid, curvature)
     w, scale, zero = _matrices(layer, grid, module.weight)
@@ -99,8 +99,8 @@ def test_against_all_roundings_of_tiny_layers():
         w = torch.randn(1, columns, generator=draws)
         grid = fit_grid(w, bits, (1, 1))
         low = (w / grid.scale + grid.zero_point).floor()
-        every = torch.tensor(list(itertools.product((0.0, 1.0), repeat=columns)))
-        best = min(_output_error(w, grid.values((low + up).clamp(0, 7)), h) for up in every)
+        choices = torch.tensor(list(itertools.product((0.0, 1.0), repeat=columns)))
+        best = min(_output_error(w, grid.values((low + up).clamp(0, 7)), h) for up in choices)
         feedback = _output_error(w, grid.values(round_error_feedback(layer, w, grid, h[None])), h)
         nearest = _output_error(w, grid.values(round_nearest(w, grid)), h)
         better += feedback <= nearest * (1 + 1e-6)
@@ -112,7 +112,7 @@ def test_against_all_roundings_of_tiny_layers():
     assert min(gains) > 0.3  # and where it loses, not by much
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@every("bits", [2, 3, 4])
 def test_beats_nearest_on_the_output_of_correlated_inputs(bits):
     z = _correlated(400, 60)
     layer, w = Layer("fc", "linear", (16, 60)), torch.randn(16, 60)
@@ -133,9 +133,7 @@ def test_independent_inputs_leave_nothing_to_feed_back():
     assert torch.equal(codes, round_nearest(w, grid))
 
 
-@pytest.mark.parametrize(
-    "curvature", [torch.zeros(6, 6), torch.ones(6, 6), torch.diag(torch.tensor([1e12, 1.0, 0, 0, 0, 1e-12]))]
-)
+@every("curvature", [torch.zeros(6, 6), torch.ones(6, 6), torch.diag(torch.tensor([1e12, 1.0, 0, 0, 0, 1e-12]))])
 def test_singular_curvature(curvature):
     w = torch.randn(3, 6)
     grid = fit_grid(w, 2, (3, 1))
@@ -155,10 +153,12 @@ def test_corrected_weight_is_the_ridge_regression_on_the_float_outputs():
     torch.testing.assert_close(found, torch.from_numpy(np.linalg.lstsq(rows, aims, rcond=None)[0].T))
 
 
-@pytest.mark.parametrize("name", ["linear", "groups", "transposed_all"])
+@every("name", ["linear", "groups", "transposed_all"])
 def test_without_drift_the_weight_stays(name):
     net, module, layer, x = _layer(name)
-    assert torch.equal(corrected_weight(layer, module.weight, nets.moments(net, layer, [x], {})), module.weight)
+    assert torch.equal(
+        corrected_weight(layer, module.weight, rounding_help.moments(net, layer, [x], {})), module.weight
+    )
 
 
 def test_round_layer_aims_at_the_float_outputs():
@@ -170,7 +170,7 @@ def test_round_layer_aims_at_the_float_outputs():
         net[0].weight.copy_(fit_grid(net[0].weight, 2, (30, 1)).nearest(net[0].weight))
     errors = []
     for known in (floats, {}):  # without the float weights nothing is known of the drift
-        grid, codes = nets.rounded(net, layer, 3, "error_feedback", [x[:1000]], known)
+        grid, codes = rounding_help.rounded(net, layer, 3, "error_feedback", [x[:1000]], known)
         out = torch.relu(net[0](x[1000:])) @ grid.values(codes).T + net[2].bias
         errors.append(float((out - aim[1000:]).detach().square().mean()))
     assert errors[0] < 0.8 * errors[1]
@@ -179,12 +179,12 @@ def test_round_layer_aims_at_the_float_outputs():
 def test_round_layer_uses_the_inputs_the_layer_sees_now():
     net, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), _correlated(60, 6)
     layer = find_layers(net, x)[1]
-    before = nets.rounded(net, layer, 2, "error_feedback", [x], {})[1]
+    before = rounding_help.rounded(net, layer, 2, "error_feedback", [x], {})[1]
     nn.init.normal_(net[0].weight)
     z = torch.relu(net[0](x)).detach()
     grid, h = fit_grid(net[2].weight, 2, layer.channel_shape), (z.T @ z / len(z))[None]
     better, expected = improve(layer, net[2].weight, grid, round_error_feedback(layer, net[2].weight, grid, h), h)
-    found, after = nets.rounded(net, layer, 2, "error_feedback", [x], {})
+    found, after = rounding_help.rounded(net, layer, 2, "error_feedback", [x], {})
     assert torch.equal(after, expected)
     torch.testing.assert_close(found.scale, better.scale)
     assert not torch.equal(after, before)
@@ -192,17 +192,17 @@ def test_round_layer_uses_the_inputs_the_layer_sees_now():
 
 def test_nearest_takes_the_grid_as_it_is_fitted():
     net, module, layer, x = _layer("linear")
-    grid, codes = nets.rounded(net, layer, 3, "nearest", [x], {})
+    grid, codes = rounding_help.rounded(net, layer, 3, "nearest", [x], {})
     assert torch.equal(grid.scale, fit_grid(module.weight, 3, layer.channel_shape).scale)
     assert torch.equal(codes, round_nearest(module.weight, grid))
 
 
 def test_damping_is_the_one_of_the_reference():
-    assert (moments._DAMPING, rounding._CORRECTION_DAMPING) == (DAMPING, CORRECTION_DAMPING)
+    assert (moments._DAMPING, round_layer._CORRECTION_DAMPING) == (DAMPING, CORRECTION_DAMPING)
 
 
 def test_does_not_touch_the_weight():
     net, module, layer, x = _layer("linear")
     before = module.weight.detach().clone()
-    nets.rounded(net, layer, 2, "error_feedback", [x], {})
+    rounding_help.rounded(net, layer, 2, "error_feedback", [x], {})
     assert torch.equal(module.weight, before)

@@ -1,6 +1,6 @@
 """The run of docs/gallery.md on a ResNet-20: measured, quantized at several budgets, studied, and its training watched.
 
-python docs/gallery_resnet20.py build/gallery/resnet20
+python docs/scripts/gallery_resnet20.py build/gallery/resnet20
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import torch
 import torch.nn.functional as F

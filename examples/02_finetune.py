@@ -7,9 +7,9 @@ inputs (PACT). The accuracy of the three networks on 1,000 test images is printe
 
 Run it (about a minute on two CPU cores)::
 
-    python examples/03_finetune.py
-    python examples/03_finetune.py --learn-scales
-    python examples/03_finetune.py --learn-scales --activation-bits 2
+    python examples/02_finetune.py
+    python examples/02_finetune.py --learn-scales
+    python examples/02_finetune.py --learn-scales --activation-bits 2
 """
 
 from __future__ import annotations

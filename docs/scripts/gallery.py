@@ -3,8 +3,8 @@
 One is of the demo's CNN, the other of a ResNet-20 that was trained on CIFAR-10::
 
     python examples/01_callback.py --network cnn --log-dir build/demo
-    python docs/gallery_resnet20.py build/gallery/resnet20
-    python docs/gallery.py build/demo build/gallery/resnet20
+    python docs/scripts/gallery_resnet20.py build/gallery/resnet20
+    python docs/scripts/gallery.py build/demo build/gallery/resnet20
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from demo_pictures import newest_run
 from lightning_caq.reporting.gallery import ENTRIES, Gallery, draw_gallery
 from lightning_caq.reporting.runs import Run, read_run
 
-DOCS = Path(__file__).resolve().parent
+DOCS = Path(__file__).resolve().parents[1]
 IMAGES = DOCS / "images/gallery"
 
 
@@ -52,7 +52,7 @@ def main() -> None:
     """Read, draw, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("demo", type=Path, help="the --log-dir that the demo was given")
-    parser.add_argument("resnet20", type=Path, help="the folder that docs/gallery_resnet20.py was given")
+    parser.add_argument("resnet20", type=Path, help="the folder that docs/scripts/gallery_resnet20.py was given")
     options = parser.parse_args()
     try:
         demo, resnet20 = read_run(newest_run(options.demo)), read_run(options.resnet20)

@@ -1,6 +1,6 @@
 """The pictures of README.md, drawn from the files of the demo's run.
 
-python docs/demo_pictures.py demo_logs
+python docs/scripts/demo_pictures.py demo_logs
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from lightning_caq.reporting.gallery import draw_gallery
 from lightning_caq.reporting.runs import read_run
 
-IMAGES = Path(__file__).resolve().parent / "images"
+IMAGES = Path(__file__).resolve().parents[1] / "images"
 SHOWN = ("bits", "curvature", "error_waterfall")
 
 

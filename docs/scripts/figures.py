@@ -1,6 +1,6 @@
 """The picture of docs/measures.md: what measure() says of a ResNet-20 that was trained on CIFAR-10.
 
-python docs/figures.py
+python docs/scripts/figures.py
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from matplotlib import style
 from matplotlib.axes import Axes
@@ -26,7 +26,7 @@ from lightning_caq.reporting.palette import POINT, TOLERANCE
 from lightning_caq.reporting.sheet import FONT, GREY, LINE, MARGIN, TITLE_FONT, inches, short_names
 from lightning_caq.utilities.progress import Progress
 
-IMAGE = Path(__file__).resolve().parent / "images/measures.png"
+IMAGE = Path(__file__).resolve().parents[1] / "images/measures.png"
 SAMPLES, SEED = 64, 0
 BITS = 2
 NEEDS = frozenset({"kappa", "kappa_mean", "lipschitz", "local_lipschitz", "trace", "top_eigenvalue", "loss_change"})
