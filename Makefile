@@ -15,8 +15,8 @@ test-browser: $(VENV)/.browser  ## TensorBoard and report.html in a headless Chr
 	$(BIN)/python -m pytest tests/browser -rs
 
 test-oldest: $(OLDEST)/.done  ## what touches Lightning, under the oldest versions that are supported, in an environment of its own
-	$(OLDEST)/bin/python -m pytest tests/integration $(wildcard tests/test_bridge_*.py tests/test_callback*.py) \
-		tests/test_isolation.py tests/test_monitoring.py tests/test_outputs.py tests/test_trainers.py
+	$(OLDEST)/bin/python -m pytest tests/integration tests/bridge tests/test_options.py $(wildcard tests/test_callback*.py) \
+		tests/utilities/test_isolation.py tests/utilities/test_keywords.py
 
 lint: $(VENV)/.dev  ## style and types
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ from lightning_caq.errors import CAQError
 from lightning_caq.network.batches import split_samples
 from lightning_caq.network.float_outputs import make_reference
 from lightning_caq.network.objective import make_objective
-from lightning_caq.options import ROUNDINGS
+from lightning_caq.options import CHOICES
 from lightning_caq.report import text_table
 from lightning_caq.selection.candidate import open_workshop
 from lightning_caq.utilities.isolation import preserved
@@ -85,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--model", choices=(*BLOCKS, *SMALL), default="resnet20")
     result.add_argument("--avg-bits", type=float, default=2.25)
-    result.add_argument("--rounding", choices=ROUNDINGS[:2], default="error_feedback")
+    result.add_argument("--rounding", choices=CHOICES["rounding"][:2], default="error_feedback")
     result.add_argument("--methods", nargs="+", default=list(METHODS), choices=available_methods())
     result.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each draws other calibration images")
     result.add_argument("--samples", type=int, default=512, help="calibration images; an eighth of them is held out")

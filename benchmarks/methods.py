@@ -30,7 +30,7 @@ from lightning_caq.network.batches import take_samples
 from lightning_caq.network.float_outputs import make_reference
 from lightning_caq.network.layers import find_layers, layer_sizes
 from lightning_caq.network.objective import make_objective
-from lightning_caq.options import ALWAYS, ROUNDINGS, QuantizationOptions
+from lightning_caq.options import ALWAYS, CHOICES, QuantizationOptions
 from lightning_caq.report import text_table
 from lightning_caq.selection.candidate import open_workshop
 from lightning_caq.utilities.isolation import preserved
@@ -95,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--model", choices=(*BLOCKS, *SMALL), default="resnet20")
     result.add_argument("--avg-bits", type=float, nargs="+", default=[4.0, 3.0, 2.5, 2.25])
-    result.add_argument("--rounding", choices=ROUNDINGS, nargs="+", default=["nearest", "error_feedback"])
+    result.add_argument("--rounding", choices=CHOICES["rounding"], nargs="+", default=["nearest", "error_feedback"])
     result.add_argument("--granularity", choices=GRANULARITIES, nargs="+", default=["layer"])
     result.add_argument("--methods", nargs="+", default=list(available_methods()), choices=available_methods())
     result.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="each draws other calibration images")

@@ -23,7 +23,7 @@ from networks import BLOCKS, DATA, Images, ResNet, accuracy, load_cifar10, load_
 
 from lightning_caq import CurvatureProfile, quantize
 from lightning_caq.errors import CAQError
-from lightning_caq.options import BATCHNORM, ROUNDINGS, QuantizationOptions
+from lightning_caq.options import CHOICES, QuantizationOptions
 from lightning_caq.report import text_table
 
 
@@ -90,8 +90,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--bops", type=float, help="billions of bit operations a sample, alone or beside --avg-bits")
     result.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 5, 6, 8], help="bit-widths to choose from")
     result.add_argument("--method", default="cet", help="how bits are allocated")
-    result.add_argument("--rounding", choices=ROUNDINGS, default="error_feedback")
-    result.add_argument("--batchnorm", choices=BATCHNORM, default="recentre")
+    result.add_argument("--rounding", choices=CHOICES["rounding"], default="error_feedback")
+    result.add_argument("--batchnorm", choices=CHOICES["batchnorm"], default="recentre")
     result.add_argument(
         "--activation-bits",
         type=input_bits,

@@ -27,7 +27,7 @@ from lightning_caq.network.batches import take_samples
 from lightning_caq.network.float_outputs import make_reference
 from lightning_caq.network.layers import Layer, find_layers, layer_sizes, layer_weight
 from lightning_caq.network.objective import make_objective
-from lightning_caq.options import ALWAYS, BATCHNORM, ROUNDINGS, QuantizationOptions
+from lightning_caq.options import ALWAYS, CHOICES, QuantizationOptions
 from lightning_caq.report import text_table
 from lightning_caq.selection.candidate import open_workshop
 from lightning_caq.selection.long_axis import find_valley
@@ -80,8 +80,10 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--model", choices=tuple(BLOCKS), default="resnet20")
     result.add_argument("--avg-bits", type=float, nargs="+", default=[3.0, 2.5], help="budgets")
-    result.add_argument("--rounding", choices=ROUNDINGS, nargs="+", default=["nearest", "long_axis", "error_feedback"])
-    result.add_argument("--batchnorm", choices=BATCHNORM, default="recentre")
+    result.add_argument(
+        "--rounding", choices=CHOICES["rounding"], nargs="+", default=["nearest", "long_axis", "error_feedback"]
+    )
+    result.add_argument("--batchnorm", choices=CHOICES["batchnorm"], default="recentre")
     result.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2], help="each draws other calibration images")
     result.add_argument("--data", type=Path, default=DATA, help="folder with the trained networks and the images")
     result.add_argument("--json", action="store_true", help="print a list of objects instead of a table")

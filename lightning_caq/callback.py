@@ -34,9 +34,11 @@ from lightning_caq.report import QuantizationReport
 from lightning_caq.reporting.files import read_profile
 from lightning_caq.utilities.contexts import curvature_safe
 from lightning_caq.utilities.isolation import preserved
+from lightning_caq.utilities.keywords import known_keywords, takes_fields_of
 from lightning_caq.utilities.progress import Progress
 
 
+@takes_fields_of(QuantizationOptions)
 class CurvatureQuantizationCallback(Callback):
     """Quantize a network to mixed precision when its training ends, guided by the curvature of its loss.
 
@@ -61,46 +63,16 @@ class CurvatureQuantizationCallback(Callback):
         processes (``ddp_spawn``) the main process keeps no result; load the plan from ``<log_dir>/caq/``.
 
     Args:
-        method: How bits are allocated: ``cet``, ``caq``, ``uniform`` or another name from ``available_methods()``.
-        avg_bits: Budget: average bits a weight. Give exactly one budget.
-        ratio: Budget: float32 size over quantized size, scales and zero points counted.
-        bops: Budget: billions of bit operations a sample, alone or together with ``avg_bits`` or ``ratio``.
-        error: Budget: predicted output error as a part of the output; the smallest network within it is made.
-        max_drop: Budget: how much worse the validation metric ``monitor`` may get; the smallest network within it is
-            looked for by bisection, each step a validation run.
-        monitor: The metric that ``max_drop`` watches, by the name it is logged under.
-        monitor_mode: Whether a good network has a large metric or a small one.
-        max_evaluations: Networks that may be made and validated in the search for ``max_drop``.
-        activation_bits: Bits of every quantized layer's input, 2 to 8 (the first layer's has 8); float32 by default.
-            ``"mixed"`` chooses those of each layer together with those of its weights within ``bops``.
-        bits: Candidate bit-widths, from 1 to 8.
-        granularity: What gets bits of its own: a whole ``layer``, or a ``channel_group``, up to 16 groups of output
-            channels in each layer.
-        rounding: How weights are rounded to the grid.
-        quantizer: The values that weights may take: evenly spaced (``affine``), or those of a table.
-        range: Where an affine grid begins and ends.
-        symmetry: Where the zero of an affine grid lies.
-        batchnorm: ``recentre`` moves batch-norm statistics and biases by what quantization changed; ``keep`` does not.
-        objective: ``distill`` (divergence from the float outputs, no labels needed) or ``task`` (the module's loss).
-        calibration_samples: Training samples used to round weights and to repair statistics.
-        curvature_samples: How many of these are used to measure curvature.
-        eigenpairs: Eigenpairs of the Hessian to find where they come from Lanczos.
+        options: Every field of QuantizationOptions.
         loss_fn: The loss of a batch, ``(module, batch) -> tensor``, for ``objective="task"``. By default the module's
             ``curvature_loss(batch)`` if it has one, else its ``training_step``.
         evaluate: Whether to validate the float, quantized and compared networks.
-        compare: Methods to evaluate beside the chosen one at the same budget.
-        guard: Whether uniform bits are taken instead, with a warning, if they are better on samples held out.
-        study: Whether to compute what only explains the result, for more figures; takes about as long as measuring.
         monitor_every_n_epochs: Measure and log curvature during training at most this often, in epochs; 0 never does.
-        time_budget: Seconds that measuring may take, as far as its estimate goes; fewer samples are then measured on.
         on_error: What happens if quantization fails: ``raise`` the error, or ``warn`` and go on with the float network.
             Either way the float network and its checkpoints stay as training left them.
-        include: Shell patterns of the layers to quantize; all by default.
-        exclude: Shell patterns of the layers to leave in float32.
-        seed: Seed of every random number.
 
     Raises:
-        OptionError: If an argument has a value that is not allowed.
+        OptionError: If there is no such argument, or it has a value that is not allowed.
         BudgetError: If there is no budget, two, or one out of range.
 
     Example::
@@ -114,72 +86,17 @@ class CurvatureQuantizationCallback(Callback):
         self,
         method: str = "cet",
         *,
-        avg_bits: float | None = None,
-        ratio: float | None = None,
-        bops: float | None = None,
-        error: float | None = None,
-        max_drop: float | None = None,
-        monitor: str | None = None,
-        monitor_mode: Literal["max", "min"] = "max",
-        max_evaluations: int = 8,
-        activation_bits: int | Literal["mixed"] | None = None,
-        bits: list[int] | tuple[int, ...] = (2, 3, 4, 5, 6, 8),
-        granularity: Literal["layer", "channel_group"] = "layer",
-        rounding: Literal["error_feedback", "nearest", "long_axis"] = "error_feedback",
-        quantizer: Literal["affine", "codebook", "lq_nets", "abc_net", "series", "dorefa"] = "affine",
-        range: Literal["mse", "minmax", "percentile", "aciq", "curvature"] = "mse",
-        symmetry: Literal["asymmetric", "symmetric", "mid_rise"] = "asymmetric",
-        batchnorm: Literal["recentre", "keep"] = "recentre",
-        objective: Literal["distill", "task"] = "distill",
-        calibration_samples: int = 512,
-        curvature_samples: int = 256,
-        eigenpairs: int = 64,
         loss_fn: Callable[[nn.Module, Any], Any] | None = None,
         evaluate: bool = True,
-        compare: list[str] | tuple[str, ...] = ("uniform",),
-        guard: bool = True,
-        study: bool = False,
         monitor_every_n_epochs: int = 0,
-        time_budget: float | None = None,
         on_error: Literal["raise", "warn"] = "raise",
-        include: list[str] | None = None,
-        exclude: list[str] | None = None,
-        seed: int = 0,
+        **options: Any,
     ) -> None:
         super().__init__()
-        self.options = QuantizationOptions(
-            method=method,
-            avg_bits=avg_bits,
-            ratio=ratio,
-            bops=bops,
-            error=error,
-            max_drop=max_drop,
-            monitor=monitor,
-            monitor_mode=monitor_mode,
-            max_evaluations=max_evaluations,
-            activation_bits=activation_bits,
-            bits=bits,
-            granularity=granularity,
-            rounding=rounding,
-            quantizer=quantizer,
-            range=range,
-            symmetry=symmetry,
-            batchnorm=batchnorm,
-            objective=objective,
-            calibration_samples=calibration_samples,
-            curvature_samples=curvature_samples,
-            eigenpairs=eigenpairs,
-            compare=compare,
-            guard=guard,
-            study=study,
-            time_budget=time_budget,
-            include=include,
-            exclude=exclude,
-            seed=seed,
-        )
+        self.options = QuantizationOptions(method=method, **known_keywords(CurvatureQuantizationCallback, options))
         if on_error not in ("raise", "warn"):
             raise OptionError(f"on_error={on_error!r} is not known; choose from 'raise', 'warn'.")
-        if max_drop is not None and not evaluate:
+        if self.options.max_drop is not None and not evaluate:
             raise OptionError("max_drop needs validation runs; leave evaluate=True.")
         if loss_fn is not None and not callable(loss_fn):
             raise OptionError(f"loss_fn={loss_fn!r} is not a function of (module, batch) that returns a loss.")

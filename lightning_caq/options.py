@@ -5,20 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lightning_caq.allocation.budget import Budget, ErrorBudget, make_budget
-from lightning_caq.allocation.choose import GRANULARITIES, check_separable, composing_method
+from lightning_caq.allocation.choose import check_separable, composing_method
 from lightning_caq.allocation.methods import available_methods, get_method
 from lightning_caq.allocation.mixed import MIXED, check_mixed
 from lightning_caq.allocation.mixed import NEEDS as OF_MIXED
 from lightning_caq.errors import BudgetError, OptionError
-from lightning_caq.quantizers.grids.ranges import RANGES, SYMMETRIES
-from lightning_caq.quantizers.grids.values import QUANTIZERS
 
-ROUNDINGS = ("nearest", "error_feedback", "long_axis")
-BATCHNORM = ("recentre", "keep")
-OBJECTIVES = ("distill", "task")
 ALWAYS = frozenset({"kappa", "lipschitz", "inputs"})  # what reports show, whatever the method
 # What the figures of a study show.
 STUDIED = frozenset({"amplification", "output_error", "subspace", "loss_change", "density"})
@@ -83,17 +78,17 @@ class QuantizationOptions:
     error: float | None = None
     max_drop: float | None = None
     monitor: str | None = None
-    monitor_mode: str = "max"
+    monitor_mode: Literal["max", "min"] = "max"
     max_evaluations: int = 8
     activation_bits: int | Literal["mixed"] | None = None
     bits: Sequence[int] = (2, 3, 4, 5, 6, 8)
-    granularity: str = "layer"
-    rounding: str = "error_feedback"
-    quantizer: str = "affine"
-    range: str = "mse"
-    symmetry: str = "asymmetric"
-    batchnorm: str = "recentre"
-    objective: str = "distill"
+    granularity: Literal["layer", "channel_group"] = "layer"
+    rounding: Literal["nearest", "error_feedback", "long_axis"] = "error_feedback"
+    quantizer: Literal["affine", "codebook", "lq_nets", "abc_net", "series", "dorefa"] = "affine"
+    range: Literal["mse", "minmax", "percentile", "aciq", "curvature"] = "mse"
+    symmetry: Literal["asymmetric", "symmetric", "mid_rise"] = "asymmetric"
+    batchnorm: Literal["recentre", "keep"] = "recentre"
+    objective: Literal["distill", "task"] = "distill"
     calibration_samples: int = 512
     curvature_samples: int = 256
     eigenpairs: int = 64
@@ -109,10 +104,9 @@ class QuantizationOptions:
         _one_of("method", self.method, available_methods())
         for name in _names("compare", self.compare):
             _one_of("compare", name, available_methods())
-        _one_of("rounding", self.rounding, ROUNDINGS)
-        _one_of("batchnorm", self.batchnorm, BATCHNORM)
+        for name, allowed in CHOICES.items():
+            _one_of(name, getattr(self, name), allowed)
         self._check_quantizer()
-        _one_of("objective", self.objective, OBJECTIVES)
         bits = tuple(self.bits) if isinstance(self.bits, (list, tuple)) else ()
         if not bits or any(isinstance(b, bool) or not isinstance(b, int) or not 1 <= b <= 8 for b in bits):
             raise OptionError(
@@ -120,7 +114,6 @@ class QuantizationOptions:
             )
         object.__setattr__(self, "bits", tuple(sorted(set(bits))))
         self._check_granularity()
-        _one_of("monitor_mode", self.monitor_mode, ("max", "min"))
         for name in ("calibration_samples", "curvature_samples", "eigenpairs", "max_evaluations"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -148,9 +141,6 @@ class QuantizationOptions:
             composing_method(self.method, budget)
 
     def _check_quantizer(self) -> None:
-        _one_of("quantizer", self.quantizer, QUANTIZERS)
-        _one_of("range", self.range, RANGES)
-        _one_of("symmetry", self.symmetry, SYMMETRIES)
         if self.quantizer == "affine":
             return
         if self.rounding == "long_axis":
@@ -186,7 +176,6 @@ class QuantizationOptions:
             check_mixed(name)
 
     def _check_granularity(self) -> None:
-        _one_of("granularity", self.granularity, GRANULARITIES)
         if self.granularity == "layer":
             return
         if self.error is not None:
@@ -228,6 +217,12 @@ class QuantizationOptions:
             [2, 4]
         """
         return {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(self).items()}
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    name: get_args(hint) for name, hint in get_type_hints(QuantizationOptions).items() if get_origin(hint) is Literal
+}
+"""Option to the values it may have, of the options that are one of a few names."""
 
 
 def _one_of(option: str, value: Any, allowed: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
@@ -40,6 +40,7 @@ from lightning_caq.sizes import FLOAT_BITS, LayerSizes
 from lightning_caq.studies import Tightness
 from lightning_caq.utilities.contexts import Evaluate, InFloat32, curvature_safe
 from lightning_caq.utilities.isolation import preserved
+from lightning_caq.utilities.keywords import known_keywords, takes_fields_of
 from lightning_caq.utilities.progress import Progress, Say, duration, silent
 from lightning_caq.utilities.sharing import ALONE, Sharing
 
@@ -74,82 +75,29 @@ class QuantizationResult:
         return write_html(path, self.report, self.profile, self.plan, draw_gallery(self.report, self.profile))
 
 
+@takes_fields_of(QuantizationOptions)
 def quantize(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    method: str = "cet",
-    avg_bits: float | None = None,
-    ratio: float | None = None,
-    bops: float | None = None,
-    error: float | None = None,
-    max_drop: float | None = None,
-    monitor: str | None = None,
-    monitor_mode: str = "max",
-    max_evaluations: int = 8,
-    activation_bits: int | Literal["mixed"] | None = None,
-    bits: Sequence[int] = (2, 3, 4, 5, 6, 8),
-    granularity: str = "layer",
-    rounding: str = "error_feedback",
-    quantizer: str = "affine",
-    range: str = "mse",
-    symmetry: str = "asymmetric",
-    batchnorm: str = "recentre",
-    objective: str = "distill",
-    calibration_samples: int = 512,
-    curvature_samples: int = 256,
-    eigenpairs: int = 64,
     loss_fn: Loss | None = None,
     evaluate: Evaluate | None = None,
     profile: CurvatureProfile | None = None,
-    compare: Sequence[str] = ("uniform",),
-    guard: bool = True,
-    study: bool = False,
-    time_budget: float | None = None,
-    include: Sequence[str] | None = None,
-    exclude: Sequence[str] | None = None,
-    seed: int = 0,
     inplace: bool = True,
     say: Say = silent,
+    **options: Any,
 ) -> QuantizationResult:
     """Quantize a trained network.
 
     Args:
         model: The network.
         batches: Re-iterable calibration batches: tensors, tuples whose first item is the input, or dicts.
-        method: How bits are allocated, see ``QuantizationOptions``, as for the following ones.
-        avg_bits: Budget: average bits a weight.
-        ratio: Budget: float32 size over quantized size.
-        bops: Budget: billions of bit operations a sample, alone or with one of the former.
-        error: Budget: predicted output error as a part of the output.
-        max_drop: Budget: how much worse the metric ``monitor`` may get.
-        monitor: That metric, one that ``evaluate`` returns.
-        monitor_mode: ``"max"`` or ``"min"``: how a good network's metric is.
-        max_evaluations: Networks that may be tried for ``max_drop``.
-        activation_bits: Bits of the layers' inputs, ``None`` for float32, ``"mixed"`` to choose each within ``bops``.
-        bits: Candidate bit-widths.
-        granularity: What gets bits of its own: ``"layer"`` or ``"channel_group"``.
-        rounding: ``"error_feedback"``, ``"nearest"`` or ``"long_axis"``.
-        quantizer: The values that weights may take, evenly spaced by default.
-        range: Where an affine grid begins and ends.
-        symmetry: Where the zero of an affine grid lies.
-        batchnorm: ``"recentre"`` or ``"keep"``.
-        objective: ``"distill"`` or ``"task"``.
-        calibration_samples: Samples used to round and to repair.
-        curvature_samples: How many of these are used to measure curvature.
-        eigenpairs: Eigenpairs that span the short-axis subspace.
+        options: Every field of QuantizationOptions.
         loss_fn: Loss of a model and a batch, for ``objective="task"``.
         evaluate: Metrics of a network, such as its accuracy; called for the float network, the quantized one and each
             compared one. The calibration objective is always reported.
         profile: A profile of an earlier run; what it holds for the same weights and samples is not measured again, so
             that a second budget costs no second measurement.
-        compare: Methods to evaluate beside the chosen one.
-        guard: Whether uniform bits are taken if they are better on samples held out.
-        study: Whether to compute what only explains the result, see ``QuantizationOptions``.
-        time_budget: Seconds that measuring may take.
-        include: Shell patterns of the layers to quantize.
-        exclude: Shell patterns of the layers to leave in float32.
-        seed: Seed of every random number.
         inplace: Whether ``model`` itself is quantized, or a copy.
         say: Called with one line of progress at a time, such as ``print``.
 
@@ -157,7 +105,7 @@ def quantize(
         The network, the plan, the profile and the report.
 
     Raises:
-        OptionError: If an option is not allowed; nothing has then been done.
+        OptionError: If an option is not known or not allowed; nothing has then been done.
         CalibrationError: If the batches cannot be used.
         LayerError: If there is nothing to quantize, or weights are not finite.
 
@@ -171,38 +119,9 @@ def quantize(
         >>> type(net[0]).__name__
         'FakeQuantLinear'
     """
-    options = QuantizationOptions(
-        method=method,
-        avg_bits=avg_bits,
-        ratio=ratio,
-        bops=bops,
-        error=error,
-        max_drop=max_drop,
-        monitor=monitor,
-        monitor_mode=monitor_mode,
-        max_evaluations=max_evaluations,
-        activation_bits=activation_bits,
-        bits=bits,
-        granularity=granularity,
-        rounding=rounding,
-        quantizer=quantizer,
-        range=range,
-        symmetry=symmetry,
-        batchnorm=batchnorm,
-        objective=objective,
-        calibration_samples=calibration_samples,
-        curvature_samples=curvature_samples,
-        eigenpairs=eigenpairs,
-        compare=compare,
-        guard=guard,
-        study=study,
-        time_budget=time_budget,
-        include=include,
-        exclude=exclude,
-        seed=seed,
-    )
+    chosen = QuantizationOptions(**known_keywords(quantize, options))
     target = model if inplace else copy.deepcopy(model)
-    return run(target, batches, options, loss_fn=loss_fn, evaluate=evaluate, profile=profile, progress=Progress(say))
+    return run(target, batches, chosen, loss_fn=loss_fn, evaluate=evaluate, profile=profile, progress=Progress(say))
 
 
 def run(

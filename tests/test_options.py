@@ -1,11 +1,17 @@
 import dataclasses
+import inspect
 
 import pytest
 from every import every
 
+from lightning_caq import CurvatureQuantizationCallback, quantize
 from lightning_caq.allocation.budget import AvgBits, Ratio
+from lightning_caq.allocation.choose import GRANULARITIES
 from lightning_caq.errors import BudgetError, OptionError
-from lightning_caq.options import QuantizationOptions
+from lightning_caq.options import CHOICES, QuantizationOptions
+from lightning_caq.quantizers.grids.ranges import RANGES, SYMMETRIES
+from lightning_caq.quantizers.grids.values import QUANTIZERS
+from lightning_caq.utilities.keywords import attribute_texts
 
 
 def test_defaults_are_those_that_were_promised():
@@ -80,3 +86,36 @@ def test_the_budget_is_checked_with_the_rest():
 def test_options_do_not_change():
     with pytest.raises(dataclasses.FrozenInstanceError):
         QuantizationOptions(avg_bits=3).seed = 1
+
+
+def test_every_option_has_a_default_and_a_text():
+    texts = attribute_texts(QuantizationOptions)
+    for field in dataclasses.fields(QuantizationOptions):
+        assert field.default is not dataclasses.MISSING, field.name
+        assert texts[field.name].endswith("."), field.name
+
+
+def test_quantize_and_the_callback_take_every_option_with_its_type_default_and_text():
+    options = inspect.signature(QuantizationOptions, eval_str=True).parameters
+    for taker in (quantize, CurvatureQuantizationCallback):
+        taken = inspect.signature(taker).parameters
+        for name, parameter in options.items():
+            assert (taken[name].default, taken[name].annotation) == (parameter.default, parameter.annotation), name
+        assert attribute_texts(taker, "Args").keys() == taken.keys()
+        assert attribute_texts(taker, "Args").items() >= attribute_texts(QuantizationOptions).items()
+
+
+def test_the_names_of_an_option_are_those_that_its_room_knows():
+    known = {"granularity": GRANULARITIES, "quantizer": QUANTIZERS, "range": RANGES, "symmetry": SYMMETRIES}
+    assert {name: sorted(CHOICES[name]) for name in known} == {name: sorted(names) for name, names in known.items()}
+
+
+@pytest.mark.parametrize("taker", [lambda **options: quantize(None, None, **options), CurvatureQuantizationCallback])
+def test_a_mistyped_option_is_answered_with_the_one_that_was_meant(taker):
+    with pytest.raises(OptionError, match="no option 'avgbits'; did you mean 'avg_bits'"):
+        taker(avgbits=3)
+
+
+def test_every_option_is_among_the_plain_values_for_loggers_and_reports():
+    names = [field.name for field in dataclasses.fields(QuantizationOptions)]
+    assert list(QuantizationOptions(avg_bits=3).to_dict()) == names

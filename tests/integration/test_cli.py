@@ -123,6 +123,18 @@ def test_the_printed_configuration_read_back_prints_the_same(tmp_path, example, 
     assert printed_config(example, capsys, tmp_path / "printed.yaml") == printed
 
 
+def test_help_tells_of_every_option(example, capsys):
+    from lightning_caq.utilities.keywords import attribute_texts
+
+    with pytest.raises(SystemExit) as end:
+        example("cnn", f"--trainer.callbacks.help={CALLBACK}")
+    assert end.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, text in attribute_texts(CurvatureQuantizationCallback, "Args").items():
+        assert f".{name} " in shown
+        assert text[:40] in shown, name
+
+
 def test_the_first_example_runs(tmp_path, monkeypatch, capsys):
     program(
         EXAMPLES / "01_callback.py",
