@@ -2,7 +2,6 @@
 
 import copy
 import io
-from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -223,11 +222,3 @@ def test_embeddings_and_tied_weights(quantizer):
     assert result.plan.layers[0].modules == ("0", "1")
     assert net[0].weight is net[1].weight
     assert len(net[0].weight.unique()) <= 4 * (12 if quantizer == "abc_net" else 1)
-
-
-def test_the_callback_offers_the_same_choices():
-    hints = get_type_hints(CurvatureQuantizationCallback.__init__)
-    for name, allowed in (("quantizer", QUANTIZERS), ("range", RANGES), ("symmetry", SYMMETRIES)):
-        assert get_args(hints[name]) == allowed
-        for value in allowed:
-            assert getattr(CurvatureQuantizationCallback(avg_bits=3, **{name: value}).options, name) == value
