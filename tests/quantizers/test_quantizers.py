@@ -9,15 +9,15 @@ import torch
 from every import every
 from torch import nn
 
-from lightning_caq import CurvatureQuantizationCallback, export_onnx, load_quantized, quantize, save_quantized
+from lightning_caq import export_onnx, load_quantized, quantize, save_quantized
 from lightning_caq.allocation.budget import AvgBits, Ratio, check_budget
 from lightning_caq.errors import BudgetError, ExportError, OptionError
 from lightning_caq.network.layers import Layer
 from lightning_caq.options import QuantizationOptions
 from lightning_caq.plan import QuantizationPlan
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules, restore_modules
-from lightning_caq.quantizers.grids.ranges import RANGES, SYMMETRIES
-from lightning_caq.quantizers.grids.values import QUANTIZERS, fit_codebook
+from lightning_caq.quantizers.grids.ranges import RANGES
+from lightning_caq.quantizers.grids.values import fit_codebook
 from lightning_caq.quantizers.rounding.round_layer import round_error_feedback, round_nearest
 from lightning_caq.sizes import CODEBOOKS, LayerSizes
 
