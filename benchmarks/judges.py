@@ -26,7 +26,7 @@ from lightning_caq.network.float_outputs import make_reference
 from lightning_caq.network.objective import make_objective
 from lightning_caq.options import CHOICES
 from lightning_caq.report import text_table
-from lightning_caq.selection.candidate import open_workshop
+from lightning_caq.selection.candidate import prepare_candidates
 from lightning_caq.utilities.isolation import preserved
 
 METHODS = (
@@ -110,12 +110,10 @@ def run(args: argparse.Namespace, seed: int) -> list[Row]:
         if bits in seen:
             continue
         seen.add(bits)
-        workshop = open_workshop(model, bench.layers, bench.sizes, options, batches)
-        with preserved(model):
-            workshop.attempt(method, f"avg_bits={args.avg_bits:g}", bits)
+        maker = prepare_candidates(model, bench.layers, bench.sizes, options, bench.reference)
+        with preserved(model), maker.made(method, f"avg_bits={args.avg_bits:g}", bits):
             divergences, errors = [x.value(model) for x in judges], [x.error(model) for x in references]
             right = accuracy(model, test)
-            workshop.restore()
         row = Row(args.model, method, args.avg_bits, seed, divergences[0], errors[0], divergences[1], errors[1], right)
         progress(f"{args.model} seed {seed} {method}: {right:.1f} %, output error {errors[1]:.3f}")
         rows.append(row)

@@ -29,10 +29,10 @@ from lightning_caq.measures.rounding.rounded_loss import rounded_loss
 from lightning_caq.network.batches import take_samples
 from lightning_caq.network.float_outputs import make_reference
 from lightning_caq.network.layers import find_layers, layer_sizes
-from lightning_caq.network.objective import make_objective
+from lightning_caq.network.objective import objective_from
 from lightning_caq.options import ALWAYS, CHOICES, QuantizationOptions
 from lightning_caq.report import text_table
-from lightning_caq.selection.candidate import open_workshop
+from lightning_caq.selection.candidate import prepare_candidates
 from lightning_caq.utilities.isolation import preserved
 from lightning_caq.utilities.progress import Progress
 
@@ -146,15 +146,15 @@ class Bench:
         self.layers = find_layers(model, batches[0])
         self.sizes = layer_sizes(self.layers)
         self.options = QuantizationOptions(avg_bits=4, seed=seed)
-        self.objective = make_objective("distill", model, batches)
+        self.reference = make_reference(model, batches)
+        self.objective = objective_from("distill", self.reference)
         groups = {"channel_groups"} if "channel_group" in granularities else set()
         needs = ALWAYS.union(groups, *(get_method(name).needs for name in methods))
         self.profile = measure(model, batches, layers=self.layers, needs=needs, seed=seed, progress=Progress(progress))
         samples = take_samples(batches, self.profile.samples)
-        loss = rounded_loss(model, self.layers, make_objective("distill", model, samples), self.options.bits)
-        self.chooser = Chooser(
-            self.profile, self.sizes, self.options.bits, make_reference(model, samples).size, loss, seed
-        )
+        loss = rounded_loss(model, self.layers, self.objective.on(model, samples), self.options.bits)
+        norm = self.reference.on(model, samples).size
+        self.chooser = Chooser(self.profile, self.sizes, self.options.bits, norm, loss, seed)
         self.choices: dict[tuple[str, str, float], tuple[Choice, float]] = {}
         self.found: dict[tuple[str, Choice], tuple[float, float, int, float]] = {}
 
@@ -169,12 +169,11 @@ class Bench:
         if (rounding, bits) not in self.found:
             start = time.perf_counter()
             options = replace(self.options, rounding=rounding)
-            workshop = open_workshop(self.model, self.layers, self.sizes, options, self.batches)
             with preserved(self.model):
-                plan = workshop.attempt(method, f"avg_bits={avg_bits:g}", bits).plan
-                spent = time.perf_counter() - start
-                judged = accuracy(self.model, self.test), self.objective.value(self.model), plan.bytes
-                workshop.restore()
+                maker = prepare_candidates(self.model, self.layers, self.sizes, options, self.reference)
+                with maker.made(method, f"avg_bits={avg_bits:g}", bits) as candidate:
+                    spent = time.perf_counter() - start
+                    judged = accuracy(self.model, self.test), self.objective.value(self.model), candidate.plan.bytes
             self.found[rounding, bits] = *judged, spent
         right, objective, size, spent = self.found[rounding, bits]
         names = [layer.name for layer in self.layers]

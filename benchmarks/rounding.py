@@ -29,8 +29,8 @@ from lightning_caq.network.layers import Layer, find_layers, layer_sizes, layer_
 from lightning_caq.network.objective import make_objective
 from lightning_caq.options import ALWAYS, CHOICES, QuantizationOptions
 from lightning_caq.report import text_table
-from lightning_caq.selection.candidate import open_workshop
-from lightning_caq.selection.long_axis import find_valley
+from lightning_caq.selection.candidate import prepare_candidates
+from lightning_caq.selection.long_axis import prepare_long_axis
 from lightning_caq.utilities.isolation import preserved
 from lightning_caq.utilities.progress import Progress
 
@@ -99,22 +99,22 @@ def run(model: nn.Module, train: Images, test: Images, args: argparse.Namespace,
     profile = measure(model, batches, layers=layers, needs=needs, seed=seed, progress=Progress(progress))
     samples = take_samples(batches, profile.samples)
     measured = make_objective("distill", model, samples)
-    valley = find_valley(model, layers, measured, EIGENPAIRS, seed)
+    long_axis = prepare_long_axis(model, layers, measured, eigenpairs=EIGENPAIRS, seed=seed)
+    reference = make_reference(model, batches)
     fitted, other = (make_objective("distill", model, images.batches(64)) for images in (chosen, left))
     floats = [layer_weight(model, layer).detach().clone() for layer in layers]
     for avg_bits in args.avg_bits:
         options = QuantizationOptions(avg_bits=avg_bits, batchnorm=args.batchnorm, seed=seed)
         loss = rounded_loss(model, layers, measured, options.bits)
-        chooser = Chooser(profile, sizes, options.bits, make_reference(model, samples).size, loss, seed)
+        chooser = Chooser(profile, sizes, options.bits, reference.on(model, samples).size, loss, seed)
         choice = chooser.choose(METHOD, AvgBits(avg_bits))
         for rounding in args.rounding:
-            used = valley if rounding == "long_axis" else None
+            used = long_axis if rounding == "long_axis" else None
             how = replace(options, rounding=rounding)
-            workshop = open_workshop(model, layers, sizes, how, batches, used)
-            with preserved(model):
-                workshop.attempt(METHOD, str(options.budget), choice)
+            maker = prepare_candidates(model, layers, sizes, how, reference, used)
+            with preserved(model), maker.made(METHOD, str(options.budget), choice):
                 delta = errors(model, layers, floats)
-                energy, square = valley.shape.steep_energy(delta), float(delta.square().sum())
+                energy, square = long_axis.shape.steep_energy(delta), float(delta.square().sum())
                 yield Row(
                     avg_bits=avg_bits,
                     rounding=rounding,
@@ -124,9 +124,8 @@ def run(model: nn.Module, train: Images, test: Images, args: argparse.Namespace,
                     other=other.value(model),
                     energy=energy,
                     error=square,
-                    share=energy / (energy + valley.shape.residual * square),
+                    share=energy / (energy + long_axis.shape.residual * square),
                 )
-                workshop.restore()
 
 
 def split(images: Images, count: int, seed: int) -> tuple[Images, Images]:

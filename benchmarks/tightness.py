@@ -22,6 +22,7 @@ from torch import nn
 from lightning_caq.errors import CAQError
 from lightning_caq.evaluation.tightness import tightness
 from lightning_caq.measures.measure import measure
+from lightning_caq.network.float_outputs import make_reference
 from lightning_caq.network.layers import find_layers
 from lightning_caq.report import text_table
 
@@ -91,10 +92,11 @@ def run(name: str, args: argparse.Namespace) -> list[Row]:
     layers = find_layers(model, batches[0])
     profile = measure(model, batches, layers=layers, needs=frozenset({"lipschitz_amplification"}), seed=args.seed)
     progress(f"{name}: {len(layers)} layers, Lipschitz constants in {profile.seconds:.1f} s")
+    reference = make_reference(model, batches)
     rows = []
     for bits in args.bits:
         start = time.perf_counter()
-        found = tightness(model, layers, batches, profile, dict.fromkeys((x.name for x in layers), bits))
+        found = tightness(model, layers, reference, profile, dict.fromkeys((x.name for x in layers), bits))
         seconds = round(time.perf_counter() - start, 2)
         rows.append(Row(name, len(layers), bits, found.observed, **found.ratios, seconds=seconds, seed=args.seed))
     return rows

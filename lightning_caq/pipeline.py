@@ -1,4 +1,4 @@
-"""The whole road without Lightning: measure → allocate → round → repair → swap → evaluate."""
+"""A whole run without Lightning: prepare, measure, allocate and round, select, evaluate, report."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from lightning_caq.allocation.choose import Chooser
 from lightning_caq.allocation.mixed import MIXED, input_candidates
 from lightning_caq.errors import BudgetError, LayerError
 from lightning_caq.evaluation.explain_run import explain
+from lightning_caq.evaluation.run_report import run_report
 from lightning_caq.evaluation.tightness import tightness
-from lightning_caq.evaluation.versions import versions
 from lightning_caq.measures.hessian.eigenvectors import check_memory
 from lightning_caq.measures.measure import measure
 from lightning_caq.measures.rounding.rounded_loss import rounded_loss
 from lightning_caq.network.batches import calibration_batches, take_samples
-from lightning_caq.network.float_outputs import make_reference
+from lightning_caq.network.float_outputs import Reference, make_reference
 from lightning_caq.network.layers import Layer, find_layers, layer_sizes, layer_weight
-from lightning_caq.network.objective import Loss, Objective, make_objective
+from lightning_caq.network.objective import Loss, Objective, objective_from
 from lightning_caq.options import QuantizationOptions
 from lightning_caq.plan import QuantizationPlan
 from lightning_caq.profile import CurvatureProfile
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules
 from lightning_caq.quantizers.grids.values import Quantizer
-from lightning_caq.report import LayerRow, QuantizationReport, Size
+from lightning_caq.report import QuantizationReport
 from lightning_caq.reporting.gallery import draw_gallery
 from lightning_caq.reporting.html import write_html
-from lightning_caq.selection.candidate import Workshop, open_workshop
-from lightning_caq.selection.long_axis import find_valley
-from lightning_caq.selection.select import Contest
-from lightning_caq.sizes import FLOAT_BITS, LayerSizes
-from lightning_caq.studies import Tightness
+from lightning_caq.selection.candidate import CandidateMaker, prepare_candidates
+from lightning_caq.selection.long_axis import prepare_long_axis
+from lightning_caq.selection.select import Selection, Selector
+from lightning_caq.sizes import LayerSizes
+from lightning_caq.studies import Studies, Tightness
 from lightning_caq.utilities.contexts import Evaluate, InFloat32, curvature_safe
 from lightning_caq.utilities.isolation import preserved
 from lightning_caq.utilities.keywords import known_keywords, takes_fields_of
@@ -149,99 +149,106 @@ def run(
     # A data loader draws from the global random state as it is read, so that belongs to what is preserved.
     with curvature_safe(model), preserved(model), InFloat32(model) as float32:
         samples = float32.batches(calibration_batches(batches, options.calibration_samples, device))
-        found = find_layers(model, samples[0], include=options.include, exclude=options.exclude)
+        steps = _Steps(options, loss_fn, float32.outside(evaluate), sharing, progress)
+        network = steps.prepare(model, samples)
+        float_metrics = steps.judge_float(network)
+        profile = steps.measure(network, known=profile)
+        chooser, maker = steps.allocator(network, profile), steps.maker(network, profile)
+        selection = steps.select(network, chooser, maker, float_metrics)
+        evaluation = steps.evaluate(network, chooser, maker, selection)
+        report = steps.report(network, profile, selection, evaluation, float_metrics)
+        selection.chosen.plan.write(model)
+        return QuantizationResult(model, selection.chosen.plan, profile, report)
+
+
+@dataclass(frozen=True)
+class _Network:
+    """A float network and what is known of it before anything is measured.
+
+    Attributes:
+        model: The network.
+        layers: The layers to quantize.
+        skipped: Layers that were asked for and that no batch calls.
+        sizes: Sizes of the layers.
+        input_bits: Candidate bits of each layer's input, a row a layer.
+        reference: The calibration samples and the network's outputs on them.
+        objective: The calibration objective on the same samples.
+        loss: Its value, nat.
+    """
+
+    model: nn.Module
+    layers: Sequence[Layer]
+    skipped: Sequence[Layer]
+    sizes: LayerSizes
+    input_bits: Sequence[Sequence[int]]
+    reference: Reference
+    objective: Objective
+    loss: float
+
+    def on(self, samples: int) -> tuple[Objective, Reference]:
+        """Objective and outputs on the first samples."""
+        first = take_samples(self.reference.batches, samples)
+        return self.objective.on(self.model, first), self.reference.on(self.model, first)
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """What is found out about the network that was selected, with the float one at hand."""
+
+    tightness: Tightness
+    studies: Studies
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """The steps of a run, in order; what they share does not change."""
+
+    options: QuantizationOptions
+    loss_fn: Loss | None
+    validation: Evaluate | None
+    sharing: Sharing
+    progress: Progress
+
+    def prepare(self, model: nn.Module, samples: Sequence[Any]) -> _Network:
+        """Find the layers, refuse a budget that cannot be met, and run the float network."""
+        options = self.options
+        asked = find_layers(model, samples[0], include=options.include, exclude=options.exclude)
         # Of a layer that no batch calls nothing is known: its weight may be used in another way, as attention does.
-        layers, skipped = [x for x in found if x.calls], [x for x in found if not x.calls]
+        layers, skipped = [x for x in asked if x.calls], [x for x in asked if not x.calls]
         if not layers:
             raise LayerError("No calibration batch calls any of the layers to quantize; check the batches or include.")
         chosen = {id(layer_weight(model, layer)) for layer in layers}
         left = sum(p.numel() for p in model.parameters() if p.ndim > 1 and id(p) not in chosen)
         sizes = replace(layer_sizes(layers, left), quantizer=options.quantizer)
-        candidates = input_candidates(layers, options.bits, options.activation_bits)
-        sizes, most = (replace(sizes, activation_bits=tuple(row[i] for row in candidates)) for i in (0, -1))
+        input_bits = input_candidates(layers, options.bits, options.activation_bits)
+        sizes, most = (replace(sizes, activation_bits=tuple(row[i] for row in input_bits)) for i in (0, -1))
         check_budget(options.budget, sizes, options.bits, most)
         if options.rounding == "long_axis":
             check_memory(layers, options.eigenpairs)
-        return _Road(
-            model,
-            layers,
-            skipped,
-            sizes,
-            candidates,
-            samples,
-            options,
-            loss_fn,
-            float32.outside(evaluate),
-            profile,
-            sharing,
-            progress,
-        ).walk()
-
-
-@dataclass(frozen=True)
-class _Road:
-    """The steps of one run over one network, in order."""
-
-    model: nn.Module
-    layers: list[Layer]
-    skipped: list[Layer]
-    sizes: LayerSizes
-    candidates: Sequence[Sequence[int]]
-    batches: list[Any]
-    options: QuantizationOptions
-    loss_fn: Loss | None
-    evaluate: Evaluate | None
-    known: CurvatureProfile | None
-    sharing: Sharing
-    progress: Progress
-
-    def walk(self) -> QuantizationResult:
-        objective = self._announce()
-        with self.progress.step("evaluation (float)"):
-            metrics = self._judge(objective)
-        self._check_monitor(metrics)
-        profile = self._measure()
-        contest = Contest(
-            chooser=self._chooser(profile),
-            workshop=self._workshop(profile),
-            judge=lambda: self._judge(objective),
-            options=self.options,
-            progress=self.progress,
-            float_metrics=metrics,
-        )
-        plan = contest.hold().plan
-        with self.progress.step("tightness of the prediction"):
-            samples = take_samples(self.batches, TIGHTNESS_SAMPLES)
-            held = tightness(self.model, self.layers, samples, profile, plan.widths)
-        report = self._report(contest, metrics, profile, held)
-        if self.options.study and self.sharing.rank == 0:  # nothing is drawn on the other ranks
-            with self.progress.step("studies"):
-                report = replace(report, studies=explain(contest, plan, self.batches, self.loss_fn))
-        plan.apply(self.model)
-        return QuantizationResult(self.model, plan, profile, report)
-
-    def _announce(self) -> Objective:
-        """Say what will be done and about how long it will take, judged by the time of one forward pass."""
         start = time.perf_counter()
-        objective = make_objective(self.options.objective, self.model, self.batches, self.loss_fn)
-        objective.value(self.model)  # a loss that is not finite or no scalar shows here, before any work
-        seconds = (time.perf_counter() - start) * (20 + len(self.layers) * (1 + len(self.options.methods)))
+        reference = make_reference(model, samples)
+        objective = objective_from(options.objective, reference, self.loss_fn)
+        loss = objective.value(model)  # one that is not finite or no scalar shows here, before any work
+        seconds = (time.perf_counter() - start) * (20 + len(layers) * (1 + len(options.methods)))
         self.progress.say(
-            f"{len(self.layers)} layers, {sum(self.sizes.weights):,} weights, {objective.samples} samples, "
-            f"{self.options.method} with {self.options.budget}: about {duration(seconds)}, curvature not counted"
+            f"{len(layers)} layers, {sum(sizes.weights):,} weights, {objective.samples} samples, {options.method} with "
+            f"{options.budget}: about {duration(seconds)}, curvature not counted"
         )
-        return objective
+        return _Network(
+            model=model,
+            layers=layers,
+            skipped=skipped,
+            sizes=sizes,
+            input_bits=input_bits,
+            reference=reference,
+            objective=objective,
+            loss=loss,
+        )
 
-    def _judge(self, objective: Objective) -> dict[str, float]:
-        """Metrics of the network as it is, by name."""
-        metrics = {objective.name: objective.value(self.model)}
-        if self.evaluate is not None:
-            self.sharing.meet("evaluation")  # it may have collectives of its own
-            metrics |= {name: float(value) for name, value in self.evaluate(self.model).items()}
-        return self.sharing.first(metrics, "metrics")  # what is tried next has to be the same on every rank
-
-    def _check_monitor(self, metrics: Mapping[str, float]) -> None:
-        """Refuse to watch a metric that nobody computes, before anything is measured."""
+    def judge_float(self, network: _Network) -> dict[str, float]:
+        """Metrics of the float network; refuses to watch one that nobody computes, before anything is measured."""
+        with self.progress.step("evaluation (float)"):
+            metrics = self._metrics(network, network.loss)
         budget = self.options.budget
         if isinstance(budget, MaxDrop) and budget.monitor not in metrics:
             logged = ", ".join(map(repr, metrics))
@@ -249,82 +256,114 @@ class _Road:
                 f"monitor={budget.monitor!r} is not among the metrics of the float network, which are {logged}; "
                 "name one of these, or log it in validation."
             )
+        return metrics
 
-    def _measure(self) -> CurvatureProfile:
+    def measure(self, network: _Network, known: CurvatureProfile | None) -> CurvatureProfile:
+        """Measure the float network, unless an earlier profile holds all that is needed."""
         return measure(
-            self.model,
-            self.batches,
-            layers=self.layers,
+            network.model,
+            network.reference.batches,
+            layers=network.layers,
             objective=self.options.objective,
             loss_fn=self.loss_fn,
             needs=self.options.needs,
             bits=self.options.bits,
+            quantizer=self._quantizer,
             samples=self.options.curvature_samples,
             eigenpairs=self.options.eigenpairs,
             seed=self.options.seed,
-            known=self.known,
+            known=known,
             time_budget=self.options.time_budget,
             sharing=self.sharing,
-            quantizer=self._quantizer,
             progress=self.progress,
+        )
+
+    def allocator(self, network: _Network, profile: CurvatureProfile) -> Chooser:
+        """What allocates bits by the profile."""
+        objective, reference = network.on(profile.samples)
+        return Chooser(
+            profile=profile,
+            sizes=network.sizes,
+            bits=self.options.bits,
+            output_norm=reference.size,
+            evaluate=rounded_loss(network.model, network.layers, objective, self.options.bits, self._quantizer),
+            seed=self.options.seed,
+            granularity=self.options.granularity,
+            inputs=network.input_bits if self.options.activation_bits == MIXED else (),
+        )
+
+    def maker(self, network: _Network, profile: CurvatureProfile) -> CandidateMaker:
+        """What makes candidate networks by an allocation."""
+        model, layers, options, long_axis = network.model, network.layers, self.options, None
+        if options.rounding == "long_axis":
+            with self.progress.step("eigenvectors of the Hessian"), self.sharing.agreed("eigenvectors"):
+                objective, _ = network.on(profile.samples)
+                long_axis = prepare_long_axis(
+                    model, layers, objective, eigenpairs=options.eigenpairs, seed=options.seed
+                )
+        return prepare_candidates(model, layers, network.sizes, options, network.reference, long_axis)
+
+    def select(
+        self, network: _Network, chooser: Chooser, maker: CandidateMaker, float_metrics: Mapping[str, float]
+    ) -> Selection:
+        """Make the networks that were asked for, and choose the one to keep."""
+        return Selector(
+            chooser=chooser,
+            maker=maker,
+            judge=lambda: self._metrics(network, network.objective.value(network.model)),
+            options=self.options,
+            progress=self.progress,
+            float_metrics=float_metrics,
+        ).select()
+
+    def evaluate(self, network: _Network, chooser: Chooser, maker: CandidateMaker, selection: Selection) -> _Evaluation:
+        """Compare what was predicted with what is observed."""
+        plan, studies = selection.chosen.plan, Studies()
+        with self.progress.step("tightness of the prediction"):
+            _, reference = network.on(TIGHTNESS_SAMPLES)
+            errors = tightness(network.model, network.layers, reference, chooser.profile, plan.widths)
+        if self.options.study and self.sharing.rank == 0:  # nothing is drawn on the other ranks
+            with self.progress.step("studies"):
+                objective, reference = network.objective, network.reference
+                studies = explain(maker, chooser, objective=objective, reference=reference, plan=plan)
+        return _Evaluation(errors, studies)
+
+    def report(
+        self,
+        network: _Network,
+        profile: CurvatureProfile,
+        selection: Selection,
+        evaluation: _Evaluation,
+        float_metrics: Mapping[str, float],
+    ) -> QuantizationReport:
+        """Put together what was done, what it cost and what it gave."""
+        return run_report(
+            self.options,
+            network.layers,
+            network.sizes,
+            profile=profile,
+            selection=selection,
+            float_metrics=float_metrics,
+            tightness=evaluation.tightness,
+            studies=evaluation.studies,
+            seconds=self.progress.seconds,
+            notes=self._notes(network),
         )
 
     @property
     def _quantizer(self) -> Quantizer:
-        return Quantizer(self.options.quantizer, self.options.range, self.options.symmetry)
+        return Quantizer(self.options.quantizer, range=self.options.range, symmetry=self.options.symmetry)
 
-    def _chooser(self, profile: CurvatureProfile) -> Chooser:
-        samples = take_samples(self.batches, profile.samples)
-        objective = make_objective(self.options.objective, self.model, samples, self.loss_fn)
-        loss = rounded_loss(self.model, self.layers, objective, self.options.bits, self._quantizer)
-        norm = make_reference(self.model, samples).size
-        o = self.options
-        mixed = self.candidates if o.activation_bits == MIXED else ()
-        return Chooser(profile, self.sizes, o.bits, norm, loss, o.seed, o.granularity, mixed)
-
-    def _workshop(self, profile: CurvatureProfile) -> Workshop:
-        o, valley = self.options, None
-        if o.rounding == "long_axis":
-            with self.progress.step("eigenvectors of the Hessian"), self.sharing.agreed("eigenvectors"):
-                samples = take_samples(self.batches, profile.samples)
-                objective = make_objective(o.objective, self.model, samples, self.loss_fn)
-                valley = find_valley(self.model, self.layers, objective, o.eigenpairs, o.seed)
-        return open_workshop(self.model, self.layers, self.sizes, o, self.batches, valley)
-
-    def _report(
-        self, contest: Contest, metrics: Mapping[str, float], profile: CurvatureProfile, held: Tightness
-    ) -> QuantizationReport:
-        plans = {variant: attempt.plan for variant, attempt in contest.attempts.items()}
-        total = sum(self.sizes.weights) + self.sizes.unquantized
-        sizes = {"float": Size(float(FLOAT_BITS), 1.0, total * FLOAT_BITS // 8)}
-        sizes |= {variant: Size(plan.avg_bits, plan.ratio, plan.bytes) for variant, plan in plans.items()}
-        rows, bits_of = [], {variant: plan.bits for variant, plan in plans.items()}
-        inputs_of = {variant: plan.activation_bits for variant, plan in plans.items()}
-        for layer in self.layers:
-            row, name = profile[layer.name], layer.name
-            bits = {variant: bits[name] for variant, bits in bits_of.items()}
-            inputs = {variant: bits[name] for variant, bits in inputs_of.items() if name in bits}
-            rows.append(LayerRow(name, layer.kind, layer.weights, layer.macs, row.kappa, row.lipschitz, bits, inputs))
-        notes = [f"Layer '{x.name}' stays in float32: no calibration batch calls it." for x in self.skipped]
-        if profile.sampled is not None:
-            drawn, of = profile.sampled
-            notes.append(
-                f"Curvature rests on {drawn:,} output rows drawn at random of {of:,}: traces and quadratic forms are "
-                "unbiased, eigenvalues are estimates."
-            )
+    def _notes(self, network: _Network) -> list[str]:
+        notes = [f"Layer '{x.name}' stays in float32: no calibration batch calls it." for x in network.skipped]
         if self.options.range == "curvature":
             notes.append("Bits were chosen by rounding errors of grids in whose range all weights count the same.")
-        every = {"float": metrics, **contest.metrics}
-        return QuantizationReport(
-            method=plans["quantized"].method,
-            budget=str(self.options.budget),
-            layers=tuple(rows),
-            sizes=sizes,
-            metrics={f"{variant}/{name}": x for variant, found in every.items() for name, x in found.items()},
-            predicted_loss={v: x for v, p in plans.items() if (x := profile.predicted_loss(p.widths)) is not None},
-            options=self.options.to_dict(),
-            versions=versions(),
-            seconds=dict(self.progress.seconds),
-            notes=(*notes, *contest.notes),
-            tightness=held,
-        )
+        return notes
+
+    def _metrics(self, network: _Network, loss: float) -> dict[str, float]:
+        """Metrics of the network as it is, by name; ``loss`` is its calibration objective."""
+        metrics = {network.objective.name: loss}
+        if self.validation is not None:
+            self.sharing.meet("evaluation")  # it may have collectives of its own
+            metrics |= {name: float(value) for name, value in self.validation(network.model).items()}
+        return self.sharing.first(metrics, "metrics")  # what is tried next has to be the same on every rank

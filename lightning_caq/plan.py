@@ -135,6 +135,10 @@ class QuantizationPlan:
                 f"The plan was made for other weights than those in {type(model).__name__}; "
                 "load the checkpoint that was quantized, or quantize again."
             )
+        self.write(model)
+
+    def write(self, model: nn.Module) -> None:
+        """What ``apply`` does, without its checks: for the very network that the plan was made of."""
         with torch.no_grad():
             for layer in self.layers:
                 _weight(model, layer).copy_(layer.values)

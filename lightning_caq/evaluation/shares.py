@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_caq.measures.gram.spectrum import gram_spectrum
 from lightning_caq.measures.hessian.leading_pairs import folded_hessian, leading_pairs
-from lightning_caq.network.float_outputs import make_reference
+from lightning_caq.network.float_outputs import Reference
 from lightning_caq.network.layers import Layer
 from lightning_caq.network.objective import Objective
 from lightning_caq.network.perturbed import perturbed
@@ -70,18 +69,18 @@ def error_shares(
 def observed_errors(
     model: nn.Module,
     layers: Sequence[Layer],
-    batches: Sequence[Any],
+    reference: Reference,
     errors: Mapping[str, Tensor],
     shifts: Mapping[str, Tensor],
 ) -> dict[str, float]:
     """Error of the network's output with one layer rounded at a time: rms over samples of ‖F(w + Δ_i) − F(w)‖.
 
-    Costs one forward pass of all samples a layer, and one more; the weights are put back.
+    Costs one forward pass of all samples a layer; the weights are put back.
 
     Args:
         model: The float network, in eval mode.
         layers: The layers.
-        batches: The samples.
+        reference: Its outputs on the samples, in eval mode.
         errors: Layer name to Δ_i; layers without one are left out.
         shifts: Layer name to what corrects the mean of its error, where something does.
 
@@ -90,18 +89,19 @@ def observed_errors(
 
     Example:
         >>> import torch
+        >>> from lightning_caq.network.float_outputs import make_reference
         >>> net = nn.Linear(2, 1, bias=False)
         >>> layer = Layer("", "linear", (1, 2), calls=1, modules=("",))
-        >>> observed_errors(net, [layer], [torch.eye(2)], {"": torch.tensor([[3.0, 4.0]])}, {})  # √((3² + 4²) / 2)
+        >>> reference = make_reference(net, [torch.eye(2)])
+        >>> observed_errors(net, [layer], reference, {"": torch.tensor([[3.0, 4.0]])}, {})  # √((3² + 4²) / 2)
         {'': 3.53553...}
     """
-    reference = make_reference(model, batches)
-    distances = {}
+    observed = {}
     for layer in layers:
         if layer.name in errors:
             with perturbed(model, [layer], errors, shifts):
-                distances[layer.name] = reference.distance(model)
-    return distances
+                observed[layer.name] = reference.distance(model)
+    return observed
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import nn
 
@@ -12,7 +11,7 @@ from lightning_caq.errors import OptionError
 from lightning_caq.measures.rounding.bias_correction import bias_corrections
 from lightning_caq.measures.rounding.carried import carried_errors
 from lightning_caq.measures.rounding.rounding_errors import nearest_errors, profile_quantizer
-from lightning_caq.network.float_outputs import make_reference
+from lightning_caq.network.float_outputs import Reference
 from lightning_caq.network.layers import Layer
 from lightning_caq.network.perturbed import perturbed
 from lightning_caq.profile import CurvatureProfile
@@ -25,21 +24,21 @@ from lightning_caq.utilities.isolation import preserved
 def tightness(
     model: nn.Module,
     layers: Sequence[Layer],
-    batches: Sequence[Any],
+    reference: Reference,
     profile: CurvatureProfile,
     bits: Mapping[str, Width],
 ) -> Tightness:
     """Compare the predicted with the observed error of a network whose weights are rounded to nearest.
 
     Biases are corrected for the mean of each layer's error, as re-centring does: a shift that is the same for every
-    sample is not what is to be predicted. Costs four forward passes over the batches and a backward pass for each
-    output of a sample, at most 16, each worth about two forward passes: some 24 for ten classes, 36 at most, however
+    sample is not what is to be predicted. Costs three forward passes over the batches and a backward pass for each
+    output of a sample, at most 16, each worth about two forward passes: some 23 for ten classes, 35 at most, however
     many layers there are. A few dozen samples are enough to judge by.
 
     Args:
         model: The float network; left as it was.
         layers: The layers that are rounded.
-        batches: The samples.
+        reference: Its outputs on the samples, in eval mode.
         profile: Tells which values weights are rounded to; where it holds ``lipschitz_amplification`` of every layer,
             that bound is given too.
         bits: Layer name to bit-width, or to one a channel, for every layer.
@@ -52,11 +51,13 @@ def tightness(
 
     Example:
         >>> import torch
+        >>> from lightning_caq.network.float_outputs import make_reference
         >>> from lightning_caq.network.layers import find_layers
         >>> from lightning_caq.measures.measure import measure
         >>> net, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(32, 8)
-        >>> found = tightness(net, find_layers(net, x), [x], measure(net, [x]), {"0": 8, "2": 8})
-        >>> found.bound >= found.correlated >= found.rss, 0.9 < found.ratios["linear"] < 1.1
+        >>> reference, profile = make_reference(net, [x]), measure(net, [x])
+        >>> errors = tightness(net, find_layers(net, x), reference, profile, {"0": 8, "2": 8})
+        >>> errors.bound >= errors.correlated >= errors.rss, 0.9 < errors.ratios["linear"] < 1.1
         (True, True)
     """
     missing = [layer.name for layer in layers if layer.name not in bits]
@@ -66,9 +67,8 @@ def tightness(
     with curvature_safe(model), preserved(model):
         quantizer = profile_quantizer(profile)
         deltas = {x.name: nearest_errors(model, x, [chosen[x.name]], quantizer) for x in layers}
-        shifts = bias_corrections(model, layers, batches, deltas)
-        carried = carried_errors(model, layers, batches, deltas, shifts, seed=profile.seed)
-        reference = make_reference(model, batches)
+        shifts = bias_corrections(model, layers, reference.batches, deltas)
+        carried = carried_errors(model, layers, reference.batches, deltas, shifts, seed=profile.seed)
         with perturbed(
             model,
             layers,

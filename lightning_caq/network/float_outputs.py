@@ -1,4 +1,4 @@
-"""Reference: the float network's outputs on samples that nothing is fitted to, by which other networks are judged.
+"""Reference: the float network's outputs on some samples, by which other networks are judged.
 
 The calibration objective is a poor judge on few samples. Calibration images are often those of training, of which the
 network is sure: their divergence is next to nothing but for a handful near a boundary, and it is these that decide. The
@@ -34,6 +34,25 @@ class Reference:
     def size(self) -> float:
         """Root mean square over samples of ‖F(x)‖."""
         return self._rms(self.outputs)
+
+    def on(self, model: nn.Module, batches: Sequence[Any]) -> Reference:
+        """The reference on some of the samples: outputs of whole batches are taken over, batches that were cut are run.
+
+        Args:
+            model: The float network, in eval mode.
+            batches: Batches out of ``self.batches``, or parts of them.
+
+        Example:
+            >>> net, x = nn.Linear(3, 4), torch.randn(5, 3)
+            >>> whole = make_reference(net, [x, x + 1])
+            >>> part = whole.on(net, [x, x[:2]])
+            >>> part.outputs[0] is whole.outputs[0], len(part.outputs[1])
+            (True, 2)
+        """
+        known = {id(x): y for x, y in zip(self.batches, self.outputs, strict=True)}
+        with torch.no_grad():
+            outputs = tuple(known[id(x)] if id(x) in known else run_model(model, x) for x in batches)
+        return Reference(tuple(batches), outputs)
 
     def distance(self, model: nn.Module) -> float:
         """Root mean square over samples of ‖F_q(x) − F(x)‖, F_q being a network as it is now."""

@@ -9,7 +9,7 @@ divergence between two normal distributions of unit variance. ``task`` is the us
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_caq.errors import CalibrationError, OptionError
 from lightning_caq.network.batches import batch_size, run_model
+from lightning_caq.network.float_outputs import Reference, make_reference
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -42,6 +43,22 @@ class Objective:
     def samples(self) -> int:
         """Number of samples."""
         return sum(batch_size(batch) for batch in self.batches)
+
+    def on(self, model: nn.Module, batches: Sequence[Any]) -> Objective:
+        """The objective on some of the samples; the float network is run on batches that were cut, and on no others.
+
+        Args:
+            model: The float network, in eval mode.
+            batches: Batches out of ``self.batches``, or parts of them.
+
+        Example:
+            >>> net, x = nn.Linear(3, 4), torch.randn(5, 3)
+            >>> make_objective("distill", net, [x, x]).on(net, [x[:2]]).samples
+            2
+        """
+        if self.name == "task":
+            return replace(self, batches=tuple(batches))
+        return objective_from(self.name, Reference(self.batches, self.targets).on(model, batches))
 
     def weight(self, index: int) -> float:
         """Share of batch ``index`` in the mean over samples; uneven batches count by their sizes."""
@@ -89,20 +106,30 @@ def make_objective(name: str, model: nn.Module, batches: Sequence[Any], loss: Lo
         >>> make_objective("distill", net, [torch.randn(5, 3)]).value(net)
         0.0
     """
-    if name == "task":
-        if loss is None:
-            raise OptionError(
-                "objective='task' needs loss_fn, a function of the model and a batch that returns the loss."
-            )
-        return Objective(name, tuple(batches), loss=loss)
-    targets = []
-    with torch.no_grad():
-        for index, batch in enumerate(batches):
-            output = run_model(model, batch)
+    reference = make_reference(model, batches) if name == "distill" else Reference(tuple(batches), ())
+    return objective_from(name, reference, loss)
+
+
+def objective_from(name: str, reference: Reference, loss: Loss | None = None) -> Objective:
+    """The objective over batches on which the float network's outputs are known already.
+
+    Args:
+        name: ``"distill"`` or ``"task"``.
+        reference: The batches and, for ``"distill"``, the float outputs.
+        loss: Loss of a model and a batch, needed for ``"task"``.
+
+    Raises:
+        OptionError: If ``"task"`` has no loss.
+        CalibrationError: If an output is NaN or infinite.
+    """
+    if name == "distill":
+        for index, output in enumerate(reference.outputs):
             if not bool(torch.isfinite(output).all()):
                 raise CalibrationError(f"The outputs for calibration batch {index} hold NaN or infinite values.")
-            targets.append(output)
-    return Objective(name, tuple(batches), tuple(targets))
+        return Objective(name, reference.batches, targets=reference.outputs)
+    if loss is None:
+        raise OptionError("objective='task' needs loss_fn, a function of the model and a batch that returns the loss.")
+    return Objective(name, reference.batches, loss=loss)
 
 
 def output_rows(output: Tensor) -> Tensor:

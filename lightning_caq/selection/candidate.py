@@ -1,10 +1,11 @@
-"""Attempts: one allocation carried out on the network, so that it can be judged and, if need be, taken back."""
+"""Candidates: one allocation carried out on the network, judged, and taken back."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,12 +13,12 @@ from torch import Tensor, nn
 
 from lightning_caq.allocation.choose import Choice
 from lightning_caq.network.batches import HELD_OUT, batch_size, split_samples
-from lightning_caq.network.float_outputs import Reference, make_reference
+from lightning_caq.network.float_outputs import Reference
 from lightning_caq.network.layers import Layer, layer_weight
 from lightning_caq.options import QuantizationOptions
 from lightning_caq.plan import LayerPlan, QuantizationPlan, weights_fingerprint
 from lightning_caq.quantizers.calibration import calibrate_inputs, rounded_inputs
-from lightning_caq.quantizers.fake_quant.swap import restore_modules, swap
+from lightning_caq.quantizers.fake_quant.swap import restore_modules
 from lightning_caq.quantizers.grids.activations import InputGrid
 from lightning_caq.quantizers.grids.affine import Grid
 from lightning_caq.quantizers.grids.values import Quantizer
@@ -25,7 +26,7 @@ from lightning_caq.quantizers.repair import Repair, prepare_repair
 from lightning_caq.quantizers.rounding.moments import samples_needed
 from lightning_caq.quantizers.rounding.passes import PairedPasses
 from lightning_caq.quantizers.rounding.round_layer import round_layer
-from lightning_caq.selection.long_axis import Valley
+from lightning_caq.selection.long_axis import LongAxisRounding
 from lightning_caq.sizes import LayerSizes, width_bits
 
 Rounded = tuple[list[LayerPlan], dict[str, InputGrid]]
@@ -33,26 +34,30 @@ Rounded = tuple[list[LayerPlan], dict[str, InputGrid]]
 
 
 @dataclass(frozen=True)
-class Attempt:
+class Candidate:
     """An allocation that was carried out.
 
     Attributes:
         plan: What was done to the network.
-        held_out: The output error on the samples that nothing was fitted to, a part of the output.
+        choice: The bits that it was made with.
+        error: The output error on the samples that nothing was fitted to, a part of the output.
         notes: What the reader of the report should know; none as a rule.
+        metrics: Metrics of the network by name; empty where it was not evaluated.
     """
 
     plan: QuantizationPlan
-    held_out: float
+    choice: Choice
+    error: float
     notes: tuple[str, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Workshop:
-    """A network that is rounded, repaired and put back, as often as allocations are to be tried.
+class CandidateMaker:
+    """Makes candidates of one network, which is the float network before and after.
 
     Attributes:
-        model: The network, float between attempts.
+        model: The network.
         layers: Its layers.
         sizes: Their sizes.
         rounding: How weights are rounded.
@@ -61,7 +66,7 @@ class Workshop:
         held_out: The float network's outputs on other samples.
         repair: What to repair after rounding, if anything.
         floats: Every tensor of the float network by its state-dict key.
-        valley: For long-axis rounding, the steep directions to keep out of.
+        long_axis: For long-axis rounding, the steep directions to keep out of.
     """
 
     model: nn.Module
@@ -73,7 +78,7 @@ class Workshop:
     held_out: Reference
     repair: Repair | None
     floats: Mapping[str, Tensor]
-    valley: Valley | None = None
+    long_axis: LongAxisRounding | None = None
 
     @property
     def shortage(self) -> str:
@@ -92,17 +97,36 @@ class Workshop:
             f"{math.ceil(max(needed.values()) / (1 - HELD_OUT))} are enough, those held out included"
         )
 
-    def attempt(self, method: str, budget: str, choice: Choice) -> Attempt:
-        """Write the rounded weights into the network, and repair what that moved."""
+    @contextmanager
+    def made(self, method: str, budget: str, choice: Choice) -> Iterator[Candidate]:
+        """Round the weights and repair what that moved; while open, the network is the candidate.
+
+        Args:
+            method: The method that made the choice, for the plan.
+            budget: Its budget in words, for the plan.
+            choice: Bits of every layer.
+        """
+        try:
+            yield self._make(method, budget, choice)
+        finally:
+            self._restore()
+
+    def _make(self, method: str, budget: str, choice: Choice) -> Candidate:
         made_for = weights_fingerprint(self.model, [layer.name for layer in self.layers])
-        plans, inputs = self._round(choice) if self.valley is None else self._round_together(choice, self.valley)
-        plans = [replace(plan, input_grid=inputs.get(plan.name)) for plan in plans]
+        plans, inputs = self._round(choice) if self.long_axis is None else self._round_together(choice, self.long_axis)
         with rounded_inputs(self.model, self.layers, inputs):
             repairs, note = self.repair(self.model) if self.repair is not None else ({}, "")
-        sizes = replace(self.sizes, activation_bits=choice.inputs, widths=sum(map(width_bits, choice.bits)))
-        plan = QuantizationPlan(method, budget, self.rounding, tuple(plans), sizes, made_for, repairs).cpu()
-        swap(self.model, plan.grids(), plan.input_grids())  # what is judged is what the plan makes of the network
-        return Attempt(plan, self.held_out.error(self.model), (note,) if note else ())
+        plan = QuantizationPlan(
+            method=method,
+            budget=budget,
+            rounding=self.rounding,
+            layers=tuple(replace(plan, input_grid=inputs.get(plan.name)) for plan in plans),
+            sizes=replace(self.sizes, activation_bits=choice.inputs, widths=sum(map(width_bits, choice.bits))),
+            fingerprint=made_for,
+            repairs=repairs,
+        ).cpu()
+        plan.write(self.model)  # what is judged is what the plan makes of the network
+        return Candidate(plan, choice, self.held_out.error(self.model), notes=(note,) if note else ())
 
     def _round(self, choice: Choice) -> Rounded:
         """One layer after the other, each for the inputs that the rounded layers before it produce."""
@@ -117,7 +141,7 @@ class Workshop:
                 plans.append(LayerPlan(layer.name, layer.modules, grid, codes))
         return plans, passes.inputs
 
-    def _round_together(self, choice: Choice, valley: Valley) -> Rounded:
+    def _round_together(self, choice: Choice, long_axis: LongAxisRounding) -> Rounded:
         """All layers at once, on the grids of nearest rounding."""
         grids = []
         with PairedPasses(self.model, self.layers, self.fitted, self.floats) as passes:
@@ -125,12 +149,15 @@ class Workshop:
                 grid, _ = round_layer(self.model, layer, b, "nearest", passes, self.quantizer)
                 assert isinstance(grid, Grid)
                 grids.append(grid)
-        codes = valley.round(self.model, self.layers, grids)
+        codes = long_axis.codes(self.model, self.layers, grids)
         plans = [LayerPlan(x.name, x.modules, g, c) for x, g, c in zip(self.layers, grids, codes, strict=True)]
+        with torch.no_grad():
+            for layer, plan in zip(self.layers, plans, strict=True):
+                layer_weight(self.model, layer).copy_(plan.values)
         inputs = calibrate_inputs(self.model, self.layers, self.fitted, choice.inputs) if choice.inputs else {}
         return plans, inputs
 
-    def restore(self) -> None:
+    def _restore(self) -> None:
         """Make the network the float one again."""
         restore_modules(self.model)
         live = tensors(self.model)
@@ -139,21 +166,38 @@ class Workshop:
                 live[name].copy_(value)
 
 
-def open_workshop(
+def prepare_candidates(
     model: nn.Module,
     layers: Sequence[Layer],
     sizes: LayerSizes,
     options: QuantizationOptions,
-    batches: Sequence[Any],
-    valley: Valley | None = None,
-) -> Workshop:
-    """Prepare a float network for attempts; the last eighth of the samples is held out to judge them by."""
-    fitted, held_out = split_samples(batches)
-    judge = make_reference(model, held_out)
-    repair = prepare_repair(model, layers, fitted, judge) if options.batchnorm == "recentre" else None
-    floats = {name: tensor.detach().clone() for name, tensor in tensors(model).items()}
-    quantizer = Quantizer(options.quantizer, options.range, options.symmetry)
-    return Workshop(model, layers, sizes, options.rounding, quantizer, fitted, judge, repair, floats, valley)
+    reference: Reference,
+    long_axis: LongAxisRounding | None = None,
+) -> CandidateMaker:
+    """Prepare to make candidates of a float network; the last eighth of the samples is held out to judge them by.
+
+    Args:
+        model: The float network, in eval mode.
+        layers: Its layers.
+        sizes: Their sizes.
+        options: Says how to round and to repair.
+        reference: The calibration samples, and the float network's outputs on them.
+        long_axis: For ``rounding="long_axis"``, from ``prepare_long_axis``.
+    """
+    fitted, others = split_samples(reference.batches)
+    held_out = reference.on(model, others)
+    return CandidateMaker(
+        model=model,
+        layers=layers,
+        sizes=sizes,
+        rounding=options.rounding,
+        quantizer=Quantizer(options.quantizer, range=options.range, symmetry=options.symmetry),
+        fitted=fitted,
+        held_out=held_out,
+        repair=prepare_repair(model, layers, fitted, held_out) if options.batchnorm == "recentre" else None,
+        floats={name: tensor.detach().clone() for name, tensor in tensors(model).items()},
+        long_axis=long_axis,
+    )
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:

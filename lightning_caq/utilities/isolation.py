@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
     """Put a network into eval mode for a while, and put everything back afterwards.
 
     Always restored: the train/eval flag of every module and the global random states of torch, numpy and Python.
-    Restored if the block raises, Ctrl-C included: parameters, buffers and the classes of the modules.
+    Restored if the block raises, Ctrl-C included: parameters, buffers and the classes of the modules. That takes a copy
+    of them; inside another block for the same network there is one already, and no second is made.
 
     Args:
         model: The network.
@@ -66,13 +68,31 @@ def preserved(model: nn.Module) -> Iterator[None]:
         True
     """
     flags = {module: module.training for module in model.modules()}
+    try:
+        with _restored_on_failure(model), random_states_kept():
+            model.eval()
+            yield
+    finally:
+        for module, training in flags.items():
+            module.training = training
+
+
+_copied: ContextVar[frozenset[int]] = ContextVar("networks that a block around this one has a copy of")
+
+
+@contextmanager
+def _restored_on_failure(model: nn.Module) -> Iterator[None]:
+    """Put parameters, buffers and modules back if the block raises."""
+    outer = _copied.get(frozenset())
+    if id(model) in outer:
+        yield
+        return
     shapes = {module: (module.__class__, dict(module.__dict__), _contents(module)) for module in model.modules()}
     tensors = [t for t in (*model.parameters(), *model.buffers()) if not is_lazy(t)]
     values = [t.detach().clone() for t in tensors]
+    token = _copied.set(outer | {id(model)})
     try:
-        with random_states_kept():
-            model.eval()
-            yield
+        yield
     except BaseException:
         for module, (kind, attributes, contents) in shapes.items():
             module.__class__ = kind
@@ -87,8 +107,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
                 tensor.copy_(value)
         raise
     finally:
-        for module, training in flags.items():
-            module.training = training
+        _copied.reset(token)
 
 
 def _contents(module: nn.Module) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from lightning_caq.evaluation.shares import error_shares, observed_errors, round
 from lightning_caq.measures.gram.spectrum import gram_spectrum
 from lightning_caq.measures.measure import differentiable, measure
 from lightning_caq.measures.rounding.rounding_errors import nearest_errors
+from lightning_caq.network.float_outputs import make_reference
 from lightning_caq.network.layers import find_layers
 from lightning_caq.network.objective import make_objective
 from lightning_caq.profile import CurvatureProfile, LayerCurvature
@@ -43,7 +44,7 @@ def test_observed_errors_are_those_of_networks_with_one_weight_replaced(name) ->
     layers = find_layers(case.net, case.batches[0])
     errors = {layer.name: nearest_errors(case.net, layer, [2])[2] for layer in layers}
     before = {key: x.clone() for key, x in case.net.state_dict().items()}
-    found = observed_errors(case.net, layers, case.batches, errors, {})
+    found = observed_errors(case.net, layers, make_reference(case.net, case.batches), errors, {})
     assert all(torch.equal(x, before[key]) for key, x in case.net.state_dict().items())
     dense = nets.Dense(case.net, [layer.name for layer in layers])
     samples = sum(len(next(iter(b.values())) if isinstance(b, dict) else b) for b in case.batches)

@@ -9,7 +9,9 @@ import torch
 
 from lightning_caq import quantize
 from lightning_caq.evaluation.studies import study
+from lightning_caq.network.float_outputs import make_reference
 from lightning_caq.network.layers import find_layers
+from lightning_caq.network.objective import objective_from
 from lightning_caq.report import QuantizationReport
 from lightning_caq.studies import Studies
 
@@ -21,9 +23,11 @@ def studied():
     result = quantize(net, batches, avg_bits=3, inplace=False, compare=())
     layers = find_layers(net, batches[0])
     before = {key: x.clone() for key, x in net.state_dict().items()}
+    reference = make_reference(net, batches)
     found = study(
-        net, layers, batches, result.profile, result.plan, bits=(2, 4), with_energies=True, with_landscape=True
-    )
+        net, layers, objective=objective_from("distill", reference), reference=reference, profile=result.profile,
+        plan=result.plan, bits=(2, 4),
+    )  # fmt: skip
     assert all(torch.equal(x, before[key]) for key, x in net.state_dict().items())
     return net, result, found
 

@@ -9,6 +9,7 @@ from torch import nn
 from lightning_caq.errors import OptionError
 from lightning_caq.evaluation.tightness import tightness
 from lightning_caq.measures.measure import measure
+from lightning_caq.network.float_outputs import make_reference
 from lightning_caq.network.layers import find_layers
 from lightning_caq.quantizers.grids.affine import fit_grid
 from lightning_caq.studies import Tightness
@@ -21,7 +22,9 @@ def _profile(net, batches):
 def test_two_linear_maps_by_hand():
     net = nn.Sequential(nn.Linear(4, 5, bias=False), nn.Linear(5, 3, bias=False)).double()
     batches = [torch.randn(6, 4, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)]
-    found = tightness(net, find_layers(net, batches[0]), batches, _profile(net, batches), {"0": 3, "1": 4})
+    found = tightness(
+        net, find_layers(net, batches[0]), make_reference(net, batches), _profile(net, batches), {"0": 3, "1": 4}
+    )
     x = torch.cat(batches).numpy()
     w, v = (layer.weight.detach() for layer in net)
     dw, dv = ((fit_grid(m, b, (len(m), 1)).nearest(m) - m).double().numpy() for m, b in ((w, 3), (v, 4)))
@@ -48,7 +51,8 @@ def test_two_linear_maps_by_hand():
 def test_with_biases_the_mean_of_each_error_is_taken_out():
     net = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)).double()
     x = torch.randn(8, 4, dtype=torch.float64) + 3.0
-    found = tightness(net, find_layers(net, x), [x], _profile(net, [x]), {"0": 3, "1": 3})
+    reference, profile = make_reference(net, [x]), _profile(net, [x])
+    found = tightness(net, find_layers(net, x), reference, profile, {"0": 3, "1": 3})
     x, inner = x.numpy(), net[0](x).detach().numpy()
     w, v = (layer.weight.detach() for layer in net)
     dw, dv = ((fit_grid(m, 3, (len(m), 1)).nearest(m) - m).double().numpy() for m in (w, v))
@@ -67,12 +71,12 @@ def test_with_biases_the_mean_of_each_error_is_taken_out():
 
 def test_a_trained_network_keeps_its_state_and_the_order_of_the_predictions():
     x, y = nets.images(256, seed=0)
-    net = nets.trained(nets.small_cnn(), x, y)
+    net = nets.trained(nets.small_cnn(), x, y).eval()
     batches, layers = list(x[:64].split(32)), find_layers(net, x[:2])
     before = {k: v.clone() for k, v in net.state_dict().items()}
     profile = _profile(net, batches)
     for b in (4, 8):
-        found = tightness(net, layers, batches, profile, {layer.name: b for layer in layers})
+        found = tightness(net, layers, make_reference(net, batches), profile, {layer.name: b for layer in layers})
         assert found.lipschitz > found.bound >= found.correlated >= max(found.rss, found.linear)
         assert found.ratios["correlated"] >= 1
         assert found.ratios["linear"] == pytest.approx(1, abs=0.2 if b == 4 else 0.05)
@@ -88,7 +92,9 @@ def test_ratios_where_nothing_moves():
 def test_without_lipschitz_constants_there_is_no_such_bound():
     net, x = nets.mlp().eval(), torch.randn(6, 4)
     layers = find_layers(net, x)
-    found = tightness(net, layers, [x], measure(net, [x], needs=frozenset({"inputs"})), {"0": 4, "2": 4})
+    found = tightness(
+        net, layers, make_reference(net, [x]), measure(net, [x], needs=frozenset({"inputs"})), {"0": 4, "2": 4}
+    )
     assert found.lipschitz is None
     assert "lipschitz" not in found.ratios
 
@@ -96,4 +102,6 @@ def test_without_lipschitz_constants_there_is_no_such_bound():
 def test_missing_bits_are_named():
     net, x = nets.mlp(), torch.randn(6, 4)
     with pytest.raises(OptionError, match=r"no entry for the layers \['2'\]"):
-        tightness(net, find_layers(net, x), [x], measure(net, [x], needs=frozenset({"inputs"})), {"0": 4})
+        tightness(
+            net, find_layers(net, x), make_reference(net, [x]), measure(net, [x], needs=frozenset({"inputs"})), {"0": 4}
+        )

@@ -24,7 +24,7 @@ from lightning_caq import CurvatureQuantizationCallback, callback
 from lightning_caq.bridge import calibration
 from lightning_caq.bridge.calibration import training_batches
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules
-from lightning_caq.selection import candidate as attempt
+from lightning_caq.selection import candidate
 
 RANKS = 2
 RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -160,7 +160,7 @@ def apart(folder: Path, **kwargs: Any) -> dict[str, Any]:
 # Which rank fails at which place of the quantization, and the function that fails there.
 BROKEN = {
     "reading": (0, calibration, "_first"),
-    "rounding": (1, attempt, "round_layer"),
+    "rounding": (1, candidate, "round_layer"),
     "writing": (0, callback, "write"),
 }
 

@@ -7,6 +7,7 @@ import torch
 from every import every
 from torch import nn
 
+from lightning_caq.network.batches import take_samples
 from lightning_caq.network.float_outputs import Reference, make_reference
 
 
@@ -28,3 +29,14 @@ def test_where_the_float_network_gives_nothing_the_distance_itself_is_told():
     net = nn.Linear(1, 1, bias=False)
     net.weight.data.fill_(2.0)
     assert Reference((torch.tensor([[3.0]]),), (torch.zeros(1, 1),)).error(net) == 6.0
+
+
+def test_outputs_of_whole_batches_are_taken_over_and_cut_batches_are_run():
+    net = nn.Linear(3, 2)
+    batches, runs = [torch.randn(4, 3), torch.randn(4, 3)], []
+    whole = make_reference(net, batches)
+    net.register_forward_hook(lambda module, inputs, output: runs.append(len(output)))
+    part = whole.on(net, take_samples(batches, 6))
+    assert runs == [2]
+    assert part.outputs[0] is whole.outputs[0]
+    assert torch.equal(part.outputs[1], net(batches[1][:2]))

@@ -8,6 +8,7 @@ from every import every
 from torch import nn
 
 from lightning_caq.errors import CalibrationError, OptionError
+from lightning_caq.network.batches import take_samples
 from lightning_caq.network.objective import divergence, make_objective, output_rows
 
 
@@ -84,3 +85,14 @@ def test_bad_input():
     ):
         with pytest.raises(CalibrationError, match=message):
             make_objective("task", net, [x], bad).value(net)
+
+
+def test_on_some_of_the_samples_it_is_the_objective_made_for_them():
+    net, batches = nn.Linear(4, 3), [torch.randn(6, 4), torch.randn(6, 4)]
+    some = take_samples(batches, 8)
+    taken, made = make_objective("distill", net, batches).on(net, some), make_objective("distill", net, some)
+    assert all(torch.equal(a, b) for a, b in zip(taken.targets, made.targets, strict=True))
+    assert taken.samples == 8
+    loss = lambda m, b: m(b).square().mean()  # noqa: E731
+    taken, made = (make_objective("task", net, x, loss) for x in (batches, some))
+    assert taken.on(net, some) == made

@@ -1,4 +1,4 @@
-"""Long-axis rounding of a trained network, alone and through the whole road."""
+"""Long-axis rounding of a trained network, alone and in whole runs."""
 
 import copy
 
@@ -15,8 +15,8 @@ from lightning_caq.network.layers import find_layers, layer_weight
 from lightning_caq.network.objective import make_objective
 from lightning_caq.quantizers.grids.affine import fit_grid
 from lightning_caq.quantizers.rounding.long_axis import round_long_axis
-from lightning_caq.selection import long_axis as valley
-from lightning_caq.selection.long_axis import find_valley
+from lightning_caq.selection import long_axis
+from lightning_caq.selection.long_axis import prepare_long_axis
 
 X, Y = nets.images(96, 1)
 OPTIONS = {"calibration_samples": 96, "curvature_samples": 48, "guard": False, "compare": (), "rounding": "long_axis"}
@@ -41,8 +41,8 @@ class Rounded:
         self.target = make_objective(objective, self.net, self.batches, _loss)
         self.floats = [layer_weight(self.net, x).detach().clone() for x in self.layers]
         self.grids = [fit_grid(w, bits, x.channel_shape) for w, x in zip(self.floats, self.layers, strict=True)]
-        self.valley = find_valley(self.net, self.layers, self.target, k, seed=0)
-        self.codes = self.valley.round(self.net, self.layers, self.grids)
+        self.rounding = prepare_long_axis(self.net, self.layers, self.target, eigenpairs=k, seed=0)
+        self.codes = self.rounding.codes(self.net, self.layers, self.grids)
 
     def loss(self, values):
         with torch.no_grad():
@@ -65,9 +65,9 @@ class Rounded:
 def test_steep_energy_and_divergence_are_far_below_those_of_nearest(trained, bits):
     done = Rounded(trained, "distill", bits, k=8)
     near, chosen = done.nearest, done.of(done.codes)
-    for layer, value in zip(done.layers, chosen, strict=True):
-        assert torch.equal(layer_weight(done.net, layer), value)  # the network is left with them
-    shape = done.valley.shape
+    for layer, value in zip(done.layers, done.floats, strict=True):
+        assert torch.equal(layer_weight(done.net, layer), value)  # the network is left as it was
+    shape = done.rounding.shape
     assert shape.steep_energy(done.delta(chosen)) < 0.02 * shape.steep_energy(done.delta(near))
     assert float(done.delta(chosen).square().sum()) < 1.15 * float(done.delta(near).square().sum())
     assert done.loss(chosen) < 0.5 * done.loss(near)
@@ -77,24 +77,26 @@ def test_task_follows_the_slope_where_the_model_holds(trained):
     done = Rounded(trained, "task", 6)
     before, after, near = (done.loss(v) for v in (done.floats, done.of(done.codes), done.nearest))
     assert after < before < near
-    predicted = done.valley.shape.change(done.delta(done.of(done.codes)))
+    predicted = done.rounding.shape.change(done.delta(done.of(done.codes)))
     assert after - before == pytest.approx(predicted, rel=0.5, abs=1e-3)
 
 
 def test_task_promises_nothing_where_the_model_fails(trained, monkeypatch):
-    monkeypatch.setattr(valley, "is_predicted", lambda actual, predicted: False)
+    monkeypatch.setattr(long_axis, "is_predicted", lambda actual, predicted: False)
     done = Rounded(trained, "task", 3)
-    plain = round_long_axis(done.floats, done.grids, done.valley.shape.convex())
+    plain = round_long_axis(done.floats, done.grids, done.rounding.shape.convex())
     assert all(torch.equal(a, b) for a, b in zip(done.codes, plain, strict=True))
-    shape = done.valley.shape
+    shape = done.rounding.shape
     assert shape.steep_energy(done.delta(done.of(plain))) < 0.1 * shape.steep_energy(done.delta(done.nearest))
 
 
 @pytest.mark.parametrize("granularity", ["layer", "channel_group"])
-def test_the_whole_road_measures_once_and_serves_every_attempt(trained, granularity, monkeypatch):
+def test_a_run_measures_once_for_every_candidate(trained, granularity, monkeypatch):
     times = []
-    measured = pipeline.find_valley
-    monkeypatch.setattr(pipeline, "find_valley", lambda *args: times.append(1) or measured(*args))
+    measured = pipeline.prepare_long_axis
+    monkeypatch.setattr(
+        pipeline, "prepare_long_axis", lambda *args, **kwargs: times.append(1) or measured(*args, **kwargs)
+    )
     options = {**OPTIONS, "compare": ("uniform",), "granularity": granularity}
     done = quantize(copy.deepcopy(trained), [X], avg_bits=2.6, **options)
     assert len(times) == 1
@@ -107,7 +109,7 @@ def test_the_whole_road_measures_once_and_serves_every_attempt(trained, granular
         assert done.report.metrics[f"{variant}/distill"] < near.report.metrics[f"{variant}/distill"]
 
 
-def test_task_through_the_road_is_repeatable(trained):
+def test_a_run_with_task_is_repeatable(trained):
     found = [
         quantize(copy.deepcopy(trained), [(X, Y)], avg_bits=4, objective="task", loss_fn=_loss, eigenpairs=8, **OPTIONS)
         for _ in range(2)

@@ -1,6 +1,7 @@
 """What a run makes, and which network it keeps."""
 
 import copy
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import nets
@@ -17,8 +18,8 @@ from lightning_caq.errors import BudgetError, OptionError
 from lightning_caq.options import QuantizationOptions
 from lightning_caq.profile import CurvatureProfile, LayerCurvature
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules
-from lightning_caq.selection.candidate import Attempt
-from lightning_caq.selection.select import Contest
+from lightning_caq.selection.candidate import Candidate
+from lightning_caq.selection.select import Selector
 from lightning_caq.sizes import LayerSizes
 from lightning_caq.utilities.progress import Progress
 
@@ -79,76 +80,71 @@ def test_without_the_guard_the_methods_own_bits_are_kept(net):
     assert set(result.report.sizes) == {"float", "quantized"}
 
 
-@every(("held_out", "kept"), [(0.1, "cet"), (0.3, "uniform")])
+class MadeUp:
+    """Candidates that no network stands behind: a method's choice, error and metrics are given."""
+
+    def __init__(self, **methods):
+        self.methods, self.made, self.shortage = methods, [], ""
+
+    def choose(self, method, budget):
+        return Choice(self.methods[method]["bits"])
+
+    @contextmanager
+    def made_by(self, method, budget, choice):
+        self.made.append(method)
+        yield Candidate(SimpleNamespace(method=method, avg_bits=3.0), choice, self.methods[method]["error"])
+
+    def judge(self):
+        return {"distill": self.methods[self.made[-1]]["error"], "acc": self.methods[self.made[-1]].get("acc")}
+
+    def select(self, keeps=None, **options):
+        return Selector(
+            chooser=SimpleNamespace(choose=self.choose, keeps=keeps),
+            maker=SimpleNamespace(made=self.made_by, shortage=""),
+            judge=self.judge,
+            options=QuantizationOptions(**options),
+            progress=Progress(),
+            float_metrics={"acc": 0.91},
+        ).select()
+
+
+@every(("error", "kept"), [(0.1, "cet"), (0.3, "uniform")])
 @every("compare", [(), ("uniform",)])
 @pytest.mark.filterwarnings("ignore:caq. uniform bits are better")
-def test_the_guard_decides_by_the_samples_held_out(held_out, kept, compare):
-    losses, made = {"cet": held_out, "uniform": 0.2}, []
+def test_the_guard_decides_by_the_samples_held_out(error, kept, compare):
+    networks = MadeUp(cet={"bits": (2, 4), "error": error}, uniform={"bits": (3, 3), "error": 0.2})
+    selection = networks.select(avg_bits=3, compare=compare)
+    assert selection.chosen.plan.method == kept
+    assert set(selection.candidates) == {"quantized"} | set(compare) | ({"cet"} if kept == "uniform" else set())
+    assert selection.chosen.metrics["distill"] == min(error, 0.2)
+    assert networks.made == ["cet", "uniform"]
 
-    def attempt(method, budget, choice):
-        made.append(method)
-        widths, sizes = dict(enumerate(choice.bits)), LayerSizes((1, 1), (1, 1), activation_bits=choice.inputs)
-        return Attempt(SimpleNamespace(method=method, widths=widths, sizes=sizes, avg_bits=3.0), losses[method])
 
-    contest = Contest(
-        chooser=SimpleNamespace(choose=lambda method, budget: Choice((2, 4) if method == "cet" else (3, 3))),
-        workshop=SimpleNamespace(attempt=attempt, restore=lambda: None, shortage=""),
-        judge=lambda: {"distill": losses[made[-1]]},
-        options=QuantizationOptions(avg_bits=3, compare=compare),
-        progress=Progress(),
-        float_metrics={},
-    )
-    assert contest.hold().plan.method == kept
-    expected = {"quantized"} | set(compare) | ({"cet"} if kept == "uniform" else set())
-    assert set(contest.attempts) == set(contest.metrics) == expected
-    assert contest.metrics["quantized"]["distill"] == losses[kept] == min(losses.values())
-    assert made == ["cet", "uniform"]
+def test_the_same_bits_are_not_made_twice_for_the_guard():
+    networks = MadeUp(cet={"bits": (3, 3), "error": 0.3}, uniform={"bits": (3, 3), "error": 0.2})
+    selection = networks.select(avg_bits=3, compare=())
+    assert networks.made == ["cet"]
+    assert selection.chosen.choice == Choice((3, 3))
 
 
 @every(("accuracy", "kept"), [(0.5, "cet"), (0.9, "uniform")])
 @pytest.mark.filterwarnings("ignore:caq. uniform bits are better")
 def test_the_guard_loses_no_more_of_the_metric_than_max_drop_allows(accuracy, kept):
-    losses, accuracies, made = {"cet": 0.3, "uniform": 0.2}, {"cet": 0.9, "uniform": accuracy}, []
-
-    def attempt(method, budget, choice):
-        made.append(method)
-        widths, sizes = dict(enumerate(choice.bits)), LayerSizes((1, 1), (1, 1))
-        return Attempt(SimpleNamespace(method=method, widths=widths, sizes=sizes, avg_bits=3.0), losses[method])
-
-    contest = Contest(
-        chooser=SimpleNamespace(choose=lambda method, budget: Choice((2, 4) if method == "cet" else (3, 3))),
-        workshop=SimpleNamespace(attempt=attempt, restore=lambda: None, shortage=""),
-        judge=lambda: {"distill": losses[made[-1]], "acc": accuracies[made[-1]]},
-        options=QuantizationOptions(max_drop=0.02, monitor="acc", compare=()),
-        progress=Progress(),
-        float_metrics={"acc": 0.91},
-    )
-    assert contest.hold().plan.method == kept
-    assert contest.metrics["quantized"]["acc"] == 0.9
+    cet = {"bits": (2, 4), "error": 0.3, "acc": 0.9}
+    networks = MadeUp(cet=cet, uniform={"bits": (3, 3), "error": 0.2, "acc": accuracy})
+    chosen = networks.select(max_drop=0.02, monitor="acc", compare=()).chosen
+    assert (chosen.plan.method, chosen.metrics["acc"]) == (kept, 0.9)
 
 
 @every(("error", "kept"), [(2.0, "caq"), (3.0, "uniform")])
 @pytest.mark.filterwarnings("ignore:caq. uniform bits are better")
 def test_the_guard_keeps_the_predicted_error(error, kept):
-    losses, made = {"caq": 0.3, "uniform": 0.2}, []
     rows = [LayerCurvature(n, 1, 1, 1, carried_error={2: 2 * e, 3: e, 4: 0.0}) for n, e in (("a", 1.0), ("b", 2.0))]
-
-    def attempt(method, budget, choice):
-        made.append(method)
-        widths, sizes = dict(enumerate(choice.bits)), LayerSizes((1, 1), (1, 1))
-        return Attempt(SimpleNamespace(method=method, widths=widths, sizes=sizes, avg_bits=3.0), losses[method])
-
     chooser = Chooser(CurvatureProfile(tuple(rows)), LayerSizes((1, 1), (1, 1)), (2, 3, 4), 1.0, lambda bits: 0.0, 0)
-    chosen = {"caq": Choice((2, 4)), "uniform": Choice((3, 3))}  # errors of 2 and of √5
-    contest = Contest(
-        chooser=SimpleNamespace(choose=lambda method, budget: chosen[method], keeps=chooser.keeps),
-        workshop=SimpleNamespace(attempt=attempt, restore=lambda: None, shortage=""),
-        judge=lambda: {"distill": losses[made[-1]]},
-        options=QuantizationOptions(method="caq", error=error, compare=()),
-        progress=Progress(),
-        float_metrics={},
-    )
-    assert contest.hold().plan.method == kept
+    # The predicted errors are 2 and √5.
+    networks = MadeUp(caq={"bits": (2, 4), "error": 0.3}, uniform={"bits": (3, 3), "error": 0.2})
+    selection = networks.select(chooser.keeps, method="caq", error=error, compare=())
+    assert selection.chosen.plan.method == kept
 
 
 def test_max_drop_finds_a_small_network_that_keeps_the_metric(net):

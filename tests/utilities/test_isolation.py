@@ -90,3 +90,32 @@ def test_optimizers_go_on_with_the_same_parameters():
     net(torch.randn(5, 3)).sum().backward()
     optimizer.step()
     assert not torch.equal(net[3].weight, before)
+
+
+def test_a_block_in_another_one_copies_nothing_and_failures_go_back_to_the_outer_beginning(monkeypatch):
+    net, clones = _net(), []
+    clone = torch.Tensor.clone
+    before, again = _picture(net), _picture(net)
+
+    def work():
+        with preserved(net):
+            nn.init.zeros_(net[0].weight)
+            monkeypatch.setattr(torch.Tensor, "clone", lambda *x, **kw: clones.append(1) or clone(*x, **kw))
+            with preserved(net):
+                assert not clones
+                monkeypatch.undo()
+                _wreck(net, RuntimeError)
+
+    for picture in (before, again):  # a later block copies again
+        with pytest.raises(RuntimeError):
+            work()
+        _same(picture, _picture(net))
+
+
+def test_a_block_for_another_network_copies_that_one():
+    outer, inner = _net(), _net()
+    before = _picture(inner)
+    with preserved(outer):
+        with pytest.raises(RuntimeError), preserved(inner):
+            _wreck(inner, RuntimeError)
+        _same(before, _picture(inner))

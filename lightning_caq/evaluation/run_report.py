@@ -1,0 +1,93 @@
+"""The report of a run, put together from what each step of it gave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from lightning_caq.evaluation.versions import versions
+from lightning_caq.network.layers import Layer
+from lightning_caq.options import QuantizationOptions
+from lightning_caq.profile import CurvatureProfile
+from lightning_caq.report import LayerRow, QuantizationReport, Size
+from lightning_caq.selection.select import Selection
+from lightning_caq.sizes import FLOAT_BITS, LayerSizes
+from lightning_caq.studies import Studies, Tightness
+
+
+def run_report(
+    options: QuantizationOptions,
+    layers: Sequence[Layer],
+    sizes: LayerSizes,
+    *,
+    profile: CurvatureProfile,
+    selection: Selection,
+    float_metrics: Mapping[str, float],
+    tightness: Tightness,
+    studies: Studies,
+    seconds: Mapping[str, float],
+    notes: Sequence[str] = (),
+) -> QuantizationReport:
+    """Float against quantized, with sizes.
+
+    Args:
+        options: What was asked for.
+        layers: The layers that were quantized.
+        sizes: Their sizes.
+        profile: What was measured of them.
+        selection: The networks that were made.
+        float_metrics: Metrics of the float network by name.
+        tightness: Predicted and observed output errors.
+        studies: What else was computed to understand the result.
+        seconds: Step to the seconds it took.
+        notes: What the reader should know, ahead of the notes on measuring and on the networks.
+    """
+    plans = {variant: candidate.plan for variant, candidate in selection.candidates.items()}
+    metrics = {"float": float_metrics, **{v: candidate.metrics for v, candidate in selection.candidates.items()}}
+    total = sum(sizes.weights) + sizes.unquantized
+    return QuantizationReport(
+        method=selection.chosen.plan.method,
+        budget=str(options.budget),
+        layers=_rows(layers, profile, selection),
+        sizes={
+            "float": Size(float(FLOAT_BITS), 1.0, total * FLOAT_BITS // 8),
+            **{variant: Size(plan.avg_bits, plan.ratio, plan.bytes) for variant, plan in plans.items()},
+        },
+        metrics={f"{variant}/{name}": x for variant, values in metrics.items() for name, x in values.items()},
+        predicted_loss={v: x for v, plan in plans.items() if (x := profile.predicted_loss(plan.widths)) is not None},
+        options=options.to_dict(),
+        versions=versions(),
+        seconds=dict(seconds),
+        notes=(*notes, *_sampling_note(profile), *selection.notes),
+        tightness=tightness,
+        studies=studies,
+    )
+
+
+def _rows(layers: Sequence[Layer], profile: CurvatureProfile, selection: Selection) -> tuple[LayerRow, ...]:
+    bits = {variant: candidate.plan.bits for variant, candidate in selection.candidates.items()}
+    inputs = {variant: candidate.plan.activation_bits for variant, candidate in selection.candidates.items()}
+    return tuple(
+        LayerRow(
+            name=layer.name,
+            kind=layer.kind,
+            weights=layer.weights,
+            macs=layer.macs,
+            kappa=profile[layer.name].kappa,
+            lipschitz=profile[layer.name].lipschitz,
+            bits={variant: by_layer[layer.name] for variant, by_layer in bits.items()},
+            input_bits={
+                variant: by_layer[layer.name] for variant, by_layer in inputs.items() if layer.name in by_layer
+            },
+        )
+        for layer in layers
+    )
+
+
+def _sampling_note(profile: CurvatureProfile) -> tuple[str, ...]:
+    if profile.sampled is None:
+        return ()
+    drawn, of = profile.sampled
+    return (
+        f"Curvature rests on {drawn:,} output rows drawn at random of {of:,}: traces and quadratic forms are "
+        "unbiased, eigenvalues are estimates.",
+    )
