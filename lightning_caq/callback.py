@@ -1,4 +1,4 @@
-"""The callback: when things happen. What happens is decided in the other rooms of the package."""
+"""The callback: when things happen. What happens is decided in the other parts of the package."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
@@ -18,13 +17,15 @@ from typing_extensions import override
 from lightning_caq import pipeline
 from lightning_caq.bridge import averaging, loggers, ranks, trainers
 from lightning_caq.bridge.calibration import training_batches
-from lightning_caq.bridge.checkpoints import put_on_grid, restore, state_of
+from lightning_caq.bridge.checkpoints import put_in_force, put_on_grid, restore, state_of
+from lightning_caq.bridge.failures import failures_reported
 from lightning_caq.bridge.loss import quiet_loss
 from lightning_caq.bridge.monitoring import Monitor
 from lightning_caq.bridge.outputs import Outcome, float_weights, output_directory, write
 from lightning_caq.bridge.packages import Callback
 from lightning_caq.bridge.validation import isolated_validation
-from lightning_caq.errors import OptionError, PlanError
+from lightning_caq.errors import OptionError
+from lightning_caq.evaluation.run_report import retrained_report
 from lightning_caq.network.layers import chosen_layers
 from lightning_caq.options import QuantizationOptions
 from lightning_caq.plan import QuantizationPlan
@@ -232,7 +233,7 @@ class CurvatureQuantizationCallback(Callback):
     # ----------------------------------------------------------------------------------------------------- workers
 
     def _quantize(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The whole road; whatever goes wrong on it, the float network is left."""
+        """A whole run; whatever goes wrong in it, the float network is left."""
         directory, options, sharing = output_directory(trainer), self.options, ranks.sharing(trainer)
         with self._working(trainer, pl_module), sharing.agreed("quantization"):
             ranks.share_buffers(trainer, pl_module)
@@ -266,13 +267,8 @@ class CurvatureQuantizationCallback(Callback):
             plan = before.plan.settled(pl_module)
             sharing.meet("validation")
             validate = isolated_validation(trainer, pl_module) if self.evaluate else None
-            metrics = {k: v for k, v in before.report.metrics.items() if not k.startswith("quantized/")}
-            if validate is not None:
-                metrics |= {f"quantized/{name}": value for name, value in validate(pl_module).items()}
-            note = "The quantized network was trained on; all else is as measured before that."
-            notes = tuple(dict.fromkeys((*before.report.notes, note)))
-            report = replace(before.report, metrics=metrics, notes=notes)
-            outcome = Outcome(plan, before.profile, report)
+            metrics = {} if validate is None else validate(pl_module)
+            outcome = Outcome(plan, before.profile, retrained_report(before.report, metrics))
             write(trainer, directory, outcome, {})
             self._keep(pl_module, outcome)
 
@@ -280,23 +276,8 @@ class CurvatureQuantizationCallback(Callback):
     def _working(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
         """The surroundings of any work on the network; if it fails, the network is put back whole and that is said."""
         averaged = averaging.averages_settled(trainer, self, pl_module)
-        with self._failure_told(), curvature_safe(pl_module), preserved(pl_module), averaged:
+        with failures_reported(self.on_error), curvature_safe(pl_module), preserved(pl_module), averaged:
             yield
-
-    @contextmanager
-    def _failure_told(self) -> Iterator[None]:
-        """Say that nothing is lost when something fails, and go on if the user asked for that."""
-        try:
-            yield
-        except BaseException as error:
-            if self.on_error == "warn" and isinstance(error, Exception):
-                rank_zero_warn(
-                    f"caq: quantization failed ({type(error).__name__}: {error}); training goes on with the network as "
-                    "it was, and its checkpoints are untouched."
-                )
-                return
-            rank_zero_info("caq: quantization failed; the network and its checkpoints are as training left them.")
-            raise
 
     def _keep(self, pl_module: nn.Module, outcome: Outcome) -> None:
         self._outcome = outcome
@@ -308,14 +289,4 @@ class CurvatureQuantizationCallback(Callback):
             return True
         if self.plan is None or self._network is None or self._network() is not pl_module:
             return False
-        try:
-            with torch.inference_mode(False):  # buffers made in inference mode could never be trained with again
-                if not self.plan.attach(pl_module):
-                    self.plan.apply(pl_module)
-        except PlanError as error:
-            rank_zero_warn(
-                f"caq: the network that was quantized has lost its fake-quant layers ({error}) It runs as a float "
-                "network. If configure_model rebuilds the layers, let it return early where they exist."
-            )
-            return False
-        return True
+        return put_in_force(self.plan, pl_module)

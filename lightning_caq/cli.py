@@ -57,10 +57,10 @@ def compare(log_dirs: list[Path], output: Path = Path("caq-compare.html")) -> No
         runs[name] = run.report
     header, rows = comparison(runs)
     print(text_table(header, [[_text(cell) for cell in row] for row in rows]))
-    points = [point for name, found in runs.items() for point in _points(name, found, alone=len(runs) == 1)]
-    float_metrics = [variant_metrics(found, "float") for found in runs.values()]
+    points = [point for name, report in runs.items() for point in _points(name, report, alone=len(runs) == 1)]
+    float_metrics = [variant_metrics(report, "float") for report in runs.values()]
     # A line for the float network makes sense only where all runs started from the same one.
-    floats = float_metrics[0] if all(found == float_metrics[0] for found in float_metrics) else {}
+    floats = float_metrics[0] if all(metrics == float_metrics[0] for metrics in float_metrics) else {}
     try:
         figure = pareto(points, floats)
     except ValueError as reason:
@@ -82,9 +82,9 @@ def inspect(file: Path) -> None:
         for side in layer["shape"]:
             count *= side
         size = sum(x.nbytes for name, x in tensors.items() if name.rpartition(".")[0] == layer["key"])
-        own = tensors[f"{layer['key']}.codes"].nbytes
-        bits = 8 * own / count if f"{layer['key']}.widths" in tensors else layer["bits"]
-        codes, total = codes + own, total + count
+        code_bytes = tensors[f"{layer['key']}.codes"].nbytes
+        bits = 8 * code_bytes / count if f"{layer['key']}.widths" in tensors else layer["bits"]
+        codes, total = codes + code_bytes, total + count
         shape = "x".join(map(str, layer["shape"]))
         rows.append([layer["key"], f"{bits:.3g}", f"{count:,}", shape, f"{size:,}"])
     print(text_table(["weight", "bits", "numbers", "shape", "bytes with scales"], rows))
@@ -113,13 +113,15 @@ def main(args: list[str] | None = None) -> None:
     choices = parser.add_subcommands(required=True)
     for name, command in _COMMANDS.items():
         what = (command.__doc__ or "").splitlines()[0]
-        each = ArgumentParser(description=what)
+        subparser = ArgumentParser(description=what)
         if command is compare:
-            each.add_argument("log_dirs", nargs="+", type=Path, help="the log folders of the runs")
-            each.add_argument("--output", type=Path, default=Path("caq-compare.html"), help="where to write the page")
+            subparser.add_argument("log_dirs", nargs="+", type=Path, help="the log folders of the runs")
+            subparser.add_argument(
+                "--output", type=Path, default=Path("caq-compare.html"), help="where to write the page"
+            )
         else:
-            each.add_function_arguments(command, as_positional=True)
-        choices.add_subcommand(name, each, help=what)
+            subparser.add_function_arguments(command, as_positional=True)
+        choices.add_subcommand(name, subparser, help=what)
     chosen = parser.parse_args(args)
     try:
         _COMMANDS[chosen.subcommand](**chosen[chosen.subcommand])
@@ -140,9 +142,9 @@ def _names(log_dirs: list[Path]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names, 1)]
 
 
-def _points(name: str, found: QuantizationReport, alone: bool) -> list[SweepPoint]:
+def _points(name: str, report: QuantizationReport, alone: bool) -> list[SweepPoint]:
     """The networks of one run, as curves of their own beside those of other runs."""
-    points = (*sweep_points(found), *found.studies.points)
+    points = (*sweep_points(report), *report.studies.points)
     return [point if alone else replace(point, method=f"{name}: {point.method}") for point in points]
 
 

@@ -338,8 +338,8 @@ def _describe(layer: LayerPlan) -> dict[str, Any]:
 def _layer(described: Mapping[str, Any], tensors: Mapping[str, Tensor], version: int) -> LayerPlan:
     """A layer from its description and its tensors."""
     name = described["name"]
-    own = {part: tensors[f"{part}/{name}"] for part in NUMBERS if f"{part}/{name}" in tensors}
-    grid = from_numbers(described.get("quantizer", "affine"), described["bits"], own)
+    parts = {part: tensors[f"{part}/{name}"] for part in NUMBERS if f"{part}/{name}" in tensors}
+    grid = from_numbers(described.get("quantizer", "affine"), described["bits"], parts)
     codes = tensors[f"codes/{name}"]
     return LayerPlan(
         name,

@@ -27,7 +27,7 @@ def averaged_networks(trainer: Trainer, callback: Any) -> list[nn.Module]:
         trainer: The trainer.
         callback: Our callback.
     """
-    return [each._average_model.module for each in _ahead(trainer, callback)]
+    return [other._average_model.module for other in _ahead(trainer, callback)]
 
 
 def keep_grids(trainer: Trainer, callback: Any, plan: QuantizationPlan) -> None:
@@ -59,20 +59,20 @@ def averages_settled(trainer: Trainer, callback: Any, pl_module: LightningModule
         callback: Our callback.
         pl_module: Its module.
     """
-    for each in _ahead(trainer, callback):
-        each._copy_average_to_current(pl_module)
+    for other in _ahead(trainer, callback):
+        other._copy_average_to_current(pl_module)
     yield
-    for each in _averaging(trainer):
-        each._average_model.module = pl_module
-    for each in _ahead(trainer, callback):
-        each._average_model = None
+    for other in _averaging(trainer):
+        other._average_model.module = pl_module
+    for other in _ahead(trainer, callback):
+        other._average_model = None
 
 
 def _averaging(trainer: Any) -> list[Any]:
     kinds = every("callbacks", "WeightAveraging")
-    return [each for each in trainer.callbacks if isinstance(each, kinds) and each._average_model is not None]
+    return [x for x in trainer.callbacks if isinstance(x, kinds) and x._average_model is not None]
 
 
 def _ahead(trainer: Trainer, callback: Any) -> list[Any]:
     behind = later(trainer, callback)
-    return [each for each in _averaging(trainer) if each not in behind]
+    return [x for x in _averaging(trainer) if x not in behind]

@@ -123,7 +123,9 @@ def _taken(model: nn.Module, collections: list[Any]) -> list[Any]:
     try:
         check_model_takes(model, collections[0])
     except CalibrationError:
-        return [batch for each in collections for batch in (each.values() if isinstance(each, dict) else each)]
+        return [
+            batch for several in collections for batch in (several.values() if isinstance(several, dict) else several)
+        ]
     return collections
 
 

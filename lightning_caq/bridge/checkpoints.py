@@ -95,6 +95,25 @@ def restore(
     return Outcome(plan, CurvatureProfile.from_json(state["profile"]), QuantizationReport.from_json(state["report"]))
 
 
+def put_in_force(plan: QuantizationPlan, model: nn.Module) -> bool:
+    """Swap a network again by the plan that was in force on it, if ``configure_model`` ran once more and undid that.
+
+    Returns:
+        Whether the network is quantized; where the plan no longer fits, a warning says that it runs in float.
+    """
+    try:
+        with torch.inference_mode(False):  # buffers made in inference mode could never be trained with again
+            if not plan.attach(model):
+                plan.apply(model)
+    except PlanError as error:
+        rank_zero_warn(
+            f"caq: the network that was quantized has lost its fake-quant layers ({error}) It runs as a float "
+            "network. If configure_model rebuilds the layers, let it return early where they exist."
+        )
+        return False
+    return True
+
+
 def _put(network: nn.Module, values: dict[str, Tensor]) -> None:
     weights = dict(network.named_parameters(remove_duplicate=False))
     with torch.no_grad():

@@ -87,7 +87,7 @@ def _silent_log(pl_module: LightningModule) -> Iterator[None]:
             attributes.update(dict.fromkeys(names, lambda *args, **kwargs: None))
         yield
     finally:
-        for attributes, own in zip(shadowed, before, strict=True):
+        for attributes, shadowing in zip(shadowed, before, strict=True):
             for name in names:
                 del attributes[name]
-            attributes.update(own)
+            attributes.update(shadowing)

@@ -40,7 +40,7 @@ def is_superseded(trainer: Trainer, callback: Any) -> bool:
         trainer: The trainer.
         callback: The callback.
     """
-    return any(isinstance(each, type(callback)) for each in later(trainer, callback))
+    return any(isinstance(x, type(callback)) for x in later(trainer, callback))
 
 
 def later(trainer: Any, callback: Any) -> list[Any]:
@@ -58,7 +58,7 @@ def warn_of_late_averaging(trainer: Trainer, callback: Any) -> None:
     """
     for name in ("WeightAveraging", "StochasticWeightAveraging", "ModelPruning"):
         kinds = every("callbacks", name)
-        if any(isinstance(each, kinds) for each in later(trainer, callback)):
+        if any(isinstance(x, kinds) for x in later(trainer, callback)):
             rank_zero_warn(
                 f"caq: {name} comes after {type(callback).__name__} in the list of callbacks: the weights are "
                 f"quantized without it, and what it does to them then may spoil that; put {name} first."

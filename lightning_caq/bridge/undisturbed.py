@@ -35,8 +35,8 @@ def undisturbed(pl_module: LightningModule) -> Iterator[None]:
             # A logger that accepts every call, for steps that draw pictures on self.logger.experiment.
             replaced(stack, pl_module._trainer, "loggers", [DummyLogger() for _ in pl_module._trainer.loggers])
         try:
-            for module, own in zip(modules, buffers, strict=True):
-                module._buffers.update({name: _copy(value) for name, value in own.items()})
+            for module, original in zip(modules, buffers, strict=True):
+                module._buffers.update({name: _copy(value) for name, value in original.items()})
             for metric in metrics:
                 vars(metric).update({name: _copy(getattr(metric, name)) for name in metric._defaults})
             yield
@@ -44,8 +44,8 @@ def undisturbed(pl_module: LightningModule) -> Iterator[None]:
             for metric, attributes in metrics.items():
                 vars(metric).clear()
                 vars(metric).update(attributes)
-            for module, own, training in zip(modules, buffers, flags, strict=True):
-                module._buffers.update(own)
+            for module, original, training in zip(modules, buffers, flags, strict=True):
+                module._buffers.update(original)
                 module.training = training
 
 

@@ -1,8 +1,9 @@
-"""The report of a run, put together from what each step of it gave."""
+"""The report of a run, put together from what the steps of it gave."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from lightning_caq.evaluation.versions import versions
 from lightning_caq.network.layers import Layer
@@ -61,6 +62,24 @@ def run_report(
         tightness=tightness,
         studies=studies,
     )
+
+
+def retrained_report(report: QuantizationReport, metrics: Mapping[str, float]) -> QuantizationReport:
+    """The report of a quantized network that was trained on after the run.
+
+    Args:
+        report: The report of the run.
+        metrics: Metrics of the network as it is now; those of the run are left out.
+
+    Example:
+        >>> report = QuantizationReport("cet", "avg_bits=3", (), {}, {"float/acc": 0.9, "quantized/acc": 0.7})
+        >>> retrained_report(report, {"acc": 0.8}).metrics
+        {'float/acc': 0.9, 'quantized/acc': 0.8}
+    """
+    kept = {name: value for name, value in report.metrics.items() if not name.startswith("quantized/")}
+    now = {f"quantized/{name}": value for name, value in metrics.items()}
+    note = "The quantized network was trained on; all else is as measured before that."
+    return replace(report, metrics=kept | now, notes=tuple(dict.fromkeys((*report.notes, note))))
 
 
 def _rows(layers: Sequence[Layer], profile: CurvatureProfile, selection: Selection) -> tuple[LayerRow, ...]:

@@ -54,8 +54,8 @@ def mean_points(points: Iterable[SweepPoint]) -> tuple[SweepPoint, ...]:
     over the others.
 
     Example:
-        >>> found = mean_points([SweepPoint("cet", 3.0, 10.0, {"acc": x}) for x in (0.8, 0.9, 1.0)])
-        >>> [(round(p.metrics["acc"], 3), round(p.stderr["acc"], 4)) for p in found]  # 0.1 / √3
+        >>> points = mean_points([SweepPoint("cet", 3.0, 10.0, {"acc": x}) for x in (0.8, 0.9, 1.0)])
+        >>> [(round(p.metrics["acc"], 3), round(p.stderr["acc"], 4)) for p in points]  # 0.1 / √3
         [(0.9, 0.0577)]
     """
     groups: dict[tuple[str, float, int], list[SweepPoint]] = {}

@@ -15,10 +15,10 @@ def versions() -> dict[str, str]:
         >>> "python" in versions() and "torch" in versions()
         True
     """
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
