@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import cache
 
 import torch
+from scipy.optimize import brentq
+from scipy.special import lambertw
 from torch import Tensor
 
 
@@ -15,7 +16,7 @@ def laplace_clip(bits: int) -> float:
     """Optimal clip of a Laplace distribution, in units of its scale β = E|w − μ|.
 
     It minimises 2 β² e^(−α/β) + α² / (3 · 4^b): what is cut off, and the noise of 2^b even steps between −α and α.
-    The optimum solves (α/β) e^(α/β) = 3 · 4^b.
+    The optimum solves (α/β) e^(α/β) = 3 · 4^b, so it is Lambert's W.
 
     Args:
         bits: Bit-width b.
@@ -24,7 +25,7 @@ def laplace_clip(bits: int) -> float:
         >>> [round(laplace_clip(b), 2) for b in (2, 3, 4)]
         [2.83, 3.9, 5.03]
     """
-    return _root(lambda x: math.log(x) + x - math.log(3 * 4**bits))
+    return float(lambertw(3 * 4**bits).real)
 
 
 @cache
@@ -41,12 +42,16 @@ def gauss_clip(bits: int) -> float:
         >>> [round(gauss_clip(b), 2) for b in (2, 3, 4)]
         [1.71, 2.15, 2.56]
     """
-    return _root(
-        lambda x: x * math.erfc(x / math.sqrt(2)) + x / (3 * 4**bits) - math.sqrt(2 / math.pi) * math.exp(-x * x / 2)
-    )
+
+    def slope(x: float) -> float:
+        noise = x * math.erfc(x / math.sqrt(2)) + x / (3 * 4**bits)
+        return noise - math.sqrt(2 / math.pi) * math.exp(-x * x / 2)
+
+    root: float = brentq(slope, 1e-6, 64.0, xtol=1e-15)
+    return root
 
 
-def clipping(rows: Tensor, bits: int, centred: bool) -> tuple[Tensor, Tensor]:
+def clipping(rows: Tensor, widths: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
     """The smallest and the largest value of each channel's grid.
 
     Of the two distributions the one is taken under which the channel is likelier. The range μ ± α is cut into 2^b even
@@ -54,7 +59,7 @@ def clipping(rows: Tensor, bits: int, centred: bool) -> tuple[Tensor, Tensor]:
 
     Args:
         rows: Weights, float64, shape (channels, weights).
-        bits: Bit-width b, 1 to 8.
+        widths: Bit-width of each channel, 1 to 8, whole numbers, shape (channels, 1) or (1, 1).
         centred: Whether the range is centred on zero rather than on the mean of the channel.
 
     Returns:
@@ -64,15 +69,10 @@ def clipping(rows: Tensor, bits: int, centred: bool) -> tuple[Tensor, Tensor]:
     away = (rows - mean).abs()
     beta, sigma = away.mean(1, keepdim=True), away.square().mean(1, keepdim=True).sqrt()
     laplace = (2 * beta).log() + 1 < (2 * math.pi * sigma.square()).log() / 2 + 0.5  # −log likelihood of one weight
-    clip = torch.where(laplace, laplace_clip(bits) * beta, gauss_clip(bits) * sigma)
-    reach = torch.minimum(clip, away.amax(1, keepdim=True)) * (1 - 2.0**-bits)
+    by_laplace, by_gauss = (
+        torch.tensor([clip(b) for b in widths.flatten().tolist()]).to(rows).reshape(widths.shape)
+        for clip in (laplace_clip, gauss_clip)
+    )
+    clip = torch.where(laplace, by_laplace * beta, by_gauss * sigma)
+    reach = torch.minimum(clip, away.amax(1, keepdim=True)) * (1 - 2.0**-widths)
     return mean - reach, mean + reach
-
-
-def _root(f: Callable[[float], float]) -> float:
-    """Where a function that is negative near zero and grows changes sign, by bisection."""
-    low, high = 1e-6, 64.0
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if f(middle) < 0 else (low, middle)
-    return low

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightning_caq.quantizers.grids.abc_net import abc_net_basis
-from lightning_caq.quantizers.grids.affine import Grid
+from lightning_caq.quantizers.grids.affine import Grid, channel_rows, fit_grid
 from lightning_caq.quantizers.grids.codebook import Codebook
 from lightning_caq.quantizers.grids.deep_compression import kmeans_basis
 from lightning_caq.quantizers.grids.dorefa import dorefa_basis
 from lightning_caq.quantizers.grids.levels import levels
 from lightning_caq.quantizers.grids.lq_nets import lq_nets_basis
-from lightning_caq.quantizers.grids.ranges import fit_range
 from lightning_caq.quantizers.grids.series import series_basis
 from lightning_caq.sizes import CODEBOOKS, PER_LAYER, Width
 
@@ -36,8 +35,8 @@ class Quantizer:
 
     Attributes:
         name: A name of ``QUANTIZERS``.
-        range: Of an affine grid, see ``ranges.fit_range``.
-        symmetry: Of an affine grid, see ``ranges.fit_range``.
+        range: Of an affine grid, see ``affine.fit_grid``.
+        symmetry: Of an affine grid, see ``affine.fit_grid``.
     """
 
     name: str = "affine"
@@ -62,7 +61,9 @@ class Quantizer:
             tensor([[ 1.,  1.,  1., 10.]])
         """
         if self.name == "affine":
-            return fit_range(weight, bits, channel_shape, self.range, self.symmetry, importance)
+            return fit_grid(
+                weight, bits, channel_shape, range=self.range, symmetry=self.symmetry, importance=importance
+            )
         assert isinstance(bits, int)
         return fit_codebook(weight, bits, channel_shape, self.name)
 
@@ -123,7 +124,5 @@ def fit_codebook(weight: Tensor, bits: int, channel_shape: tuple[int, ...], quan
         tensor([[[0.5000, 8.5000]]])
     """
     shape = (1,) * weight.ndim if quantizer in PER_LAYER else channel_shape
-    axis = next((d for d, size in enumerate(shape) if size > 1), 0)
-    rows = weight.detach().double().movedim(axis, 0).reshape(shape[axis], -1)
-    basis = _FITS[quantizer](rows, bits)
+    basis = _FITS[quantizer](channel_rows(weight, shape), bits)
     return Codebook.of(quantizer, bits, basis.reshape(*shape, -1))

@@ -11,7 +11,6 @@ from lightning_caq.quantizers.grids.affine import fit_grid
 from lightning_caq.quantizers.grids.basis import fit_basis, refine_basis, squared_errors
 from lightning_caq.quantizers.grids.codebook import Codebook, nearest_codes
 from lightning_caq.quantizers.grids.levels import levels
-from lightning_caq.quantizers.grids.ranges import fit_range
 from lightning_caq.quantizers.grids.values import fit_codebook
 from lightning_caq.sizes import CODEBOOKS, PER_LAYER, stored_numbers
 
@@ -102,7 +101,7 @@ def test_turns_never_raise_the_error():
 def test_lq_nets_is_no_worse_than_even_spacing(bits):
     w = _draw(4, 20_000)
     found = _error(fit_codebook(w, bits, (4, 1), "lq_nets"), w)
-    assert found <= _error(fit_range(w, bits, (4, 1), "mse", "mid_rise"), w)
+    assert found <= _error(fit_grid(w, bits, (4, 1), symmetry="mid_rise"), w)
     assert found <= _error(fit_grid(w, bits, (4, 1)), w)
 
 

@@ -1,0 +1,111 @@
+"""Least squares: the scale and zero point with which an affine grid rounds the weights of a channel best."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from lightning_caq.quantizers.grids.ranges import smallest_scale, to_halves
+
+# Ranges that are tried, as fractions of the full range, and shifts of their middle, in steps. Clipping pays at 2 and 3
+# bits, hardly above, and more the heavier the tails; at a given step the two or three nearest zero points differ more
+# than neighbouring fractions do.
+_FRACTIONS = [0.1, 0.15, 0.2, 0.25, *torch.linspace(0.3, 1.05, 16).tolist()]
+_SHIFTS = (-0.5, 0.0, 0.5)
+_REFINEMENTS = 8
+_TINY = 1e-30
+
+Pair = tuple[Tensor, Tensor]
+"""Scale and zero point of each channel, float64, shape (channels, 1)."""
+
+
+def narrower_grids(rows: Tensor, top: Tensor, full: Pair, zero_is_fixed: bool) -> Iterator[Pair]:
+    """Grids on parts of the full range, shrunk towards the channel's mean and shifted.
+
+    Args:
+        rows: Weights, float64, shape (channels, weights).
+        top: The largest code of each channel, 2^b − 1, shape (channels, 1) or (1, 1).
+        full: Scale and zero point of the grid on the full range.
+        zero_is_fixed: Whether the zero point has to stay.
+
+    Yields:
+        Scale and zero point; those of a channel that holds one value only stay as they are.
+    """
+    low, high, mean = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True), rows.mean(1, keepdim=True)
+    constant, least = high <= low, smallest_scale(low, high)
+    step, zero = full
+    for fraction in _FRACTIONS:
+        scale = torch.where(constant, step, torch.maximum(step * fraction, least))
+        if zero_is_fixed:
+            yield scale, zero
+            continue
+        # Outliers on one side move the middle of the range away from where most weights lie; cut off, they should not.
+        centre = mean + min(fraction, 1.0) * ((low + high) / 2 - mean)
+        for shift in _SHIFTS:
+            yield scale, torch.where(constant, zero, to_halves(top / 2 - centre / scale + shift))
+
+
+def least_squares_grid(
+    rows: Tensor, top: Tensor, starts: Iterable[Pair], zero_is_fixed: bool, importance: Tensor | None = None
+) -> Pair:
+    """The best of some grids by (weighted) squared error, refined.
+
+    With the codes kept, scale and zero point follow from a linear regression of the weights on the codes, and new codes
+    from these (Lloyd's iteration on an evenly spaced grid). The error never exceeds that of the best start.
+
+    Args:
+        rows: Weights, float64, shape (channels, weights).
+        top: The largest code of each channel, 2^b − 1, shape (channels, 1) or (1, 1).
+        starts: Scales and zero points to begin with, at least one.
+        zero_is_fixed: Whether the zero points of the starts have to stay.
+        importance: How much the squared error of each weight counts, float64, shape (channels, weights).
+
+    Returns:
+        Scale, a float32 number, and zero point, a multiple of one half.
+
+    Example:
+        >>> rows, top = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).double(), torch.tensor([[3.0]]).double()
+        >>> start = torch.tensor([[0.9]]).double(), torch.tensor([[0.0]]).double()
+        >>> [x.item() for x in least_squares_grid(rows, top, [start], zero_is_fixed=True)]
+        [1.0, 0.0]
+    """
+
+    def total(values: Tensor) -> Tensor:
+        return (values if importance is None else importance * values).sum(1, keepdim=True)
+
+    def codes(scale: Tensor, zero: Tensor) -> Tensor:
+        return (rows / scale + zero).round().clamp_(min=0).minimum(top)
+
+    count = total(torch.ones_like(rows)) if importance is not None else rows.shape[1]
+
+    def regress(q: Tensor, scale: Tensor, zero: Tensor) -> Pair:
+        """Least-squares scale and zero point for some codes; the old ones where the codes do not differ."""
+        if not zero_is_fixed:
+            q_mean, w_mean = total(q) / count, total(rows) / count
+            spread, along = total((q - q_mean).square()), total((q - q_mean) * (rows - w_mean))
+            slope = along / spread.clamp_min(_TINY)
+            usable = (spread > 0) & (slope > 0)
+            scale = torch.where(usable, slope, scale)
+            zero = to_halves(torch.where(usable, q_mean - w_mean / scale, zero))
+        spread, along = total((q - zero).square()), total((q - zero) * rows)
+        slope = along / spread.clamp_min(_TINY)
+        return torch.where((spread > 0) & (slope > 0), slope, scale), zero
+
+    best_scale, best_zero, least = rows[:, :1], rows[:, :1], rows.new_full((len(rows), 1), torch.inf)
+
+    def offer(scale: Tensor, zero: Tensor) -> None:
+        """Take a scale and a zero point where they round better."""
+        nonlocal best_scale, best_zero, least
+        scale = scale.float().double()  # judge the number that will be stored
+        error = total((scale * (codes(scale, zero) - zero) - rows).square())
+        better = error < least
+        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+        least = torch.where(better, error, least)
+
+    for scale, zero in starts:
+        offer(scale, zero)
+    for _ in range(_REFINEMENTS):
+        offer(*regress(codes(best_scale, best_zero), best_scale, best_zero))
+    return best_scale, best_zero
