@@ -1,4 +1,4 @@
-"""The subspace problem: how much noise each layer may carry under a model size (CET Eq. 13), solved by Adam."""
+"""The subspace problem: how much noise each layer may carry under a model size (CET Eq. 13)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq
+from scipy.optimize import Bounds, NonlinearConstraint, brentq, minimize
 
 Vector = NDArray[np.float64]
 
-_ITERATIONS = 2000
-_RATE = 0.02
+_ITERATIONS = 500
 _RANGE = 60.0  # of log σ, on either side
 _TINY = 1e-300
 
@@ -36,24 +35,21 @@ def noise_bits(noise: Vector, ranges: Vector) -> Vector:
     return bits
 
 
-def solve_subspace(
-    curvatures: Vector, ranges: Vector, rates: NDArray[np.float64], limits: Vector, *, iterations: int = _ITERATIONS
-) -> Vector:
+def solve_subspace(curvatures: Vector, ranges: Vector, rates: NDArray[np.float64], limits: Vector) -> Vector:
     """Noise levels σ_i that minimise Σ_i a_i σ_i² under ModelSize(σ) = Σ_i rate_i b_i(σ_i) ≤ limit.
 
     CET Eq. 13, Σ_j |λ_j| (v_jᵀ δ)² + μ ‖δ‖², as it is for noise of an equal level within a layer and in no preferred
     direction: a_i = Σ_j |λ_j| ‖v_j restricted to layer i‖² + μ n_i. Taken literally, with every δ free, the problem
     loses the curvature: n unknowns can avoid m eigenvectors, and what is left is equal noise everywhere.
 
-    Adam works on log σ. The size limit always binds; it is kept exactly, by moving all log σ together after each step,
-    and the gradient is that of the problem so reduced.
+    In log σ both sides are convex, so there is one optimum. The paper walks there with Adam; here it is sequential
+    quadratic programming, which keeps the limits exactly and needs tens of steps.
 
     Args:
         curvatures: a_i ≥ 0, shape (layers,).
         ranges: range_i of the weights, shape (layers,).
         rates: What one bit of a layer takes of each limit, shape (constraints, layers); n_i for the size in bits.
         limits: Shape (constraints,).
-        iterations: Steps of Adam; about 2,000 in the paper.
 
     Returns:
         σ_i, shape (layers,).
@@ -65,21 +61,27 @@ def solve_subspace(
         (4.0, 30.0)
     """
     weights = np.maximum(curvatures / max(float(curvatures.max()), _TINY), 1e-12)
-    x, first, second = np.zeros(len(weights)), np.zeros(len(weights)), np.zeros(len(weights))
-    x = _within(x, ranges, rates, limits)
-    for step in range(1, iterations + 1):
-        energy = weights * np.exp(2 * x)
-        slope = 2 * energy / energy.sum()  # of log Σ a σ², which has no unit
-        binding = int(((rates @ noise_bits(np.exp(x), ranges)) / limits).argmax())
-        pull = rates[binding] * _bits_slope(x, ranges)
-        gradient = slope - slope.sum() * pull / min(float(pull.sum()), -_TINY)
-        first += 0.1 * (gradient - first)
-        second += 0.001 * (gradient**2 - second)
-        rate = _RATE * (1 - step / (iterations + 1))  # falling, so that Adam comes to rest
-        x = x - rate * (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
-        x = _within(x, ranges, rates, limits)
-    sigma: Vector = np.exp(x)
-    return sigma
+    start = _within(np.zeros(len(weights)), ranges, rates, limits)
+
+    def objective(x: Vector) -> tuple[float, Vector]:
+        """Log Σ a σ², which has no unit, and its gradient."""
+        energy = weights * np.exp(2 * (x - x.max()))
+        return float(np.log(energy.sum()) + 2 * x.max()), 2 * energy / energy.sum()
+
+    def used(x: Vector) -> Vector:
+        """Parts of the limits."""
+        return rates @ noise_bits(np.exp(x), ranges) / limits
+
+    result = minimize(
+        objective,
+        start,
+        jac=True,
+        method="SLSQP",
+        bounds=Bounds(start - _RANGE / 3, start + _RANGE / 3),
+        constraints=NonlinearConstraint(used, -np.inf, 1, lambda x: rates * _bits_slope(x, ranges) / limits[:, None]),
+        options={"maxiter": _ITERATIONS, "ftol": 1e-12},
+    )
+    return np.exp(_within(result.x, ranges, rates, limits))
 
 
 def matching_bits(noise: Vector, errors: Sequence[dict[int, float]], weights: Sequence[int]) -> list[int]:

@@ -27,17 +27,17 @@ def _optimum(a, r, n, limit):
 
 
 @every("seed", range(5))
-def test_adam_reaches_the_optimum(seed):
+def test_reaches_the_optimum(seed):
     rng = np.random.default_rng(seed)
     k = int(rng.integers(2, 15))
     n = rng.integers(10, 10_000, k).astype(float)
     a, r = n * 10.0 ** rng.uniform(-3, 3, k), 10.0 ** rng.uniform(-1, 1, k)
     limit = rng.uniform(2.2, 6) * n.sum()
     expected = _optimum(a, r, n, limit)
-    found = solve_subspace(a, r, n[None], np.array([limit]))
-    np.testing.assert_allclose(n @ np.log2(1 + r / (12**0.5 * found)), limit, rtol=1e-9)
-    assert a @ found**2 <= a @ expected**2 * 1.001
-    np.testing.assert_allclose(noise_bits(found, r), noise_bits(expected, r), atol=0.02)
+    noise = solve_subspace(a, r, n[None], np.array([limit]))
+    np.testing.assert_allclose(n @ np.log2(1 + r / (12**0.5 * noise)), limit, rtol=1e-9)
+    assert a @ noise**2 <= a @ expected**2 * (1 + 1e-6)
+    np.testing.assert_allclose(noise_bits(noise, r), noise_bits(expected, r), atol=1e-3)
 
 
 def test_the_tightest_of_two_limits_binds():
@@ -45,7 +45,7 @@ def test_the_tightest_of_two_limits_binds():
     rates = np.array([[100.0, 10.0, 40.0], [5.0, 80.0, 20.0]])
     both = solve_subspace(a, r, rates, np.array([600.0, 1e9]))
     alone = solve_subspace(a, r, rates[:1], np.array([600.0]))
-    np.testing.assert_allclose(both, alone)
+    np.testing.assert_allclose(both, alone, rtol=1e-5)
     used = rates @ noise_bits(solve_subspace(a, r, rates, np.array([450.0, 315.0])), r)
     assert used[0] <= 450 * (1 + 1e-9)
     assert used[1] <= 315 * (1 + 1e-9)
