@@ -18,7 +18,7 @@ from lightning_caq.errors import OptionError, PlanError
 from lightning_caq.quantizers.fake_quant.modules import FakeQuant, on_grid
 from lightning_caq.quantizers.fake_quant.swap import swap
 from lightning_caq.quantizers.grids.activations import InputGrid
-from lightning_caq.quantizers.grids.values import NUMBERS, Values, from_numbers, numbers
+from lightning_caq.quantizers.grids.values import STORED, Values, from_numbers, numbers
 from lightning_caq.quantizers.packing.codes import pack_codes, unpack_codes
 from lightning_caq.sizes import LayerSizes, Width, average_bits, code_bytes
 from lightning_caq.utilities.fingerprint import fingerprint
@@ -338,7 +338,7 @@ def _describe(layer: LayerPlan) -> dict[str, Any]:
 def _layer(described: Mapping[str, Any], tensors: Mapping[str, Tensor], version: int) -> LayerPlan:
     """A layer from its description and its tensors."""
     name = described["name"]
-    parts = {part: tensors[f"{part}/{name}"] for part in NUMBERS if f"{part}/{name}" in tensors}
+    parts = {part: tensors[f"{part}/{name}"] for part in STORED if f"{part}/{name}" in tensors}
     grid = from_numbers(described.get("quantizer", "affine"), described["bits"], parts)
     codes = tensors[f"codes/{name}"]
     return LayerPlan(

@@ -44,8 +44,8 @@ def code_bytes(width: Width, weights: int) -> int:
     """
     if isinstance(width, int):
         return -(-weights * width // 8)
-    each = weights // len(width)
-    return sum(-(-width.count(b) * each * b // 8) for b in set(width))
+    channel_weights = weights // len(width)
+    return sum(-(-width.count(b) * channel_weights * b // 8) for b in set(width))
 
 
 def width_bits(width: Width) -> int:

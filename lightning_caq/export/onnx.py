@@ -136,12 +136,12 @@ class _Opened(nn.Module):
 def _weights(model: nn.Module, modules: Mapping[str, FakeQuant]) -> dict[str, FakeQuant]:
     """One module for every quantized weight, by the weight's state-dict key; tied ones once."""
     seen: dict[int, None] = {}
-    found = {}
+    weights = {}
     for name, module in modules.items():
         if id(module.weight) not in seen:
             seen[id(module.weight)] = None
-            found[f"{name}.weight".lstrip(".")] = module
-    return found
+            weights[f"{name}.weight".lstrip(".")] = module
+    return weights
 
 
 def _affine(key: str, module: FakeQuant) -> Grid:
@@ -297,13 +297,13 @@ def _checked(
         onnx.checker.check_model(payload, full_check=True)
         session = onnxruntime.InferenceSession(payload, providers=["CPUExecutionProvider"])
         names = [x.name for x in session.get_inputs()]
-        found = session.run(None, {name: x.cpu().numpy() for name, x in zip(names, inputs, strict=True)})
+        outputs = session.run(None, {name: x.cpu().numpy() for name, x in zip(names, inputs, strict=True)})
     except Exception as error:  # ONNX Runtime's exceptions share no other base
         raise ExportError(
             f"ONNX Runtime cannot run the exported network: {str(error).strip().splitlines()[0]}"
         ) from error
     largest = 0.0
-    for result, wanted, flip in zip(found, expected, flips, strict=True):
+    for result, wanted, flip in zip(outputs, expected, flips, strict=True):
         want = wanted.detach().cpu().double()
         difference = _largest(torch.from_numpy(result).double() - want)
         allowed = _TOLERANCES.get(wanted.dtype, 0.0) * _largest(want) + flip

@@ -208,9 +208,9 @@ def _checked(
         raise PlanError(f"{wrong}: other tensors are tied in it than in {name}. Build the network that was saved.")
     modules = dict(model.named_modules(remove_duplicate=False))
     for x in layers:
-        for each in x.modules:
-            if each not in modules or kind_of(modules[each]) is None:
-                raise PlanError(f"{wrong}: in it '{each}' is a layer that can be quantized, in {name} it is not.")
+        for module in x.modules:
+            if module not in modules or kind_of(modules[module]) is None:
+                raise PlanError(f"{wrong}: in it '{module}' is a layer that can be quantized, in {name} it is not.")
     return live
 
 

@@ -68,16 +68,15 @@ class PackedWeight:
             raise LayerError(
                 "A zero point cannot be stored: it must be a multiple of one half between -16384 and 16383.5."
             )
-        codes, each = grid.codes(weight.detach()), grid.channel_bits
-        packed = pack_codes(codes, grid)
-        widths = None if each is None else pack_widths(each)
+        packed = pack_codes(grid.codes(weight.detach()), grid)
+        widths = None if grid.channel_bits is None else pack_widths(grid.channel_bits)
         return cls(grid.bits, tuple(weight.shape), packed, grid.scale, doubled.to(torch.int16), widths)
 
     @property
     def grid(self) -> Grid:
         """The grid."""
-        each = None if self.widths is None else unpack_widths(self.widths, self.scale.shape)
-        return Grid(self.bits, self.scale, self.doubled_zero_point / 2, each)
+        channel_bits = None if self.widths is None else unpack_widths(self.widths, self.scale.shape)
+        return Grid(self.bits, self.scale, self.doubled_zero_point / 2, channel_bits)
 
     def values(self) -> Tensor:
         """The weight, float32."""

@@ -44,8 +44,8 @@ def write_sealed(path: str | Path, version: int, description: Mapping[str, Any],
     """
     text = json.dumps({"fingerprint": _BLANK, "version": version, **description}, separators=(",", ":"))
     # Copies of their own: safetensors refuses tensors that share memory.
-    own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    payload = save_tensors(own, {_KEY: text})
+    copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    payload = save_tensors(copies, {_KEY: text})
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(payload.replace(_BLANK.encode(), _digest(payload), 1))
@@ -71,12 +71,15 @@ def read_sealed(path: str | Path, newest: int) -> tuple[dict[str, Any], dict[str
     except OSError as error:
         raise PlanError(f"{path} cannot be read: {error.strerror}.") from error
     description = _describe(payload, path)
-    version, found = description.pop("version", None), description.pop("fingerprint", None)
+    version, fingerprint = description.pop("version", None), description.pop("fingerprint", None)
     if isinstance(version, int) and version > newest:
         raise PlanError(
             f"{path} has format {version}; this version of lightning-caq reads up to {newest}. Install a newer one."
         )
-    if not isinstance(found, str) or _digest(payload.replace(found.encode(), _BLANK.encode(), 1)) != found.encode():
+    if (
+        not isinstance(fingerprint, str)
+        or _digest(payload.replace(fingerprint.encode(), _BLANK.encode(), 1)) != fingerprint.encode()
+    ):
         raise PlanError(f"{path} is damaged: its fingerprint is not that of its contents. Copy or save it again.")
     try:
         return {"version": version, **description}, load_tensors(payload)

@@ -59,12 +59,12 @@ def repairable(model: nn.Module, layers: Sequence[Layer]) -> dict[str, nn.Module
         >>> list(repairable(net, layers))
         ['1', '2']
     """
-    found: dict[str, nn.Module] = {name: module for name, module in model.named_modules() if _is_batchnorm(module)}
+    modules: dict[str, nn.Module] = {name: module for name, module in model.named_modules() if _is_batchnorm(module)}
     for layer in layers:
         # An embedding's rows have no common bias; a layer that no batch reached has nothing to measure.
         if layer.batchnorm is None and layer.calls and getattr(layer_module(model, layer), "bias", None) is not None:
-            found[layer.name] = layer_module(model, layer)
-    return found
+            modules[layer.name] = layer_module(model, layer)
+    return modules
 
 
 def measure_moments(model: nn.Module, modules: Mapping[str, nn.Module], batches: Sequence[Any]) -> dict[str, Moments]:

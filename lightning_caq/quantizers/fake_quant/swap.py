@@ -11,7 +11,7 @@ from lightning_caq.quantizers.fake_quant.modules import LEARNED, FakeQuant, fake
 from lightning_caq.quantizers.grids.activations import InputGrid
 from lightning_caq.quantizers.grids.values import Values
 
-NUMBERS = ("scale", "zero_point", "channel_bits", "basis", "table")  # of grids and of codebooks
+_BUFFERS = ("scale", "zero_point", "channel_bits", "basis", "table")  # of grids and of codebooks
 
 
 def swap(model: nn.Module, grids: Mapping[str, Values], inputs: Mapping[str, InputGrid] | None = None) -> None:
@@ -40,9 +40,9 @@ def swap(model: nn.Module, grids: Mapping[str, Values], inputs: Mapping[str, Inp
           (0): Linear(in_features=2, out_features=2, bias=True)
         )
     """
-    found = [(name, model.get_submodule(name), grid) for name, grid in grids.items()]
-    for name, each, grid in found:
-        module: Any = each
+    modules: dict[str, Any] = {name: model.get_submodule(name) for name in grids}
+    for name, module in modules.items():
+        grid = grids[name]
         if not isinstance(module, FakeQuant):
             module.__class__ = fake_quant_class(type(module))
         module.bits, module.quantizer = grid.bits, grid.quantizer
@@ -51,7 +51,7 @@ def swap(model: nn.Module, grids: Mapping[str, Values], inputs: Mapping[str, Inp
         here = grid.to(module.weight.device)
         for learned in LEARNED:
             module.register_parameter(learned, None)
-        for part in NUMBERS:
+        for part in _BUFFERS:
             numbers = getattr(here, part, None)
             # A copy: whoever writes into buffers, such as an average of weights, must not write into the plan.
             module.register_buffer(part, None if numbers is None else numbers.clone(), persistent=False)
@@ -61,7 +61,7 @@ def restore_modules(model: nn.Module) -> None:
     """Turn every fake-quant module back into the class it was; weights stay as they are."""
     for module in quantized_modules(model).values():
         module.__class__ = module.plain_class
-        for name in ("bits", "quantizer", "input_grid", "quantizing", *NUMBERS, *LEARNED):
+        for name in ("bits", "quantizer", "input_grid", "quantizing", *_BUFFERS, *LEARNED):
             delattr(module, name)
 
 

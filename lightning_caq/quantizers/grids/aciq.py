@@ -44,7 +44,7 @@ def gauss_clip(bits: int) -> float:
     """
 
     def slope(x: float) -> float:
-        noise = x * math.erfc(x / math.sqrt(2)) + x / (3 * 4**bits)
+        noise = x * math.erfc(x / math.sqrt(2)) + x / (3 * 4.0**bits)
         return noise - math.sqrt(2 / math.pi) * math.exp(-x * x / 2)
 
     root: float = brentq(slope, 1e-6, 64.0, xtol=1e-15)

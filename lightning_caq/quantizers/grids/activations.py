@@ -77,7 +77,7 @@ def fit_input_grid(values: Tensor, bits: int) -> InputGrid:
     """The grid that rounds a layer's inputs with close to the least squared error.
 
     The ends of the range are moved towards zero one at a time, each to the best of many places, twice over. With the
-    codes held, the scale then follows by regression and new codes from it (Lloyd's iteration), as long as that helps;
+    codes fixed, the scale then follows by regression and new codes from it (Lloyd's iteration), as long as that helps;
     so it does for the two neighbouring zero points where inputs have both signs, and the best of the three is taken.
 
     Args:
@@ -102,11 +102,11 @@ def fit_input_grid(values: Tensor, bits: int) -> InputGrid:
             upper = min((f * high for f in _FRACTIONS), key=lambda end: _error(values, _spanning(lower, end, bits)))
         if low < 0:
             lower = min((f * low for f in _FRACTIONS), key=lambda end: _error(values, _spanning(end, upper, bits)))
-    found, top = _spanning(lower, upper, bits), 2**bits - 1
-    zeros = [found.zero_point]
+    best, top = _spanning(lower, upper, bits), 2**bits - 1
+    zeros = [best.zero_point]
     if low < 0 < high:
         zeros += [zero for zero in (zeros[0] - 1, zeros[0] + 1) if 0 <= zero <= top]
-    grids = [_refined(values, replace(found, zero_point=zero)) for zero in zeros]
+    grids = [_refined(values, replace(best, zero_point=zero)) for zero in zeros]
     return min(grids, key=lambda grid: _error(values, grid))
 
 
@@ -137,7 +137,7 @@ def _refined(values: Tensor, grid: InputGrid) -> InputGrid:
         if not codes.any():
             break
         slope = float((codes * values).mean(dtype=torch.float64) / codes.square().mean(dtype=torch.float64))
-        grid = min(grid, replace(grid, scale=_stored(slope)), key=lambda each: _error(values, each))
+        grid = min(grid, replace(grid, scale=_stored(slope)), key=lambda candidate: _error(values, candidate))
     return grid
 
 

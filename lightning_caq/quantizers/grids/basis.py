@@ -1,4 +1,4 @@
-"""Bases: the stored numbers of a codebook by least squares, with codes that are held or in turns with them."""
+"""Bases: the stored numbers of a codebook by least squares, with fixed codes or in turns with them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _RIDGE = 1e-10
 
 
 def fit_basis(rows: Tensor, codes: Tensor, levels: Tensor) -> Tensor:
-    """The basis v that minimises Σ (w − Σ_k v_k levels[k, c])² for codes c that are held.
+    """The basis v that minimises Σ (w − Σ_k v_k levels[k, c])² for fixed codes c.
 
     Args:
         rows: Weights w, float64, shape (rows, weights).
@@ -81,9 +81,9 @@ def squared_errors(rows: Tensor, values: Tensor) -> Tensor:
     return (rows - nearest).square().sum(1)
 
 
-def _regress(counts: Tensor, sums: Tensor, levels: Tensor, held: Tensor) -> Tensor:
-    """Least squares from the number and the sum of the weights at each code; ``held`` where they say nothing."""
+def _regress(counts: Tensor, sums: Tensor, levels: Tensor, prior: Tensor) -> Tensor:
+    """Least squares from the number and the sum of the weights at each code; ``prior`` where they say nothing."""
     ridge = _RIDGE * counts.sum(1, keepdim=True).clamp_min(1)
     gram = (levels * counts[:, None]) @ levels.T + ridge[..., None] * torch.eye(len(levels)).to(levels)
-    basis: Tensor = torch.linalg.solve(gram, sums @ levels.T + ridge * held)
+    basis: Tensor = torch.linalg.solve(gram, sums @ levels.T + ridge * prior)
     return basis

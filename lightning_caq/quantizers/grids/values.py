@@ -18,7 +18,7 @@ from lightning_caq.quantizers.grids.series import series_basis
 from lightning_caq.sizes import CODEBOOKS, PER_LAYER, Width
 
 QUANTIZERS = ("affine", *CODEBOOKS)
-NUMBERS = ("scale", "zero_point", "channel_bits", "basis")
+STORED = ("scale", "zero_point", "channel_bits", "basis")
 Values = Grid | Codebook
 _FITS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "codebook": kmeans_basis,

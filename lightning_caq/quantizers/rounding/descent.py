@@ -36,7 +36,7 @@ def output_error(layer: Layer, weight: Tensor, rounded: Tensor, curvature: Tenso
 def improve(layer: Layer, weight: Tensor, grid: Grid, codes: Tensor, curvature: Tensor) -> tuple[Grid, Tensor]:
     """Change single codes, then the scales, as long as that lowers the output error.
 
-    A sweep visits the columns in order and gives each code the value that is best while all others are held, which is
+    A sweep visits the columns in order and gives each code the value that is best while all others are kept, which is
     exact: along one code the error is a parabola (coordinate descent, as in QuantEase, Behdin et al. 2023). The scale
     of each channel then follows in closed form, s = (w H u) / (u H u) with u = c − z.
 

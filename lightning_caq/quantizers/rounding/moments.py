@@ -94,7 +94,7 @@ def samples_needed(model: nn.Module, layers: Sequence[Layer], samples: int) -> d
         >>> samples_needed(torch.nn.Linear(100, 8), layers, 64)
         {'': 100}
     """
-    found = {}
+    lacking = {}
     for layer in layers:
         if layer.kind == "embedding" or not layer.macs:
             continue
@@ -104,8 +104,8 @@ def samples_needed(model: nn.Module, layers: Sequence[Layer], samples: int) -> d
             positions *= math.prod(module.stride)
         needed = math.ceil(to_matrix(layer, torch.empty(layer.shape, device="meta")).shape[-1] / positions)
         if needed > samples:
-            found[layer.name] = needed
-    return found
+            lacking[layer.name] = needed
+    return lacking
 
 
 def damped(curvature: Tensor, share: float = _DAMPING) -> Tensor:

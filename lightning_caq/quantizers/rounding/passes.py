@@ -103,7 +103,7 @@ def holding(values: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
     """Let the tensors of a network hold other values for a while; nothing is copied.
 
     Args:
-        values: Tensors of the network, each with the one whose values it shall hold.
+        values: Tensors of the network, each with the one whose values it is to take.
 
     Example:
         >>> import torch
@@ -112,11 +112,11 @@ def holding(values: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
         ...     print(float(net(torch.ones(1, 1))))
         3.0
     """
-    own = [tensor.data for tensor, _ in values]
+    originals = [tensor.data for tensor, _ in values]
     try:
         for tensor, value in values:
             tensor.data = value
         yield
     finally:
-        for (tensor, _), value in zip(values, own, strict=True):
+        for (tensor, _), value in zip(values, originals, strict=True):
             tensor.data = value
