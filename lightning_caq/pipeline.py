@@ -220,7 +220,7 @@ class _Steps:
         chosen = {id(layer_weight(model, layer)) for layer in layers}
         left = sum(p.numel() for p in model.parameters() if p.ndim > 1 and id(p) not in chosen)
         sizes = replace(layer_sizes(layers, left), quantizer=options.quantizer)
-        input_bits = input_candidates(layers, options.bits, options.activation_bits)
+        input_bits = input_candidates(len(layers), options.bits, options.activation_bits)
         sizes, most = (replace(sizes, activation_bits=tuple(row[i] for row in input_bits)) for i in (0, -1))
         check_budget(options.budget, sizes, options.bits, most)
         if options.rounding == "long_axis":

@@ -62,15 +62,15 @@ def composing_method(name: str, budget: ErrorBudget) -> ComposingMethod:
         >>> "amplification" in composing_method("caq", ErrorBudget(0.05)).needs
         True
     """
-    found = get_method(name)
-    if not isinstance(found, ComposingMethod):
+    method = get_method(name)
+    if not isinstance(method, ComposingMethod):
         raise BudgetError(f"{budget} needs a method that composes errors, such as 'caq'; got {name!r}.")
-    return found
+    return method
 
 
-def _separable(method: str) -> bool:
-    found = get_method(method)
-    return not is_search(found) and found.needs <= _OF_GROUPS
+def _separable(name: str) -> bool:
+    method = get_method(name)
+    return not is_search(method) and method.needs <= _OF_GROUPS
 
 
 @dataclass(frozen=True)
@@ -116,12 +116,22 @@ class Chooser:
             >>> from lightning_caq.allocation.budget import AvgBits
             >>> from lightning_caq.profile import LayerCurvature
             >>> rows = tuple(LayerCurvature(name, weights=10, channels=1, macs=10) for name in "ab")
-            >>> sizes = LayerSizes((10, 10), (1, 1))
-            >>> Chooser(CurvatureProfile(rows), sizes, (2, 4), 1.0, lambda bits: 0.0, 0).choose("uniform", AvgBits(4))
+            >>> chooser = Chooser(
+            ...     profile=CurvatureProfile(rows),
+            ...     sizes=LayerSizes((10, 10), (1, 1)),
+            ...     bits=(2, 4),
+            ...     output_norm=1.0,
+            ...     evaluate=lambda bits: 0.0,
+            ...     seed=0,
+            ... )
+            >>> chooser.choose("uniform", AvgBits(4))
             Choice(bits=(4, 4), inputs=())
         """
         if self.inputs:
-            return Choice(*choose_mixed(method, budget, self.profile, self.sizes, self.bits, self.inputs))
+            pairs = choose_mixed(
+                method, budget, profile=self.profile, sizes=self.sizes, bits=self.bits, candidates=self.inputs
+            )
+            return Choice(*pairs)
         return Choice(self._weights(method, budget), self.sizes.activation_bits)
 
     def keeps(self, method: str, budget: ErrorBudget, bits: Sequence[Width]) -> bool:
@@ -141,14 +151,14 @@ class Chooser:
             bits = iter(self._choose(method, budget, self.profile.by_group(), group_sizes(self.sizes, groups)))
         except BudgetError:  # no room to say which channel has which bits: all channels of a layer have the same then
             return self._choose(method, budget, self.profile, self.sizes)
-        return tuple(_width(each, [next(bits) for _ in each]) for each in groups)
+        return tuple(_width(of_layer, [next(bits) for _ in of_layer]) for of_layer in groups)
 
-    def _choose(self, method: str, budget: Budget, profile: CurvatureProfile, sizes: LayerSizes) -> Bits:
+    def _choose(self, name: str, budget: Budget, profile: CurvatureProfile, sizes: LayerSizes) -> Bits:
         """Bits of every row of a profile, of layers or of groups."""
-        found, names = get_method(method), [row.name for row in profile.layers]
+        method, names = get_method(name), [row.name for row in profile.layers]
         constraints = budget.constraints(sizes, self.bits)
         if isinstance(budget, ErrorBudget):
-            composing = composing_method(method, budget)
+            composing = composing_method(name, budget)
             epsilon = budget.value * self.output_norm
             # These costs are squares of output errors: their sum is Φ_rss².
             return smallest(
@@ -159,9 +169,9 @@ class Chooser:
                 floors=np.minimum(composing.floors(profile, epsilon), max(self.bits)).tolist(),
                 names=names,
             ).bits
-        if is_search(found):
-            return found.search(profile, search_space(constraints, self.bits), self.evaluate, self.seed)
-        return solve(found.costs(profile, self.bits), self.bits, constraints, names=names).bits
+        if is_search(method):
+            return method.search(profile, search_space(constraints, self.bits), self.evaluate, self.seed)
+        return solve(method.costs(profile, self.bits), self.bits, constraints, names=names).bits
 
 
 def group_sizes(sizes: LayerSizes, groups: Sequence[Sequence[ChannelGroup]]) -> LayerSizes:
@@ -174,19 +184,20 @@ def group_sizes(sizes: LayerSizes, groups: Sequence[Sequence[ChannelGroup]]) -> 
     Example:
         >>> from lightning_caq.profile import LayerCurvature
         >>> groups = [ChannelGroup((i,), LayerCurvature(f"fc/{i}", 5, 1, 5)) for i in range(2)]
-        >>> found = group_sizes(LayerSizes((10,), (2,)), [groups])
-        >>> found.weights, found.channels, found.widths
+        >>> by_group = group_sizes(LayerSizes((10,), (2,)), [groups])
+        >>> by_group.weights, by_group.channels, by_group.widths
         ((5, 5), (1, 1), 8)
     """
-    rows = [group.row for each in groups for group in each]
+    rows = [group.row for of_layer in groups for group in of_layer]
     inputs = zip(sizes.activation_bits, groups, strict=True) if sizes.activation_bits else ()
+    layers = zip(sizes.channels, groups, strict=True)
     return replace(
         sizes,
         weights=tuple(row.weights for row in rows),
         channels=tuple(row.channels for row in rows),
         macs=tuple(row.macs for row in rows) if sizes.macs else (),
-        activation_bits=tuple(b for b, each in inputs for _ in each),
-        widths=sum(width_bits((0,) * c) for c, each in zip(sizes.channels, groups, strict=True) if len(each) > 1),
+        activation_bits=tuple(b for b, of_layer in inputs for _ in of_layer),
+        widths=sum(width_bits((0,) * c) for c, of_layer in layers if len(of_layer) > 1),
     )
 
 

@@ -15,13 +15,12 @@ from lightning_caq.allocation.solver.joint import JointChoices, solve_joint
 from lightning_caq.allocation.solver.knapsack import solve
 from lightning_caq.allocation.tables import layer_table
 from lightning_caq.errors import BudgetError, OptionError
-from lightning_caq.network.layers import Layer
 from lightning_caq.profile import CurvatureProfile, LayerCurvature
-from lightning_caq.quantizers.calibration import input_bits
 from lightning_caq.sizes import LayerSizes
 
 MIXED: Final = "mixed"
 UNIFORM = "uniform"
+FIRST_INPUT_BITS = 8
 NEEDS = frozenset({"activation_cost"})
 
 
@@ -52,19 +51,32 @@ def check_mixed(method: str) -> None:
         )
 
 
+def input_bits(layers: int, bits: int) -> tuple[int, ...]:
+    """Bits of every layer's input: ``bits``, and 8 for the first layer, which takes the data itself.
+
+    Args:
+        layers: Number of layers.
+        bits: Bit-width of the others.
+
+    Example:
+        >>> input_bits(3, 4)
+        (8, 4, 4)
+    """
+    return tuple(FIRST_INPUT_BITS if index == 0 else bits for index in range(layers))
+
+
 def input_candidates(
-    layers: Sequence[Layer], bits: Sequence[int], activation_bits: int | Literal["mixed"] | None
+    layers: int, bits: Sequence[int], activation_bits: int | Literal["mixed"] | None
 ) -> tuple[tuple[int, ...], ...]:
     """Candidate bits of each layer's input, a row a layer; each column is the network with inputs of one bit-width.
 
     Args:
-        layers: The layers in order of execution; the input of the first has 8 bits always.
+        layers: Number of layers; the input of the first in order of execution has 8 bits always.
         bits: Candidate bit-widths of weights, upwards; those from 2 up are the candidates of mixed inputs.
         activation_bits: What was asked for: one bit-width, ``"mixed"``, or ``None`` for float32, which has no rows.
 
     Example:
-        >>> layers = [Layer("conv1", "conv2d", (8, 3, 3, 3)), Layer("fc", "linear", (10, 8))]
-        >>> input_candidates(layers, (1, 2, 4), "mixed"), input_candidates(layers, (1, 2, 4), 6)
+        >>> input_candidates(2, (1, 2, 4), "mixed"), input_candidates(2, (1, 2, 4), 6)
         (((8, 8), (2, 4)), ((8,), (6,)))
     """
     if activation_bits is None:
@@ -76,6 +88,7 @@ def input_candidates(
 def choose_mixed(
     method: str,
     budget: Budget,
+    *,
     profile: CurvatureProfile,
     sizes: LayerSizes,
     bits: Sequence[int],
@@ -104,7 +117,8 @@ def choose_mixed(
         >>> costs = {"second_order": {2: 4.0, 4: 1.0}, "activation_cost": {2: 1.0, 4: 0.9}}
         >>> profile = CurvatureProfile(tuple(LayerCurvature(name, 1, 1, 1, **costs) for name in "ab"))
         >>> sizes = LayerSizes((1, 1), (1, 1), macs=(10**9, 10**9))
-        >>> choose_mixed("mckp", Bops(4 * 8 + 4 * 2), profile, sizes, (2, 4), ((8, 8), (2, 4)))
+        >>> limits = Bops(4 * 8 + 4 * 2)
+        >>> choose_mixed("mckp", limits, profile=profile, sizes=sizes, bits=(2, 4), candidates=((8, 8), (2, 4)))
         ((4, 4), (8, 2))
     """
     check_mixed(method)
@@ -113,16 +127,16 @@ def choose_mixed(
     choices = JointChoices(bits, candidates)
     if method == UNIFORM:
         return _uniform(budget, profile, sizes, choices)
-    found, names = get_method(method), [row.name for row in profile.layers]
-    assert not is_search(found)
-    chosen = solve_joint(
+    table_method = get_method(method)
+    assert not is_search(table_method)
+    weight_bits, inputs, _ = solve_joint(
         choices,
-        found.costs(profile, bits),
-        [_input_costs(row, each) for row, each in zip(profile.layers, candidates, strict=True)],
+        table_method.costs(profile, bits),
+        [_input_costs(row, widths) for row, widths in zip(profile.layers, candidates, strict=True)],
         _limits(budget, choices, sizes),
-        names=names,
+        names=[row.name for row in profile.layers],
     )
-    return chosen[:2]
+    return weight_bits, inputs
 
 
 def _limits(budget: Bops | SizeAndBops, choices: JointChoices, sizes: LayerSizes) -> list[Constraint]:
@@ -149,12 +163,12 @@ def _uniform(
     method = get_method(UNIFORM)
     assert not is_search(method)
     costs, names = method.costs(profile, choices.bits), [row.name for row in profile.layers]
-    made: list[tuple[float, tuple[int, ...], tuple[int, ...]]] = []
+    candidates: list[tuple[float, tuple[int, ...], tuple[int, ...]]] = []
     for inputs in map(tuple, np.transpose(choices.activation_bits).tolist()):  # the first takes the fewest operations
         limits = budget.constraints(replace(sizes, activation_bits=inputs), choices.bits)
-        if made and any(limit.usage.min(1).sum() > limit.limit for limit in limits):
+        if candidates and any(limit.usage.min(1).sum() > limit.limit for limit in limits):
             break
-        found = solve(costs, choices.bits, limits, names=names)
+        allocation = solve(costs, choices.bits, limits, names=names)
         noise = sum(n * 0.25**a for n, a in zip(sizes.weights, inputs, strict=True))
-        made.append((found.cost + noise, found.bits, inputs))
-    return min(made)[1:]
+        candidates.append((allocation.cost + noise, allocation.bits, inputs))
+    return min(candidates)[1:]

@@ -67,29 +67,29 @@ class SearchSpace:
     def lower(self, bits: Bits) -> dict[int, Bits]:
         """By layer, the allocation with that layer a step down."""
         below = ((i, [b for b in self.choices[i] if b < now]) for i, now in enumerate(bits))
-        return {i: (*bits[:i], max(found), *bits[i + 1 :]) for i, found in below if found}
+        return {i: (*bits[:i], max(steps), *bits[i + 1 :]) for i, steps in below if steps}
 
     def higher(self, bits: Bits) -> dict[int, Bits]:
         """By layer, the allocation with that layer a step up, whether it fits or not."""
         above = ((i, [b for b in self.choices[i] if b > now]) for i, now in enumerate(bits))
-        return {i: (*bits[:i], min(found), *bits[i + 1 :]) for i, found in above if found}
+        return {i: (*bits[:i], min(steps), *bits[i + 1 :]) for i, steps in above if steps}
 
-    def settle(self, bits: Bits, rng: np.random.Generator, held: int | None = None) -> Bits:
-        """An allocation near ``bits`` that fits and leaves no room for a step up of any layer but the one held.
+    def settle(self, bits: Bits, rng: np.random.Generator, kept: int | None = None) -> Bits:
+        """An allocation near ``bits`` that fits and leaves no room for a step up of any layer but the one kept.
 
         Args:
             bits: An allocation, which may be too large.
             rng: Chooses the layers: random ones go a step down until all fits, then random ones a step up.
-            held: A layer to leave as it is, as long as the others can make room.
+            kept: A layer to leave as it is, as long as the others can make room.
 
         Returns:
             The allocation.
         """
         while not self.fits(bits):
             steps = self.lower(bits)
-            free = [i for i in steps if i != held]
+            free = [i for i in steps if i != kept]
             bits = steps[int(rng.choice(free or list(steps)))]
-        while steps := {i: b for i, b in self.higher(bits).items() if i != held and self.fits(b)}:
+        while steps := {i: b for i, b in self.higher(bits).items() if i != kept and self.fits(b)}:
             bits = steps[int(rng.choice(list(steps)))]
         return bits
 
@@ -114,12 +114,12 @@ def search_space(constraints: Sequence[Constraint], bits: Sequence[int]) -> Sear
         >>> space.choices, space.rates
         (((2, 4), (2, 4)), array([[10., 30.]]))
     """
-    usage = np.array([each.usage for each in constraints])
+    usage = np.array([constraint.usage for constraint in constraints])
     rates = (usage / np.asarray(bits)).min(2)
     beyond = usage - np.multiply.outer(rates, np.asarray(bits, dtype=np.float64))
     return SearchSpace(
         choices=(tuple(sorted(bits)),) * usage.shape[1],
         rates=rates,
-        limits=np.array([each.limit for each in constraints], dtype=np.float64),
+        limits=np.array([constraint.limit for constraint in constraints], dtype=np.float64),
         beyond={b: beyond[:, :, column] for column, b in enumerate(bits)} if beyond.any() else {},
     )

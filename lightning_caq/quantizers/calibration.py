@@ -16,22 +16,7 @@ from lightning_caq.network.stepped_passes import Call, SteppedPasses
 from lightning_caq.quantizers.grids.activations import InputGrid, change_first, fit_input_grid
 from lightning_caq.utilities.seeding import generator
 
-FIRST_BITS = 8
 _VALUES = 2**17  # kept of each layer's inputs, 0.5 MB
-
-
-def input_bits(layers: Sequence[Layer], bits: int) -> tuple[int, ...]:
-    """Bits of every layer's input: ``bits``, and 8 for the first layer, which takes the data itself.
-
-    Args:
-        layers: The layers in order of execution.
-        bits: Bit-width of the others.
-
-    Example:
-        >>> input_bits([Layer("conv1", "conv2d", (8, 3, 3, 3)), Layer("fc", "linear", (10, 8))], 4)
-        (8, 4)
-    """
-    return tuple(FIRST_BITS if index == 0 else bits for index in range(len(layers)))
 
 
 @contextmanager
@@ -117,7 +102,7 @@ class _Sample:
 def calibrate_inputs(
     model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], bits: Sequence[int]
 ) -> dict[str, InputGrid]:
-    """A grid for the input of every layer, found layer by layer, the inputs before it rounded already.
+    """A grid for the input of every layer, fitted layer by layer, the inputs before it rounded already.
 
     Costs one forward pass.
 
@@ -126,7 +111,7 @@ def calibrate_inputs(
             rounding of weights and that of inputs moved together.
         layers: The layers in order of execution.
         batches: Calibration batches.
-        bits: Bit-width of each layer's input, such as from ``input_bits``.
+        bits: Bit-width of each layer's input, such as from ``allocation.mixed.input_bits``.
 
     Returns:
         Layer name to grid; an embedding, which takes tokens, has none.
@@ -159,7 +144,7 @@ def input_grid(layer: Layer, calls: Iterable[Sequence[Call]], sizes: Sequence[in
         The layer's name to its grid; nothing if the layer takes tokens or is not called.
     """
     sample = _Sample(layer, sum(sizes))
-    for size, found in zip(sizes, calls, strict=True):
-        for call in found:
+    for size, batch_calls in zip(sizes, calls, strict=True):
+        for call in batch_calls:
             sample.add(call.inputs, size)
     return {layer.name: fit_input_grid(torch.cat(sample.values), bits)} if sample.values else {}

@@ -64,7 +64,7 @@ def _cost(profile, bits, inputs):
 def test_the_cheapest_of_all_pairs_within_the_operations(seed):
     profile, sizes = _made_up(seed)
     limit = sum(sizes.macs) * 4 * 4 / 1e9
-    bits, inputs = choose_mixed("mckp", Bops(limit), profile, sizes, BITS, CANDIDATES)
+    bits, inputs = choose_mixed("mckp", Bops(limit), profile=profile, sizes=sizes, bits=BITS, candidates=CANDIDATES)
     assert inputs[0] == 8
     assert replace(sizes, activation_bits=inputs).bops(bits) <= limit
     best = _best(profile, sizes, lambda size, bops: bops <= limit)
@@ -78,7 +78,7 @@ def test_the_cheapest_of_all_pairs_within_size_and_operations(seed, kind):
     most, limit = 3.2 * sum(sizes.weights), sum(sizes.macs) * 4 * 4 / 1e9
     value = 3.2 if kind is AvgBits else 32 * sum(sizes.weights) / (most + 48 * 6)  # 48 bits of scale a channel
     budget = SizeAndBops(kind(value), Bops(limit))
-    bits, inputs = choose_mixed("mckp", budget, profile, sizes, BITS, CANDIDATES)
+    bits, inputs = choose_mixed("mckp", budget, profile=profile, sizes=sizes, bits=BITS, candidates=CANDIDATES)
     assert sizes.payload(bits) <= most * (1 + 1e-12)
     assert replace(sizes, activation_bits=inputs).bops(bits) <= limit
     best = _best(profile, sizes, lambda size, bops: size <= most * (1 + 1e-12) and bops <= limit)
@@ -91,7 +91,8 @@ def test_a_loss_that_falls_counts_as_none():
     falling = replace(rows[1], activation_cost={2: -5.0, 3: 0.0, 4: 0.0, 8: 0.0})
     sizes = LayerSizes((1, 1), (1, 1), macs=(10**9, 10**9))
     profile = CurvatureProfile((rows[0], falling))
-    assert choose_mixed("mckp", Bops(1e3), profile, sizes, BITS, CANDIDATES[:2])[1] == (8, 8)
+    _, inputs = choose_mixed("mckp", Bops(1e3), profile=profile, sizes=sizes, bits=BITS, candidates=CANDIDATES[:2])
+    assert inputs == (8, 8)
 
 
 @every("seed", range(4))
@@ -118,15 +119,15 @@ def test_too_few_operations():
     profile, sizes = _made_up(0)
     for method in ("mckp", "uniform"):
         with pytest.raises(BudgetError, match="The smallest choice takes"):
-            choose_mixed(method, Bops(1e-9), profile, sizes, BITS, CANDIDATES)
+            choose_mixed(method, Bops(1e-9), profile=profile, sizes=sizes, bits=BITS, candidates=CANDIDATES)
         with pytest.raises(BudgetError, match="says nothing about operations"):
-            choose_mixed(method, AvgBits(3), profile, sizes, BITS, CANDIDATES)
+            choose_mixed(method, AvgBits(3), profile=profile, sizes=sizes, bits=BITS, candidates=CANDIDATES)
 
 
 def test_candidates_are_those_of_weights_from_2_up():
     layers = find_layers(nets.mlp(), torch.zeros(1, 4))
-    assert input_candidates(layers, (1, 2, 6), "mixed") == ((8, 8), (2, 6))
-    assert input_candidates(layers, (1, 2, 6), None) == ()
+    assert input_candidates(len(layers), (1, 2, 6), "mixed") == ((8, 8), (2, 6))
+    assert input_candidates(len(layers), (1, 2, 6), None) == ()
 
 
 @every(

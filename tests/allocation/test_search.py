@@ -70,13 +70,13 @@ def test_draws_fit_leave_no_room_and_differ():
     assert set(draws) == full  # every such allocation comes up
 
 
-def test_settling_spares_the_layer_that_is_held():
+def test_settling_spares_the_layer_that_is_kept():
     space, rng = _space(), np.random.default_rng(0)
     for _ in range(50):
-        assert space.settle((8, 8, 8, 8), rng, held=1)[1] == 8
-        assert space.settle((2, 2, 2, 2), rng, held=3)[3] == 2
+        assert space.settle((8, 8, 8, 8), rng, kept=1)[1] == 8
+        assert space.settle((2, 2, 2, 2), rng, kept=3)[3] == 2
     tight = search_space([size_limit(WEIGHTS, BITS, 2 * sum(WEIGHTS) + 60)], BITS)
-    assert tight.settle((2, 2, 8, 2), rng, held=2)[2] == 2  # the others cannot make that much room
+    assert tight.settle((2, 2, 8, 2), rng, kept=2)[2] == 2  # the others cannot make that much room
 
 
 def test_a_pinned_layer_stays():

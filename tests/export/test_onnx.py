@@ -11,11 +11,12 @@ from every import every
 from torch import nn
 
 from lightning_caq import quantize
+from lightning_caq.allocation.mixed import input_bits
 from lightning_caq.errors import ExportError, LayerError
 from lightning_caq.export import onnx as onnx_export
 from lightning_caq.export.onnx import export_onnx
 from lightning_caq.network.layers import find_layers, quantizable_layers
-from lightning_caq.quantizers.calibration import calibrate_inputs, input_bits
+from lightning_caq.quantizers.calibration import calibrate_inputs
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules, swap
 from lightning_caq.quantizers.grids.activations import InputGrid
 from lightning_caq.quantizers.grids.affine import fit_grid
@@ -242,7 +243,7 @@ def test_rounded_inputs_are_the_very_ones(bits, tmp_path):
 def test_a_cnn_with_rounded_inputs(bits, tmp_path):
     net, x = _swapped(nets.small_cnn(), (3, 8)), nets.images(32, 2)[0]
     layers = find_layers(net, x)
-    grids = calibrate_inputs(net, layers, [x], input_bits(layers, bits))
+    grids = calibrate_inputs(net, layers, [x], input_bits(len(layers), bits))
     _with_inputs(net, grids)
     result = export_onnx(net, tmp_path / "net.onnx", x[:4])
     assert net[0].input_grid == grids["0"]

@@ -8,9 +8,10 @@ import torch
 from every import every
 from torch import nn
 
+from lightning_caq.allocation.mixed import input_bits
 from lightning_caq.network.layers import find_layers
 from lightning_caq.quantizers import calibration
-from lightning_caq.quantizers.calibration import calibrate_inputs, input_bits, rounded_inputs, sample_inputs
+from lightning_caq.quantizers.calibration import calibrate_inputs, rounded_inputs, sample_inputs
 from lightning_caq.quantizers.grids.activations import InputGrid, fit_input_grid
 
 
@@ -59,7 +60,7 @@ def test_inputs_are_rounded_while_the_context_is_open():
 def test_networks_of_every_kind(name):
     case = nets.make_case(name)
     layers = find_layers(case.net, case.batches[0])
-    grids = calibrate_inputs(case.net, layers, case.batches, input_bits(layers, 4))
+    grids = calibrate_inputs(case.net, layers, case.batches, input_bits(len(layers), 4))
     tokens = name == "tied"  # the first layer is an embedding and, tied to it, the last linear layer
     assert set(grids) == {layer.name for layer in layers}
     assert [grids[layer.name].bits for layer in layers] == [8] + [4] * (len(layers) - 1)
@@ -73,7 +74,7 @@ def test_networks_of_every_kind(name):
 def test_an_embedding_alone_has_no_grid():
     net, tokens = nn.Sequential(nn.Embedding(6, 3), nn.Linear(3, 2)), torch.randint(0, 6, (5, 4))
     layers = find_layers(net, tokens)
-    assert list(calibrate_inputs(net, layers, [tokens], input_bits(layers, 4))) == ["1"]
+    assert list(calibrate_inputs(net, layers, [tokens], input_bits(len(layers), 4))) == ["1"]
 
 
 def test_samples_are_few_hold_the_extremes_and_count_batches_by_size(monkeypatch):

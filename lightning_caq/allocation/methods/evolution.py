@@ -58,4 +58,4 @@ def _child(first: Bits, second: Bits, space: SearchSpace, rng: np.random.Generat
     if not moves:
         return mixed
     layer, moved = moves[int(rng.integers(len(moves)))]
-    return space.settle(moved, rng, held=layer)
+    return space.settle(moved, rng, kept=layer)

@@ -17,7 +17,7 @@ class Method:
 
     "Mixed-Precision Neural Network Quantization via Learned Layer-wise Importance" learns the scales of all layers and
     bit-widths together and minimises their sum over the layers, sizes left out of it. Here the scales are trained for a
-    few dozen steps with the weights held (``scale_importance``), where the paper trains an epoch with the weights: near
+    few dozen steps with fixed weights (``scale_importance``), where the paper trains an epoch with the weights: near
     their start they say little more than how large the weights are.
 
     Example:
