@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from lightning_caq.errors import CAQError
+from lightning_caq.allocation.robustness import robustness
+from lightning_caq.allocation.tradeoff import tradeoff
+from lightning_caq.errors import CAQError, OptionError
 from lightning_caq.evaluation.sweep import sweep_points, variant_metrics
 from lightning_caq.export.packed import VERSION
 from lightning_caq.export.sealed import read_sealed
@@ -69,6 +71,34 @@ def compare(log_dirs: list[Path], output: Path = Path("caq-compare.html")) -> No
     print(f"\n{write_comparison(output, runs, figure)}")
 
 
+def allocate(log_dir: Path, method: str = "cet", avg_bits: float = 3.0, factor: float = 2.0) -> None:
+    """Allocate bits anew from the profile of a run: what another size costs, and which bits an error would move.
+
+    Args:
+        log_dir: The log folder of the run, or the folder caq in it.
+        method: A method that gives a table of costs.
+        avg_bits: Average bits a weight.
+        factor: By how much curvature and stretch of each layer are taken to be measured wrongly.
+    """
+    run = read_run(log_dir)
+    if run.profile is None:
+        raise FileNotFoundError(
+            f"{run.folder / 'profile.json'} {run.problems['profile.json']}; nothing to allocate by."
+        )
+    bits = sorted(set.intersection(*(set(row.rounding_error) for row in run.profile.layers)))
+    if not bits:
+        raise OptionError(f"{run.folder / 'profile.json'} holds rounding errors of no bit-width; measure them first.")
+    result = robustness(run.profile, method=method, bits=bits, avg_bits=avg_bits, factor=factor)
+    draws = len(result.draws)
+    print(f"{method} at {avg_bits:g} bits; curvature and stretch off by a factor of {factor:g} in {draws} draws")
+    rows = [[name, str(b), f"{result.moved[name]:.0%}"] for name, b in result.bits.items()]
+    print(text_table(["layer", "bits", "draws in which they move"], rows) + "\n")
+    weights = sum(row.weights for row in run.profile.layers)
+    points = tradeoff(run.profile, method=method, bits=bits)
+    rows = [[f"{x.usage['size'] / weights:.3f}", f"{x.cost:.4g}", " ".join(map(str, x.bits))] for x in points]
+    print(text_table(["average bits", "predicted cost", "bits of the layers"], rows))
+
+
 def inspect(file: Path) -> None:
     """Print the layers, bits and bytes of a quantized network that was saved with save_quantized.
 
@@ -97,7 +127,7 @@ def inspect(file: Path) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run ``lightning-caq report``, ``compare`` or ``inspect``.
+    """Run ``lightning-caq report``, ``compare``, ``allocate`` or ``inspect``.
 
     Args:
         args: The arguments; those of the command line by default.
@@ -129,7 +159,12 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(f"lightning-caq: {error}")
 
 
-_COMMANDS: dict[str, Callable[..., None]] = {"report": report, "compare": compare, "inspect": inspect}
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "report": report,
+    "compare": compare,
+    "allocate": allocate,
+    "inspect": inspect,
+}
 
 
 def _names(log_dirs: list[Path]) -> list[str]:

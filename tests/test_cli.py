@@ -82,6 +82,25 @@ def test_compare_lays_runs_side_by_side(runs, capsys) -> None:
     assert page.read_text(encoding="utf-8").count("<img") == 1
 
 
+def test_allocate_again_from_the_profile_alone(runs, capsys) -> None:
+    main(["allocate", str(runs / "a"), "--method", "mckp", "--avg_bits", "4"])
+    allocation, frontier = capsys.readouterr().out.split("\n\n")
+    assert "mckp at 4 bits" in allocation
+    points = [line.split() for line in frontier.splitlines() if line.strip()[:1].isdigit()]
+    sizes, costs = ([float(point[i]) for point in points] for i in (0, 1))
+    assert (sizes[0], sizes[-1]) == (2.0, 8.0)
+    assert sizes == sorted(sizes)
+    assert costs == sorted(costs, reverse=True)
+
+
+def test_allocate_says_what_it_needs(runs) -> None:
+    with pytest.raises(SystemExit, match="searches"):
+        main(["allocate", str(runs / "a"), "--method", "evolution"])
+    (runs / "a" / "caq" / "profile.json").unlink()
+    with pytest.raises(SystemExit, match=r"profile.json is missing; nothing to allocate by"):
+        main(["allocate", str(runs / "a")])
+
+
 def test_inspect_counts_bits_and_bytes(runs, capsys) -> None:
     main(["inspect", str(runs / "net.safetensors")])
     out = capsys.readouterr().out

@@ -293,3 +293,24 @@ def test_expected_energy_is_the_mean_over_directions():
     costs = _costs("cet_expected", row, residual_curvature=mu)
     np.testing.assert_allclose(costs[0, 0], 0.5 * (mean + mu * 4), rtol=1e-2)
     np.testing.assert_allclose(costs[0], costs[0, 0] * np.array([1, 0.25, 0]))
+
+
+def test_floors_by_hand():
+    rows = [
+        LayerCurvature("bent", 1, 1, 1, remainder=2.0, diameter=8.0),  # ½ log2(2 · 64 / ½) = 4
+        LayerCurvature("nearly straight", 1, 1, 1, remainder=1e-3, diameter=1.0),
+        LayerCurvature("straight", 1, 1, 1, remainder=0.0, diameter=8.0),
+    ]
+    for method in ("caq", "caq_bound"):
+        np.testing.assert_allclose(get_method(method).floors(CurvatureProfile(tuple(rows)), 0.5), [4, 0, 0])
+
+
+def test_floors_hold_for_a_parabola():
+    """f(z) = ρ z² on [0, d] leaves its chords over a grid of 2^p steps by ρ (d / 2^p)² / 4: below ε at the floor."""
+    rho, d, epsilon = 3.0, 2.0, 0.01
+    profile = CurvatureProfile((LayerCurvature("f", 1, 1, 1, remainder=rho, diameter=d),))
+    p = get_method("caq").floors(profile, epsilon)[0]
+    for bits, enough in ((np.ceil(p), True), (np.floor(p) - 1, False)):
+        z = np.linspace(0, d, 100_001)
+        knots = np.linspace(0, d, int(2**bits) + 1)
+        assert (np.abs(np.interp(z, knots, rho * knots**2) - rho * z**2).max() <= epsilon) == enough

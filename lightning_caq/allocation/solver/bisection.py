@@ -29,16 +29,16 @@ def smallest_passing(passes: Callable[[float], bool], low: float, high: float, t
         >>> smallest_passing(lambda x: x >= 7.99, 2.0, 8.0, tests=3)
         8.0
     """
-    found, failed = None, None
+    passed, failed = None, None
     for left in range(tests, 0, -1):
-        below, above = low if failed is None else failed, high if found is None else found
+        below, above = low if failed is None else failed, high if passed is None else passed
         place = (below + above) / 2
-        if left == 1 and found is None:
+        if left == 1 and passed is None:
             place = high
         elif left == 1 and failed is None:
             place = low
         if passes(place):
-            found = place
+            passed = place
         else:
             failed = place
-    return found
+    return passed

@@ -1,20 +1,19 @@
-"""Problems with any number of limits: HiGHS, by ``scipy.optimize.milp``."""
+"""Problems with any number of limits: branch and bound by HiGHS, from ``scipy.optimize.milp``."""
 
 from __future__ import annotations
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from lightning_caq.allocation.solver.core import Found
-from lightning_caq.allocation.solver.dual import one_choice
-from lightning_caq.allocation.solver.program import Program
+from lightning_caq.allocation.solver.lagrangian import one_choice
+from lightning_caq.allocation.solver.program import Program, Solution
 from lightning_caq.errors import BudgetError
 
 _TOLERANCE = 1e-6  # the solver's own, for costs about as large as one
 _NODES = 200  # of branch and bound; a count and not a time, so that every run ends at the same
 
 
-def solve_by_highs(program: Program) -> Found:
+def branch_and_bound(program: Program) -> Solution:
     """Solve a multiple-choice problem as an integer program.
 
     Args:
@@ -28,7 +27,7 @@ def solve_by_highs(program: Program) -> Found:
 
     Example:
         >>> program = Program(np.array([[4.0, 1.0], [9.0, 1.0]]), np.array([[[0.0, 1.0]] * 2]), np.array([1.0]))
-        >>> solve_by_highs(program).columns.tolist()
+        >>> branch_and_bound(program).columns.tolist()
         [0, 1]
     """
     # What alone takes too much is not part of any choice; left in, its size would spoil the solver's arithmetic.
@@ -60,5 +59,5 @@ def solve_by_highs(program: Program) -> Found:
         columns = picked.argmax(1)
         missed = np.minimum(program.left(columns), 0)
         if not missed.any():
-            return Found(columns, program.cost(columns), bound)
+            return Solution(columns, program.cost(columns), bound)
         limits = limits + 2 * missed  # over the limit by less than the solver's tolerance: that choice is taken away

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lightning_caq.allocation.solver.constraint import Constraint
-from lightning_caq.allocation.solver.hull import Array, Columns
+from lightning_caq.allocation.solver.constraint import Array, Columns, Constraint
 from lightning_caq.errors import BudgetError, OptionError
 
 
@@ -151,17 +150,19 @@ def check_limits(choices: Choices, constraints: Sequence[Constraint]) -> None:
         lightning_caq.errors.BudgetError: The smallest choice takes 40 bits, the budget allows 30. Without floors, pins
         and groups it takes 20; they bind layer 0.
     """
-    for each in constraints:
-        if each.usage.shape != (len(choices.row), len(choices.bits)):
+    for constraint in constraints:
+        if constraint.usage.shape != (len(choices.row), len(choices.bits)):
             raise OptionError(
-                f"The usage of '{each.name}' has shape {each.usage.shape}, not a row for each of {len(choices.row)} "
-                f"layers and a column for each of {len(choices.bits)} bit-widths."
+                f"The usage of '{constraint.name}' has shape {constraint.usage.shape}, not a row for each of "
+                f"{len(choices.row)} layers and a column for each of {len(choices.bits)} bit-widths."
             )
-        usage = choices.merge(each.usage)
+        usage = choices.merge(constraint.usage)
         least = float(choices.allow(usage).min(1).sum())
-        if least <= each.limit * (1 + 1e-12):
+        if least <= constraint.limit * (1 + 1e-12):
             continue
-        message = f"The smallest choice takes {least:.10g} {each.unit}, the budget allows {each.limit:.10g}."
+        message = (
+            f"The smallest choice takes {least:.10g} {constraint.unit}, the budget allows {constraint.limit:.10g}."
+        )
         asking = np.flatnonzero((choices.allow(usage).min(1) > usage.min(1))[choices.row])
         if len(asking):
             which = ", ".join(choices.names[i] for i in asking)

@@ -10,6 +10,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from lightning_caq.errors import OptionError
 
+Array = NDArray[np.float64]
+Columns = NDArray[np.intp]
+"""One column for each row of a table."""
+
 
 @dataclass(frozen=True, eq=False)
 class Constraint:
@@ -82,5 +86,5 @@ def bops_limit(macs: Sequence[int], activation_bits: Sequence[int], bits: Sequen
         >>> bops_limit([100], [8], [2, 4], 2000).usage
         array([[1600., 3200.]])
     """
-    each = np.asarray(macs, float) * np.asarray(activation_bits, float)
-    return Constraint("bops", np.multiply.outer(each, np.asarray(bits, float)), limit, "bit operations")
+    operations = np.asarray(macs, float) * np.asarray(activation_bits, float)
+    return Constraint("bops", np.multiply.outer(operations, np.asarray(bits, float)), limit, "bit operations")

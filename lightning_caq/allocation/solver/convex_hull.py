@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
-Columns = NDArray[np.intp]
+from lightning_caq.allocation.solver.constraint import Array, Columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +53,7 @@ def hull_steps(costs: Array, usage: Array) -> Steps:
     least = usage.min(1, keepdims=True)
     start = np.where(usage == least, costs, np.inf).argmin(1)
     now, last = start, np.full(len(rows), np.inf)
-    found: list[tuple[Columns, Columns, Columns, Array, Array]] = []
+    edges: list[tuple[Columns, Columns, Columns, Array, Array]] = []
     while True:
         more = usage - usage[rows, now][:, None]
         saved = costs[rows, now][:, None] - costs
@@ -67,11 +65,11 @@ def hull_steps(costs: Array, usage: Array) -> Steps:
         if not len(moving):
             break
         last = np.minimum(best, last)
-        found.append((moving, now[moving], target[moving], more[moving, target[moving]], last[moving]))
+        edges.append((moving, now[moving], target[moving], more[moving, target[moving]], last[moving]))
         now = np.where(best > 0, target, now)
-    if not found:
+    if not edges:
         none = np.zeros(0, dtype=np.intp)
         return Steps(start, none, none, none, np.zeros(0), np.zeros(0))
-    row, source, to, extra, prices = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    row, source, to, extra, prices = (np.concatenate(parts) for parts in zip(*edges, strict=True))
     order = np.lexsort((np.arange(len(row)), row, -prices))
     return Steps(start, row[order], source[order], to[order], extra[order], prices[order])

@@ -1,4 +1,4 @@
-"""Problems with one limit: an exact search over the few rows that the relaxation leaves open."""
+"""Problems with one limit: dynamic programming over the few rows that the relaxation leaves open, the core."""
 
 from __future__ import annotations
 
@@ -6,28 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lightning_caq.allocation.solver.hull import Array, Columns, Steps, hull_steps
-from lightning_caq.allocation.solver.program import Program
+from lightning_caq.allocation.solver.constraint import Array, Columns
+from lightning_caq.allocation.solver.convex_hull import Steps, hull_steps
+from lightning_caq.allocation.solver.program import Program, Solution
 
 _STATES = 4096  # partial choices kept at a time
 
 
-@dataclass(frozen=True, eq=False)
-class Found:
-    """The best choice found, if any keeps the limits.
-
-    Attributes:
-        columns: One column for each row, or ``None``.
-        cost: Its cost; infinite if there is none.
-        bound: No choice that keeps the limits costs less.
-    """
-
-    columns: Columns | None
-    cost: float
-    bound: float
-
-
-def search_core(program: Program, price: float, tolerance: float) -> Found:
+def search_core(program: Program, price: float, tolerance: float) -> Solution:
     """Open the rows one by one, the largest first, and keep all partial choices that may still lead to the optimum.
 
     Every partial choice is completed by the relaxation of the rows that are not open: broken at one step that is the
@@ -57,7 +43,7 @@ def search_core(program: Program, price: float, tolerance: float) -> Found:
     nearest = others.min(1)
     order = np.lexsort((nearest, -np.abs(usage[rows, others.argmin(1)] - usage[rows, base])))
     rest = _Rest.of(hull_steps(program.costs, usage), usage, price, base, order)
-    best, room, complete = Found(None, np.inf, relaxed), np.inf, True
+    best, room, complete = Solution(None, np.inf, relaxed), np.inf, True
     # A partial choice: what it costs beyond the relaxation, and what it leaves of the limit while other rows stay.
     beyond, left = np.zeros(1), program.left(base)
     trail: list[tuple[int, Columns, Columns]] = []
@@ -69,7 +55,7 @@ def search_core(program: Program, price: float, tolerance: float) -> Found:
         if relaxed + beyond[winner] + rounded[winner] < best.cost:
             columns = _follow(trail, winner, rest.take(opened, base, float(left[winner]), int(steps[winner])))
             if program.fits(columns) and program.cost(columns) < best.cost:
-                best = Found(columns, program.cost(columns), relaxed)
+                best = Solution(columns, program.cost(columns), relaxed)
         room = best.cost - relaxed - tolerance
         keep = _worth_keeping(beyond + least, beyond + price * left, left, room)
         complete &= len(keep) <= _STATES
@@ -82,7 +68,7 @@ def search_core(program: Program, price: float, tolerance: float) -> Found:
         beyond = (beyond[keep, None] + reduced[row, choices]).ravel()
         left = (left[keep, None] - more).ravel()
         trail.append((row, np.repeat(keep, len(choices)), np.tile(choices, len(keep))))
-    return Found(best.columns, best.cost, best.cost - tolerance if complete else relaxed)
+    return Solution(best.columns, best.cost, best.cost - tolerance if complete else relaxed)
 
 
 def _worth_keeping(least: Array, cost: Array, left: Array, room: float) -> Columns:

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 from lightning_caq.allocation.solver.choices import check_table
 from lightning_caq.allocation.solver.constraint import Constraint
-from lightning_caq.allocation.solver.hull import hull_steps
+from lightning_caq.allocation.solver.convex_hull import hull_steps
 from lightning_caq.allocation.solver.knapsack import Allocation, solve
 from lightning_caq.errors import OptionError
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from lightning_caq.allocation.solver.core import Found
-from lightning_caq.allocation.solver.hull import Array, hull_steps
-from lightning_caq.allocation.solver.program import Program
+from lightning_caq.allocation.solver.constraint import Array
+from lightning_caq.allocation.solver.convex_hull import hull_steps
+from lightning_caq.allocation.solver.program import Program, Solution
 
 
-def greedy(program: Program, multipliers: Array) -> Found:
+def greedy(program: Program, multipliers: Array) -> Solution:
     """Walk down the hulls of all rows together, the best price first, and take every step that still fits.
 
     Args:
@@ -28,7 +28,7 @@ def greedy(program: Program, multipliers: Array) -> Found:
     steps = hull_steps(program.costs, np.tensordot(multipliers, program.usage, 1))
     columns, left = steps.start.copy(), program.left(steps.start)
     if (left < 0).any():
-        return Found(None, np.inf, bound)
+        return Solution(None, np.inf, bound)
     more = program.usage[:, steps.row, steps.target] - program.usage[:, steps.row, steps.source]
     whole = int((np.cumsum(more, 1) <= left[:, None]).all(0).cumprod().sum())  # steps that fit one after another
     columns[steps.row[:whole]] = steps.target[:whole]
@@ -38,4 +38,4 @@ def greedy(program: Program, multipliers: Array) -> Found:
             columns[steps.row[step]] = steps.target[step]
             left = left - more[:, step]
     fits = program.fits(columns)
-    return Found(columns if fits else None, program.cost(columns) if fits else np.inf, bound)
+    return Solution(columns if fits else None, program.cost(columns) if fits else np.inf, bound)

@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lightning_caq.allocation.solver.constraint import Constraint
-from lightning_caq.allocation.solver.hull import Array
+from lightning_caq.allocation.solver.constraint import Array, Constraint
 from lightning_caq.allocation.solver.knapsack import Allocation, solve
 from lightning_caq.errors import OptionError
 
@@ -69,13 +68,13 @@ class JointChoices:
 
     def of_weights(self, limit: Constraint) -> Constraint:
         """A limit on bits of weights alone, such as on the size, to which inputs count nothing."""
-        each = self._table(limit.usage, len(self.bits), f"usage of '{limit.name}'")
-        return replace(limit, usage=_flat(each[:, :, None] + 0.0 * self._inputs[:, None, :]))
+        usage = self._table(limit.usage, len(self.bits), f"usage of '{limit.name}'")
+        return replace(limit, usage=_flat(usage[:, :, None] + 0.0 * self._inputs[:, None, :]))
 
     def bops_limit(self, macs: Sequence[int], limit: float) -> Constraint:
         """Σ m_i b_i b_a,i ≤ limit: bit operations of one sample (HAWQ-v3, Yao et al., 2021, §3.3)."""
-        each = np.multiply.outer(np.asarray(macs, float), np.asarray(self.bits, float))
-        return Constraint("bops", _flat(each[:, :, None] * self._inputs[:, None, :]), limit, "bit operations")
+        operations = np.multiply.outer(np.asarray(macs, float), np.asarray(self.bits, float))
+        return Constraint("bops", _flat(operations[:, :, None] * self._inputs[:, None, :]), limit, "bit operations")
 
     def pairs(self, columns: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Bits of the weights and bits of the inputs of a choice, given as one column for each layer."""
@@ -122,8 +121,8 @@ def solve_joint(
     """
     table = choices.costs(weight_costs, activation_costs)
     # The solver's labels only have to tell columns apart and to grow with precision, by which it breaks ties.
-    found = solve(table, choices.columns, constraints, names=names)
-    return *choices.pairs(found.bits), found
+    allocation = solve(table, choices.columns, constraints, names=names)
+    return *choices.pairs(allocation.bits), allocation
 
 
 def _flat(table: Array) -> Array:

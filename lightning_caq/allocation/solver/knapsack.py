@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lightning_caq.allocation.solver.choices import Choices, check_limits, check_table, make_choices
-from lightning_caq.allocation.solver.constraint import Constraint
-from lightning_caq.allocation.solver.hull import Array
+from lightning_caq.allocation.solver.constraint import Array, Constraint
 from lightning_caq.allocation.solver.minimise import minimise
 from lightning_caq.errors import BudgetError, OptionError
 
@@ -74,8 +73,8 @@ def solve(
 
     Example:
         >>> from lightning_caq.allocation.solver.constraint import size_limit
-        >>> found = solve([[4.0, 1.0], [9.0, 1.0]], (2, 4), [size_limit([10, 10], (2, 4), 60)])
-        >>> found.bits, found.cost, found.usage
+        >>> best = solve([[4.0, 1.0], [9.0, 1.0]], (2, 4), [size_limit([10, 10], (2, 4), 60)])
+        >>> best.bits, best.cost, best.usage
         ((2, 4), 5.0, {'size': 60.0})
     """
     table = check_table(costs, bits)
@@ -121,8 +120,8 @@ def smallest(
         OptionError: If a table or an argument is not as it should be.
 
     Example:
-        >>> found = smallest([[4.0, 1.0], [9.0, 1.0]], (2, 4), [[20, 40], [20, 40]], max_cost=6.0)
-        >>> found.bits, found.cost, found.usage
+        >>> best = smallest([[4.0, 1.0], [9.0, 1.0]], (2, 4), [[20, 40], [20, 40]], max_cost=6.0)
+        >>> best.bits, best.cost, best.usage
         ((2, 4), 60.0, {'error': 5.0})
     """
     table, size = check_table(costs, bits, least=0.0), check_table(usage, bits, least=0.0)
@@ -137,14 +136,14 @@ def smallest(
 
 def _allocate(choices: Choices, costs: Array, ties: Array, constraints: Sequence[Constraint]) -> Allocation:
     merged = [Constraint(c.name, choices.merge(c.usage), c.limit, c.unit) for c in constraints]
-    found = minimise(choices.allow(choices.merge(costs)), choices.merge(ties), merged)
-    columns = choices.columns(found.columns)
+    minimum = minimise(choices.allow(choices.merge(costs)), choices.merge(ties), merged)
+    columns = choices.columns(minimum.columns)
     cost = float(costs[np.arange(len(costs)), columns].sum())
     return Allocation(
         tuple(int(choices.bits[c]) for c in columns),
         cost,
-        bound=min(found.bound, cost),
-        relaxed=min(found.relaxed, cost),
+        bound=min(minimum.bound, cost),
+        relaxed=min(minimum.relaxed, cost),
         usage={c.name: c.total(columns) for c in constraints},
         limit={c.name: float(c.limit) for c in constraints},
     )

@@ -1,4 +1,4 @@
-"""The linear relaxation of a multiple-choice problem by its dual: the price of usage."""
+"""Lagrangian relaxation of a multiple-choice problem: the price of usage."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import numpy as np
 from scipy.optimize import linprog
 from scipy.sparse import csr_array
 
-from lightning_caq.allocation.solver.hull import Array, Columns, hull_steps
+from lightning_caq.allocation.solver.constraint import Array, Columns
+from lightning_caq.allocation.solver.convex_hull import hull_steps
 from lightning_caq.allocation.solver.program import Program
 from lightning_caq.errors import BudgetError
 

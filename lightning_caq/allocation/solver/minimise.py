@@ -1,4 +1,7 @@
-"""From a table of costs to its cheapest choice: scaled, relaxed, reduced, and only then searched."""
+"""From a table of costs to its cheapest choice: scaled, relaxed, reduced, and only then searched.
+
+With one limit by dynamic programming over a core, with several or where that proves nothing by branch and bound.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lightning_caq.allocation.solver.constraint import Constraint
-from lightning_caq.allocation.solver.core import Found, search_core
-from lightning_caq.allocation.solver.dual import best_multipliers
+from lightning_caq.allocation.solver.branch_and_bound import branch_and_bound
+from lightning_caq.allocation.solver.constraint import Array, Columns, Constraint
+from lightning_caq.allocation.solver.dynamic_programming import search_core
 from lightning_caq.allocation.solver.greedy import greedy
-from lightning_caq.allocation.solver.highs import solve_by_highs
-from lightning_caq.allocation.solver.hull import Array, Columns
-from lightning_caq.allocation.solver.program import Program, make_program, without_dominated
+from lightning_caq.allocation.solver.lagrangian import best_multipliers
+from lightning_caq.allocation.solver.program import Program, Solution, make_program, without_dominated
 
 _TIE = 1e-6  # how much of the optimum's cost the choice that ties prefer may cost more
 _TOLERANCE = 1e-8  # costs closer than this part of the optimum's are equal
@@ -61,15 +63,15 @@ def minimise(costs: Array, ties: Array, constraints: Sequence[Constraint]) -> Mi
     # costs more than a total that is known cannot be part of it. A quick choice finds that scale, the exact one checks.
     for find in (_quick, _exact):
         while True:
-            found = find(_scaled(whole, ties, scale))
-            total = np.inf if found.columns is None else float(whole.costs[rows, found.columns].sum())
+            solution = find(_scaled(whole, ties, scale))
+            total = np.inf if solution.columns is None else float(whole.costs[rows, solution.columns].sum())
             if scale == 0 or total > scale / 2:
                 break
             scale = total
-    assert found.columns is not None
-    proven = (found.bound - _TIE * float(ties.max(1).sum())) * scale
+    assert solution.columns is not None
+    proven = (solution.bound - _TIE * float(ties.max(1).sum())) * scale
     bound = min(max(proven, relaxed), total)
-    return Minimum(found.columns, bound + float(low.sum()), min(relaxed, bound) + float(low.sum()))
+    return Minimum(solution.columns, bound + float(low.sum()), min(relaxed, bound) + float(low.sum()))
 
 
 def _scaled(whole: Program, ties: Array, scale: float) -> Program:
@@ -78,20 +80,20 @@ def _scaled(whole: Program, ties: Array, scale: float) -> Program:
     return replace(whole, costs=whole.costs / scale + _TIE * ties).only(whole.costs <= scale * (1 + 1e-9))
 
 
-def _quick(program: Program) -> Found:
+def _quick(program: Program) -> Solution:
     program = without_dominated(program)
     return greedy(program, best_multipliers(program))
 
 
-def _exact(program: Program) -> Found:
+def _exact(program: Program) -> Solution:
     program = without_dominated(program)
     multipliers = best_multipliers(program)
     one = len(multipliers) == 1
-    found = search_core(program, float(multipliers[0]), _TOLERANCE) if one else greedy(program, multipliers)
-    if found.cost - found.bound <= 2 * _TOLERANCE:
-        return found
+    solution = search_core(program, float(multipliers[0]), _TOLERANCE) if one else greedy(program, multipliers)
+    if solution.cost - solution.bound <= 2 * _TOLERANCE:
+        return solution
     # What costs more beyond the relaxation than the best known choice does is not part of a better one.
-    open_ = program.reduced(multipliers) <= found.cost - program.lagrangian(multipliers) + _TOLERANCE
-    solved = solve_by_highs(program.only(open_))
-    best = min(solved, found, key=lambda each: each.cost)
-    return replace(best, bound=max(found.bound, min(solved.bound, found.cost)))
+    open_ = program.reduced(multipliers) <= solution.cost - program.lagrangian(multipliers) + _TOLERANCE
+    proven_solution = branch_and_bound(program.only(open_))
+    best = min(proven_solution, solution, key=lambda candidate: candidate.cost)
+    return replace(best, bound=max(solution.bound, min(proven_solution.bound, solution.cost)))

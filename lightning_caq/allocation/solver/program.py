@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_caq.allocation.solver.constraint import Constraint
-from lightning_caq.allocation.solver.hull import Array, Columns
+from lightning_caq.allocation.solver.constraint import Array, Columns, Constraint
 
 _ROUNDING = 1e-12  # what a limit that is no whole number may be missed by, relatively: the error of adding up
 
@@ -56,6 +55,21 @@ class Program:
         return float(priced.min(1).sum() - multipliers @ self.limits)
 
 
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """The best choice that a solver knows, if any keeps the limits.
+
+    Attributes:
+        columns: One column for each row, or ``None``.
+        cost: Its cost; infinite if there is none.
+        bound: No choice that keeps the limits costs less.
+    """
+
+    columns: Columns | None
+    cost: float
+    bound: float
+
+
 def make_program(costs: Array, constraints: Sequence[Constraint]) -> Program:
     """Bring constraints to units in which a solver's tolerance cannot break them.
 
@@ -76,15 +90,15 @@ def make_program(costs: Array, constraints: Sequence[Constraint]) -> Program:
         ([[[0.0, 1.0], [0.0, 2.0]]], [1.0])
     """
     usage, limits = np.zeros((len(constraints), *costs.shape)), np.zeros(len(constraints))
-    for k, each in enumerate(constraints):
-        least = np.where(np.isfinite(costs), each.usage, np.inf).min(1, keepdims=True)
-        more = np.maximum(each.usage - least, 0)
-        left = each.limit - float(least.sum())
+    for k, constraint in enumerate(constraints):
+        least = np.where(np.isfinite(costs), constraint.usage, np.inf).min(1, keepdims=True)
+        more = np.maximum(constraint.usage - least, 0)
+        left = constraint.limit - float(least.sum())
         if (more == np.rint(more)).all() and more.max() < 2**53:
             unit = float(np.gcd.reduce(more.astype(np.int64), axis=None)) or 1.0
-            left = np.floor(left / unit + 1e-9 + 4 * np.spacing(abs(each.limit) / unit))
+            left = np.floor(left / unit + 1e-9 + 4 * np.spacing(abs(constraint.limit) / unit))
         else:
-            left += _ROUNDING * abs(each.limit)
+            left += _ROUNDING * abs(constraint.limit)
             unit = max(left, float(more.max()) * _ROUNDING) / 1000
             left /= unit
         usage[k], limits[k] = more / unit, left

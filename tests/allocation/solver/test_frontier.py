@@ -9,7 +9,6 @@ from scipy.spatial import ConvexHull
 
 from lightning_caq.allocation.solver.constraint import size_limit
 from lightning_caq.allocation.solver.frontier import frontier
-from lightning_caq.allocation.solver.hull import hull_steps
 from lightning_caq.allocation.solver.knapsack import solve
 from lightning_caq.errors import OptionError
 
@@ -85,19 +84,6 @@ def test_layers_that_more_bits_do_not_help():
 
 def test_a_tie_at_the_smallest_usage_goes_to_the_cheaper():
     assert frontier([[3.0, 1.0]], [[2.0, 2.0]], (2, 4))[0].bits == (4,)
-
-
-def test_steps_are_in_the_order_of_their_price_and_of_their_row():
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        costs = rng.integers(0, 5, (6, 5)).astype(float)  # many straight edges
-        steps = hull_steps(costs, np.tile(np.arange(5.0), (6, 1)) * rng.integers(1, 3, (6, 1)))
-        assert (np.diff(steps.price) <= 0).all()
-        now = steps.start.copy()
-        for row, source, target in zip(steps.row, steps.source, steps.target, strict=True):
-            assert now[row] == source
-            now[row] = target
-        assert (costs[np.arange(6), now] == costs.min(1)).all()
 
 
 def test_bad_input():
