@@ -4,7 +4,6 @@ from functools import partial
 
 import numpy as np
 import pytest
-from every import every
 
 from lightning_caq.allocation.robustness import perturbed, robustness
 from lightning_caq.errors import OptionError

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from every import every
 
 from lightning_caq.allocation.solver import dynamic_programming
 from lightning_caq.allocation.solver.constraint import Constraint, size_limit
