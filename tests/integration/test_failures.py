@@ -44,7 +44,7 @@ PLACES = {  # what breaks, and how
     "reading data": ("lightning_caq.callback.training_batches", RuntimeError("a worker died")),
     "measuring": ("lightning_caq.pipeline.measure", RuntimeError("out of memory")),
     "rounding": ("lightning_caq.selection.candidate.round_layer", RuntimeError("no")),
-    "swapping": ("lightning_caq.selection.candidate.swap", RuntimeError("no")),
+    "swapping": ("lightning_caq.plan.swap", RuntimeError("no")),
     "a full disk": ("lightning_caq.reporting.files.os.replace", FULL),
     "Ctrl-C while measuring": ("lightning_caq.pipeline.measure", KeyboardInterrupt()),
     "Ctrl-C while rounding": ("lightning_caq.selection.candidate.round_layer", KeyboardInterrupt()),
