@@ -6,7 +6,6 @@ import re
 import warnings
 
 import nets
-import pytest
 import rounding_help
 import torch
 from every import every

@@ -1,6 +1,5 @@
 """Grids whose channels differ in their bits, against rounding each channel as if all had its bits."""
 
-import pytest
 import rounding_help
 import torch
 from every import every

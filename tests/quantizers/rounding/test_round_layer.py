@@ -4,7 +4,6 @@ import itertools
 
 import nets
 import numpy as np
-import pytest
 import rounding_help
 import torch
 from every import every
