@@ -5,7 +5,6 @@ from dataclasses import replace
 import nets
 import pytest
 import torch
-from every import every
 from torch import nn
 
 from lightning_caq.measures import cost

@@ -4,6 +4,7 @@ import nets
 import pytest
 import torch
 from dense_case import DenseCase
+from every import every
 from torch import nn
 
 from lightning_caq.measures.hessian.top_eigenvalue import top_eigenvalues
@@ -16,7 +17,7 @@ def setup(request):
     return DenseCase(request.param)
 
 
-@pytest.mark.parametrize("objective", ["task", "distill"])
+@every("objective", ["task", "distill"])
 def test_top_eigenvalues_against_dense_blocks(setup, objective):
     loss = nets.distill_loss(setup.case) if objective == "distill" else lambda net: nets.loss_of(setup.case, net)
     blocks = setup.dense.blocks(setup.dense.hessian(loss))
@@ -29,8 +30,8 @@ def test_top_eigenvalues_against_dense_blocks(setup, objective):
         assert found[name][1] <= 1e-6 * abs(expected)
 
 
-@pytest.mark.parametrize("name", ["cnn", "mlp", "pixels", "tied"])
-@pytest.mark.parametrize("memory", [1, 3000])
+@every("name", ["cnn", "mlp", "pixels", "tied"])
+@every("memory", [1, 3000])
 def test_little_memory_gives_the_same(name, memory):
     setup = DenseCase(name)
     objective = setup.objective("distill")
