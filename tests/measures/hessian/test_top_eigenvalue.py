@@ -12,13 +12,10 @@ from lightning_caq.network.layers import find_layers
 from lightning_caq.network.objective import make_objective
 
 
-@pytest.fixture(params=nets.CASES)
-def setup(request):
-    return DenseCase(request.param)
-
-
+@every("name", nets.CASES)
 @every("objective", ["task", "distill"])
-def test_top_eigenvalues_against_dense_blocks(setup, objective):
+def test_top_eigenvalues_against_dense_blocks(name, objective):
+    setup = DenseCase(name)
     loss = nets.distill_loss(setup.case) if objective == "distill" else lambda net: nets.loss_of(setup.case, net)
     blocks = setup.dense.blocks(setup.dense.hessian(loss))
     target = setup.objective(objective)
