@@ -184,7 +184,7 @@ def test_a_loss_that_fails_leaves_the_float_network(net, call):
 
 def test_a_report_that_fails_leaves_the_float_network(net, monkeypatch):
     """The last step, after the modules were swapped."""
-    monkeypatch.setattr("lightning_caq.pipeline.versions", lambda: 1 / 0)
+    monkeypatch.setattr("lightning_caq.evaluation.run_report.versions", lambda: 1 / 0)
     before = nets.picture(net)
     with pytest.raises(ZeroDivisionError):
         quantize(net, nets.image_batches(), avg_bits=3, compare=(), **FAST)
