@@ -18,9 +18,11 @@ test-oldest: $(OLDEST)/.done  ## what touches Lightning, under the oldest versio
 	$(OLDEST)/bin/python -m pytest tests/integration tests/bridge tests/test_options.py $(wildcard tests/test_callback*.py) \
 		tests/utilities/test_isolation.py tests/utilities/test_keywords.py
 
-lint: $(VENV)/.dev  ## style and types
+lint: $(VENV)/.dev  ## style, spelling, the direction of imports, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev $(VENV)/.bench  ## accuracy of a quantized ResNet-20, cost of curvature; needs the data folder that benchmarks/results.py takes with --data

@@ -90,7 +90,7 @@ def resident_megabytes() -> float:
     """Memory of this process that is in use now, in MB; the most so far where the system does not tell."""
     statistics = Path("/proc/self/statm")
     if statistics.exists():
-        return int(statistics.read_text().split()[1]) * resource.getpagesize() / 1e6
+        return int(statistics.read_text(encoding="utf-8").split()[1]) * resource.getpagesize() / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 

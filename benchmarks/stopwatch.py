@@ -51,7 +51,7 @@ def ratios(times: Mapping[str, list[float]], unit: str) -> dict[str, float]:
 def machine() -> str:
     """The processor, its cores, torch's threads and torch's version, in one line."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
     threads = torch.get_num_threads()

@@ -37,11 +37,11 @@ class DenseCase:
 
 def layer_calls(case, layer):
     """Module, input and output of every call of a layer, caught by hand."""
-    seen, handles = [], []
-    for module in {case.net.get_submodule(name) for name in layer.modules}:
-        handles.append(
-            module.register_forward_hook(lambda m, args, out: seen.append((m, args[0].clone(), out.clone())))
-        )
+    seen = []
+    handles = [
+        module.register_forward_hook(lambda m, args, out: seen.append((m, args[0].clone(), out.clone())))
+        for module in {case.net.get_submodule(name) for name in layer.modules}
+    ]
     for batch in case.batches:
         case.output(case.net, batch)
     for handle in handles:

@@ -15,7 +15,11 @@ from lightning_caq.errors import BudgetError, CAQError, OptionError
 from lightning_caq.sizes import LayerSizes, overhead_bits
 
 BITS = (2, 3, 4, 8)
+
+
 SIZES = LayerSizes(weights=(100, 300), channels=(10, 5))
+
+
 COUNTED = LayerSizes((100, 300), (10, 5), macs=(4 * 10**9, 10**9), activation_bits=(8, 4))
 
 
@@ -156,3 +160,17 @@ def test_operations_out_of_reach_name_the_nearest():
     with pytest.raises(BudgetError, match="ratio=20 cannot be met"):
         check_budget(SizeAndBops(Ratio(20), Bops(100)), COUNTED, BITS)
     check_budget(ErrorBudget(0.01), SIZES, BITS)  # known only once errors are measured
+
+
+def test_a_ratio_counts_tables():
+    sizes = LayerSizes((400, 600), (20, 10), quantizer="lq_nets")
+    ratio = sizes.ratio([3, 2])
+    assert ratio == pytest.approx(32 * 1000 / (1200 + 1200 + 32 * (60 + 20)))
+    limit = Ratio(ratio).constraints(sizes, (2, 3))[0]
+    assert limit.total([1, 0]) == pytest.approx(limit.limit)
+    check_budget(Ratio(ratio), sizes, (2, 3))
+    with pytest.raises(BudgetError, match="cannot be met"):
+        check_budget(Ratio(1.01 * sizes.ratio([2, 2])), sizes, (2, 3))
+    with pytest.raises(BudgetError, match="already met"):
+        check_budget(Ratio(0.99 * sizes.ratio([3, 3])), sizes, (2, 3))
+    check_budget(AvgBits(2), sizes, (2, 3))  # tables are no part of the average

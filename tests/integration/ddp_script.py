@@ -27,7 +27,7 @@ from lightning_caq.quantizers.fake_quant.swap import quantized_modules
 from lightning_caq.selection import candidate
 
 RANKS = 2
-RANK = int(os.environ.get("LOCAL_RANK", 0))
+RANK = int(os.environ.get("LOCAL_RANK", "0"))
 MOVED: list[Path] | None = None
 
 

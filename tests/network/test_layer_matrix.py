@@ -1,8 +1,8 @@
 """A layer as a matrix, against the layer itself."""
 
 import nets
-import pytest
 import torch
+from every import every
 from torch import nn
 
 from lightning_caq.network.layer_matrix import columns, count_positions, from_matrix, to_matrix
@@ -17,9 +17,8 @@ LAYERS = {**{k: lambda k=k: (nets.CONVOLUTIONS[k][0](), nets.CONVOLUTIONS[k][1])
           "linear": _linear, "tokens": lambda: (nn.Linear(5, 3), (2, 4, 5))}  # fmt: skip
 
 
-@pytest.fixture(params=LAYERS)
-def setup(request):
-    module, shape = LAYERS[request.param]()
+def _setup(name):
+    module, shape = LAYERS[name]()
     module.double()
     (layer,) = quantizable_layers(nn.Sequential(module))
     return module, layer, torch.randn(3, *shape, dtype=torch.float64)
@@ -29,8 +28,9 @@ def _without_bias(module, x):
     return module(x) - module(torch.zeros_like(x))
 
 
-def test_matrix_times_columns_is_the_layer(setup):
-    module, layer, x = setup
+@every("name", LAYERS)
+def test_matrix_times_columns_is_the_layer(name):
+    module, layer, x = _setup(name)
     found = to_matrix(layer, module.weight) @ columns(layer, module, x)
     expected = _without_bias(module, x)
     if layer.kind == "linear":
@@ -38,14 +38,16 @@ def test_matrix_times_columns_is_the_layer(setup):
     torch.testing.assert_close(found.reshape(expected.shape), expected)
 
 
-def test_round_trip(setup):
-    module, layer, _ = setup
+@every("name", LAYERS)
+def test_round_trip(name):
+    module, layer, _ = _setup(name)
     again = from_matrix(layer, to_matrix(layer, module.weight))
     assert torch.equal(again, module.weight)
 
 
-def test_chosen_positions_are_those_of_all(setup):
-    module, layer, x = setup
+@every("name", LAYERS)
+def test_chosen_positions_are_those_of_all(name):
+    module, layer, x = _setup(name)
     whole = columns(layer, module, x)
     assert count_positions(layer, module, x) == whole.shape[-1]
     chosen = torch.rand(len(x), whole.shape[-1]).argsort(1)[:, :3]

@@ -13,7 +13,7 @@ from lightning_caq.utilities.memory import release_memory
 
 def _resident():
     """Bytes of this process that are in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only the GNU allocator keeps memory for each thread")

@@ -50,7 +50,7 @@ def launch(folder, ranks):
             program.wait()
         for console in consoles:
             console.close()
-    assert ended == [0] * ranks, [Path(console.name).read_text()[-2000:] for console in consoles]
+    assert ended == [0] * ranks, [Path(console.name).read_text(encoding="utf-8")[-2000:] for console in consoles]
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 

@@ -99,6 +99,7 @@ def _above(
     x: float,
     line: int,
     text: str,
+    *,
     ha: str = "center",
     dx: float = 0.0,
     color: str = "black",

@@ -4,18 +4,16 @@ import nets
 import pytest
 import torch
 from dense_case import DenseCase
+from every import every
 from torch import nn
 
 from lightning_caq.measures.gram.diagonals import gauss_newton_diagonals
 from lightning_caq.network.layers import find_layers
 
 
-@pytest.fixture(params=nets.CASES)
-def setup(request):
-    return DenseCase(request.param)
-
-
-def test_gauss_newton_diagonals_against_the_analytic_matrix(setup):
+@every("name", nets.CASES)
+def test_gauss_newton_diagonals_against_the_analytic_matrix(name):
+    setup = DenseCase(name)
     matrix = nets.gauss_newton(setup.case, setup.dense)
     found, kept = gauss_newton_diagonals(setup.net, setup.layers, setup.batches, tolerance=0.0)
     assert kept == pytest.approx(1)

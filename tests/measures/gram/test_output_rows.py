@@ -31,16 +31,17 @@ class Drawn:
             return gram_spectrum(self.net, self.layers, self.batches, deltas, k=2, max_rows=self.max_rows, seed=seed)
 
 
-@pytest.fixture(params=["mlp", "pixels", "Words"])
-def drawn(request):
+def _drawn(name):
     return {
         "mlp": lambda: Drawn("mlp", list(torch.randn(45, 4, dtype=torch.float64).split(30)), 40),
         "pixels": lambda: Drawn("pixels", [torch.randn(4, 2, 4, 4, dtype=torch.float64)], 60),
         "Words": lambda: Drawn("Words", [torch.randint(0, 6, (6, 5)), torch.randint(0, 6, (2, 4))], 60),
-    }[request.param]()
+    }[name]()
 
 
-def test_traces_and_quadratic_forms_are_unbiased_and_errors_cover(drawn):
+@every("name", ["mlp", "pixels", "Words"])
+def test_traces_and_quadratic_forms_are_unbiased_and_errors_cover(name):
+    drawn = _drawn(name)
     deltas = {x.name: {3: torch.randn(x.shape, dtype=torch.float64)} for x in drawn.layers}
     runs = [drawn.spectrum(seed, deltas) for seed in range(SEEDS)]
     assert {run.rows for run in runs} == {drawn.max_rows}

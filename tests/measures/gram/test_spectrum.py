@@ -40,17 +40,16 @@ class Setup:
         return torch.cat(parts)
 
 
-@pytest.fixture(params=nets.CASES)
-def setup(request):
-    return Setup(request.param)
-
-
-def test_analytic_matrix_is_the_hessian_of_the_objective(setup):
+@every("name", nets.CASES)
+def test_analytic_matrix_is_the_hessian_of_the_objective(name):
     """The references agree with each other: the distill Hessian is the Gauss–Newton matrix."""
+    setup = Setup(name)
     torch.testing.assert_close(setup.dense.hessian(nets.distill_loss(setup.case)), setup.matrix, rtol=1e-7, atol=1e-9)
 
 
-def test_spectrum_traces_energies_and_projections(setup):
+@every("name", nets.CASES)
+def test_spectrum_traces_energies_and_projections(name):
+    setup = Setup(name)
     spectrum = setup.spectrum()
     values, vectors = torch.linalg.eigh(setup.matrix)
     values, vectors = values.flip(0), vectors.flip(1)
@@ -75,8 +74,10 @@ def test_spectrum_traces_energies_and_projections(setup):
         start += size
 
 
-def test_projections_of_layers_add_up_with_their_signs(setup):
+@every("name", nets.CASES)
+def test_projections_of_layers_add_up_with_their_signs(name):
     """(Σ_i Δ_i)ᵀ H (Σ_i Δ_i) needs the signed components, not their squares."""
+    setup = Setup(name)
     spectrum = setup.spectrum()
     whole = sum(setup.placed(name) for name in setup.names)
     signed = torch.stack([spectrum.projected[name][3] for name in setup.names]).sum(0)
@@ -148,7 +149,7 @@ class _Layout(torch.nn.Module):
 
 
 @every("layout", ["flat inside", "flat to the end", "sequence first"])
-@every("tokens", [3, 64])
+@every("tokens", [3, 40])  # fewer than samples, and more than the rows that are taken at once
 def test_the_layout_of_tokens_does_not_matter(layout, tokens):
     x = torch.randn(6, tokens, 3)
     found = []

@@ -4,6 +4,7 @@ import nets
 import pytest
 import torch
 from dense_case import DenseCase
+from every import every
 from torch import nn
 
 from lightning_caq.errors import CalibrationError, OptionError
@@ -14,12 +15,9 @@ from lightning_caq.network.layers import find_layers
 from lightning_caq.network.objective import make_objective
 
 
-@pytest.fixture(params=nets.CASES)
-def setup(request):
-    return DenseCase(request.param)
-
-
-def test_fisher_diagonals_are_the_mean_of_squared_gradients_of_single_samples(setup):
+@every("name", nets.CASES)
+def test_fisher_diagonals_are_the_mean_of_squared_gradients_of_single_samples(name):
+    setup = DenseCase(name)
     total = torch.zeros_like(setup.dense.vector)
     samples = sum(len(next(iter(b.values())) if isinstance(b, dict) else b) for b in setup.batches)
     for s in range(samples):

@@ -51,17 +51,14 @@ class Setup:
             assert operator.layer_quadratics(parts) == pytest.approx(forms, rel=1e-8)
 
 
-@pytest.fixture(params=nets.CASES)
-def setup(request):
-    return Setup(request.param)
-
-
 def _rows(outputs):
     return outputs.movedim(1, -1).flatten(0, -2) if outputs.ndim == 4 else outputs.flatten(0, -2)
 
 
+@every("name", nets.CASES)
 @every("graph_memory", [0, 2**30])
-def test_distill_is_the_hessian_and_the_gram_route(setup, graph_memory):
+def test_distill_is_the_hessian_and_the_gram_route(name, graph_memory):
+    setup = Setup(name)
     operator = GaussNewton(setup.net, setup.layers, setup.batches, graph_memory=graph_memory)
     matrix = nets.gauss_newton(setup.case, setup.dense)
     setup.check(operator, matrix)
@@ -77,7 +74,9 @@ def test_distill_is_the_hessian_and_the_gram_route(setup, graph_memory):
     torch.testing.assert_close(pairs.values, spectrum.values[:3], rtol=1e-6, atol=1e-12)
 
 
-def test_cross_entropy_with_labels_and_squared_error(setup):
+@every("name", nets.CASES)
+def test_cross_entropy_with_labels_and_squared_error(name):
+    setup = Setup(name)
     columns = setup.case.output(setup.net, setup.batches[0]).shape[1]
     counts = [len(setup.case.output(setup.net, batch)) for batch in setup.batches]
     labels = [torch.randint(0, columns, (count,)) for count in counts]

@@ -4,6 +4,7 @@ import nets
 import pytest
 import torch
 from dense_case import DenseCase
+from every import every
 from torch import nn
 
 from lightning_caq.measures.hessian.gradient_norm import gradient_norms
@@ -11,12 +12,9 @@ from lightning_caq.network.layers import find_layers
 from lightning_caq.network.objective import make_objective
 
 
-@pytest.fixture(params=nets.CASES)
-def setup(request):
-    return DenseCase(request.param)
-
-
-def test_gradient_norms_are_exact_over_uneven_batches(setup):
+@every("name", nets.CASES)
+def test_gradient_norms_are_exact_over_uneven_batches(name):
+    setup = DenseCase(name)
     found = gradient_norms(setup.net, setup.layers, setup.objective("task"))
     expected = {name: float(g.norm()) for name, g in setup.parts(setup.gradient(setup.case)).items()}
     assert found == pytest.approx(expected, rel=1e-9)

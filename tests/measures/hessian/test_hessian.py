@@ -17,13 +17,10 @@ def _task(net, batch):
     return nets.task_loss(output.movedim(1, -1).flatten(0, -2) if output.ndim == 4 else output.flatten(0, -2))
 
 
-@pytest.fixture(params=nets.CASES)
-def case(request):
-    return nets.make_case(request.param)
-
-
+@every("name", nets.CASES)
 @every("objective", ["task", "distill"])
-def test_equals_dense_hessian(case, objective):
+def test_equals_dense_hessian(name, objective):
+    case = nets.make_case(name)
     case.net.requires_grad_(True)  # `measure` lets autograd see frozen weights; here it is done by hand
     layers = find_layers(case.net, case.batches[0])
     operator = Hessian(case.net, layers, make_objective(objective, case.net, case.batches, _task))
@@ -108,9 +105,11 @@ class Apart(Sharing):
         return tensor
 
 
+@every("name", nets.CASES)
 @every("objective", ["task", "distill"])
 @every("ranks", [2, 4])  # the cases have two batches: dealt out whole, and cut
-def test_parts_of_the_ranks_add_up_to_the_dense_hessian(case, objective, ranks):
+def test_parts_of_the_ranks_add_up_to_the_dense_hessian(name, objective, ranks):
+    case = nets.make_case(name)
     case.net.requires_grad_(True)
     layers = find_layers(case.net, case.batches[0])
     target = make_objective(objective, case.net, case.batches, _task)

@@ -4,6 +4,7 @@ import nets
 import pytest
 import torch
 from dense_case import DenseCase
+from every import every
 from torch import nn
 
 from lightning_caq.measures.hessian.top_eigenvalue import top_eigenvalues
@@ -11,13 +12,10 @@ from lightning_caq.network.layers import find_layers
 from lightning_caq.network.objective import make_objective
 
 
-@pytest.fixture(params=nets.CASES)
-def setup(request):
-    return DenseCase(request.param)
-
-
-@pytest.mark.parametrize("objective", ["task", "distill"])
-def test_top_eigenvalues_against_dense_blocks(setup, objective):
+@every("name", nets.CASES)
+@every("objective", ["task", "distill"])
+def test_top_eigenvalues_against_dense_blocks(name, objective):
+    setup = DenseCase(name)
     loss = nets.distill_loss(setup.case) if objective == "distill" else lambda net: nets.loss_of(setup.case, net)
     blocks = setup.dense.blocks(setup.dense.hessian(loss))
     target = setup.objective(objective)
@@ -29,8 +27,8 @@ def test_top_eigenvalues_against_dense_blocks(setup, objective):
         assert found[name][1] <= 1e-6 * abs(expected)
 
 
-@pytest.mark.parametrize("name", ["cnn", "mlp", "pixels", "tied"])
-@pytest.mark.parametrize("memory", [1, 3000])
+@every("name", ["cnn", "mlp", "pixels", "tied"])
+@every("memory", [1, 3000])
 def test_little_memory_gives_the_same(name, memory):
     setup = DenseCase(name)
     objective = setup.objective("distill")

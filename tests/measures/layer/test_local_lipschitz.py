@@ -3,6 +3,7 @@
 import nets
 import pytest
 import torch
+from every import every
 from torch import nn
 
 from lightning_caq.measures.layer.blocks import record_blocks
@@ -30,7 +31,7 @@ def _largest_jacobian(net, x):
     return max(float(torch.linalg.svdvals(j.detach())[0]) for j in jacobians)
 
 
-@pytest.mark.parametrize("name", nets.CONVOLUTIONS)
+@every("name", nets.CONVOLUTIONS)
 def test_local_lipschitz_against_dense_jacobians(name):
     make, shape = nets.CONVOLUTIONS[name]
     net, x = nn.Sequential(make(), nn.Tanh()).double(), torch.randn(3, *shape, dtype=torch.float64)
@@ -43,7 +44,7 @@ def test_local_lipschitz_against_dense_jacobians(name):
     assert change <= 1e-3
 
 
-@pytest.mark.parametrize("activation", [nn.ReLU(inplace=True), nn.GELU(), nn.SiLU(inplace=True), nn.LeakyReLU(3.0)])
+@every("activation", [nn.ReLU(inplace=True), nn.GELU(), nn.SiLU(inplace=True), nn.LeakyReLU(3.0)])
 def test_local_lipschitz_lies_below_the_certified_one(activation):
     net = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), activation).double()
     nets.shake_batchnorm(net)

@@ -4,18 +4,16 @@ import nets
 import pytest
 import torch
 from dense_case import DenseCase
+from every import every
 from torch import nn
 
 from lightning_caq.measures.rounding.kl import quantized_kl
 from lightning_caq.network.layers import find_layers
 
 
-@pytest.fixture(params=nets.CASES)
-def setup(request):
-    return DenseCase(request.param)
-
-
-def test_quantized_kl_and_the_weights_are_put_back(setup):
+@every("name", nets.CASES)
+def test_quantized_kl_and_the_weights_are_put_back(name):
+    setup = DenseCase(name)
     deltas = {x.name: {b: 2.0**-b * torch.randn(x.shape, dtype=torch.float64) for b in (2, 4)} for x in setup.layers}
     before = setup.dense.vector.clone()
     found = quantized_kl(setup.net, setup.layers, setup.batches, deltas)

@@ -4,14 +4,10 @@ import nets
 import pytest
 import torch
 from dense_case import layer_calls
+from every import every
 
 from lightning_caq.measures.rounding.output_error import output_errors
 from lightning_caq.network.layers import find_layers
-
-
-@pytest.fixture(params=nets.CASES)
-def case(request):
-    return nets.make_case(request.param)
 
 
 def _rms(parts, samples):
@@ -22,7 +18,9 @@ def _samples(case):
     return sum(len(next(iter(b.values())) if isinstance(b, dict) else b) for b in case.batches)
 
 
-def test_output_error_is_the_change_of_the_layers_output(case):
+@every("name", nets.CASES)
+def test_output_error_is_the_change_of_the_layers_output(name):
+    case = nets.make_case(name)
     for layer in find_layers(case.net, case.batches[0]):
         delta = 0.1 * torch.randn(layer.shape, dtype=torch.float64)
         parts = []

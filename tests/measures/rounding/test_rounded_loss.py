@@ -81,12 +81,9 @@ def test_what_the_baselines_need_is_in_the_profile():
     assert all(row.score_norm is None for row in task.layers)
 
 
-@pytest.fixture(params=nets.CASES)
-def case(request):
-    return nets.make_case(request.param)
-
-
-def test_loss_change_and_the_weight_is_put_back(case):
+@every("name", nets.CASES)
+def test_loss_change_and_the_weight_is_put_back(name):
+    case = nets.make_case(name)
     objective = make_objective("distill", case.net, case.batches)
     layer = find_layers(case.net, case.batches[0])[0]
     weight = case.net.get_submodule(layer.name).weight

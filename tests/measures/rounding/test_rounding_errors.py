@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from every import every
 from torch import nn
 
 from lightning_caq.measures.measure import measure
@@ -23,7 +24,7 @@ def test_nearest_errors_are_within_half_a_step_of_the_grid_or_clipped():
             torch.testing.assert_close(row, nearest, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "axis"), [("conv2d", 0), ("conv_transpose2d", 1)])
+@every(("kind", "axis"), [("conv2d", 0), ("conv_transpose2d", 1)])
 def test_range_is_by_output_channel(kind, axis):
     net = nn.Conv2d(2, 3, 2) if axis == 0 else nn.ConvTranspose2d(2, 3, 2)
     weight = net.weight.detach().numpy()

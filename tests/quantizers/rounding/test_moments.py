@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from every import every
 from torch import nn
 
+from lightning_caq.network.layer_matrix import columns
 from lightning_caq.network.layers import Layer, find_layers
 from lightning_caq.quantizers.rounding import moments as module_under_test
-from lightning_caq.quantizers.rounding.moments import damped
+from lightning_caq.quantizers.rounding.moments import damped, samples_needed
 from lightning_caq.quantizers.rounding.passes import holding
 
 
@@ -115,3 +116,41 @@ def test_damping_makes_any_curvature_invertible():
     found = damped(h)
     torch.testing.assert_close(found[0], torch.eye(3, dtype=torch.float64))
     torch.testing.assert_close(found[1], torch.ones(3, 3, dtype=torch.float64) + 0.01 * torch.eye(3))
+
+
+def _columns_of(module, x):
+    (layer,) = find_layers(nn.Sequential(module), x)
+    z = columns(layer, module, x).movedim(0, 2).flatten(2)
+    return layer, z.double()
+
+
+@every(
+    ("module", "shape"),
+    [
+        (nn.Linear(20, 3), (20,)),
+        (nn.Linear(20, 3), (4, 20)),
+        (nn.Conv2d(4, 6, 3, groups=2), (4, 5, 5)),
+        (nn.Conv2d(4, 6, 3, stride=2), (4, 5, 5)),
+        (nn.ConvTranspose2d(6, 2, 2, stride=2), (6, 2, 2)),
+        (nn.ConvTranspose1d(6, 4, 3, stride=3, groups=2), (6, 2)),
+    ],
+)
+def test_samples_that_are_needed_are_those_of_full_rank(module, shape):
+    """Of random inputs: at the number that is told the moments have full rank, at one less they do not."""
+    torch.manual_seed(6)
+    net, x = nn.Sequential(module), torch.randn(64, *shape)
+    layer, _ = _columns_of(module, x)
+    (needed,) = samples_needed(net, [layer], 0).values()
+    rows = _columns_of(module, x[:1])[1].shape[1]
+    assert torch.linalg.matrix_rank(_columns_of(module, x[:needed])[1])[0] <= rows
+    assert _columns_of(module, x[:needed])[1].shape[2] >= rows
+    if needed > 1:
+        assert _columns_of(module, x[: needed - 1])[1].shape[2] < rows
+        assert torch.linalg.matrix_rank(_columns_of(module, x[: needed - 1])[1])[0] < rows
+    assert samples_needed(net, [layer], needed) == {}
+
+
+def test_words_and_idle_layers_need_no_samples():
+    words, tokens = nets.Words(), torch.randint(0, 6, (3, 4))
+    found = samples_needed(words, find_layers(words, tokens)[:1], 0)
+    assert found == {}

@@ -12,10 +12,12 @@ from torch import nn
 from lightning_caq.network.layer_matrix import from_matrix, to_matrix
 from lightning_caq.network.layers import Layer, find_layers
 from lightning_caq.quantizers.grids.affine import fit_grid
+from lightning_caq.quantizers.grids.values import fit_codebook
 from lightning_caq.quantizers.rounding import moments, round_layer
 from lightning_caq.quantizers.rounding.descent import improve
 from lightning_caq.quantizers.rounding.moments import InputMoments
 from lightning_caq.quantizers.rounding.round_layer import corrected_weight, round_error_feedback, round_nearest
+from lightning_caq.sizes import CODEBOOKS
 
 DAMPING, CORRECTION_DAMPING = 0.01, 0.1
 
@@ -206,3 +208,42 @@ def test_does_not_touch_the_weight():
     before = module.weight.detach().clone()
     rounding_help.rounded(net, layer, 2, "error_feedback", [x], {})
     assert torch.equal(module.weight, before)
+
+
+@every("quantizer", CODEBOOKS)
+@every("shape", [(6, 20), (8, 3, 3, 3)])
+def test_error_feedback_lowers_the_output_error(quantizer, shape):
+    draw = torch.Generator().manual_seed(5)
+    w = 0.3 * torch.randn(shape, generator=draw)
+    layer = Layer("x", "linear" if len(shape) == 2 else "conv2d", shape)
+    columns = w[0].numel()
+    z = torch.randn(200, columns, generator=draw) @ torch.randn(columns, columns, generator=draw)
+    book = fit_codebook(w, 3, layer.channel_shape, quantizer)
+
+    def error(codes):
+        return float((z @ (book.values(codes) - w).reshape(len(w), -1).T).square().sum())
+
+    curvature = (z.T @ z / len(z))[None]
+    assert error(round_error_feedback(layer, w, book, curvature)) < 0.8 * error(round_nearest(w, book))
+
+
+def test_error_feedback_on_a_table_of_even_steps_is_that_on_a_grid():
+    draw = torch.Generator().manual_seed(6)
+    w, z = torch.randn(4, 12, generator=draw), torch.randn(100, 12, generator=draw)
+    layer = Layer("x", "linear", (4, 12))
+    book = fit_codebook(w, 4, (4, 1), "dorefa")
+    steps, tops = book.table[0, 0].double().numpy(), 15
+    order = np.argsort(-(z.T @ z).diagonal().numpy(), kind="stable")
+    h = (z.T @ z / 100).double().numpy()
+    h = h + 0.01 * h.diagonal().mean() * np.eye(12)
+    left, x, expected = list(order), w.double().numpy().copy(), np.zeros((4, 12), int)
+    while left:  # the definition: the inverse of what is left is taken anew for every column
+        inverse = np.linalg.inv(h[np.ix_(left, left)])
+        j = left[0]
+        expected[:, j] = np.abs(x[:, j, None] - steps).argmin(1)
+        error = (x[:, j] - steps[expected[:, j]]) / inverse[0, 0]
+        x[:, left] -= error[:, None] * inverse[0]
+        left = left[1:]
+    found = round_error_feedback(layer, w, book, (z.T @ z / 100)[None])
+    assert found.max() <= tops
+    assert (found.numpy() == expected).mean() > 0.95  # float32 may decide a tie otherwise

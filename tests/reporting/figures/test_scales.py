@@ -1,3 +1,5 @@
+"""Axes and correlations against scipy and by hand."""
+
 from __future__ import annotations
 
 import math
@@ -8,7 +10,6 @@ from every import every
 from scipy.stats import spearmanr
 
 from lightning_caq.reporting.figures.scales import agreement, decades, largest, numbers, rank_correlation
-from lightning_caq.reporting.metrics import headline_metric, smaller_is_better
 
 
 def test_rank_correlation_is_that_of_scipy_with_ties() -> None:
@@ -42,14 +43,3 @@ def test_largest_keeps_the_order_and_puts_nan_last() -> None:
     assert largest([math.nan, 1, 3, 2], 2) == [2, 3]
     assert largest([math.nan, 1], 5) == [0, 1]
     assert np.isnan(numbers([None])[0])
-
-
-def test_headline_metric_prefers_an_accuracy() -> None:
-    assert headline_metric(["val_loss", "val_acc"]) == "val_acc"
-    assert headline_metric(["distill", "rmse", "mae"]) == "rmse"
-    assert headline_metric(["distill"]) == "distill"
-    assert headline_metric([]) is None
-
-
-def test_losses_are_told_from_scores() -> None:
-    assert [smaller_is_better(m) for m in ("val_loss", "rmse", "distill", "val_acc", "f1")] == [True] * 3 + [False] * 2

@@ -3,23 +3,18 @@
 import copy
 import io
 
-import numpy as np
 import pytest
 import torch
 from every import every
 from torch import nn
 
 from lightning_caq import export_onnx, load_quantized, quantize, save_quantized
-from lightning_caq.allocation.budget import AvgBits, Ratio, check_budget
-from lightning_caq.errors import BudgetError, ExportError, OptionError
-from lightning_caq.network.layers import Layer
+from lightning_caq.errors import ExportError, OptionError
 from lightning_caq.options import QuantizationOptions
 from lightning_caq.plan import QuantizationPlan
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules, restore_modules
 from lightning_caq.quantizers.grids.ranges import RANGES
-from lightning_caq.quantizers.grids.values import fit_codebook
-from lightning_caq.quantizers.rounding.round_layer import round_error_feedback, round_nearest
-from lightning_caq.sizes import CODEBOOKS, LayerSizes
+from lightning_caq.sizes import CODEBOOKS
 
 
 def _net():
@@ -140,59 +135,6 @@ def test_curvature_lowers_the_output_error_of_nearest_rounding():
         quantize(net, [x], rounding="nearest", range=range_, batchnorm="keep", **options)
         errors[range_] = float((net(x) - expected).detach().square().mean())
     assert errors["curvature"] < errors["mse"]
-
-
-@every("quantizer", CODEBOOKS)
-@every("shape", [(6, 20), (8, 3, 3, 3)])
-def test_error_feedback_lowers_the_output_error(quantizer, shape):
-    draw = torch.Generator().manual_seed(5)
-    w = 0.3 * torch.randn(shape, generator=draw)
-    layer = Layer("x", "linear" if len(shape) == 2 else "conv2d", shape)
-    columns = w[0].numel()
-    z = torch.randn(200, columns, generator=draw) @ torch.randn(columns, columns, generator=draw)
-    book = fit_codebook(w, 3, layer.channel_shape, quantizer)
-
-    def error(codes):
-        return float((z @ (book.values(codes) - w).reshape(len(w), -1).T).square().sum())
-
-    curvature = (z.T @ z / len(z))[None]
-    assert error(round_error_feedback(layer, w, book, curvature)) < 0.8 * error(round_nearest(w, book))
-
-
-def test_error_feedback_on_a_table_of_even_steps_is_that_on_a_grid():
-    draw = torch.Generator().manual_seed(6)
-    w, z = torch.randn(4, 12, generator=draw), torch.randn(100, 12, generator=draw)
-    layer = Layer("x", "linear", (4, 12))
-    book = fit_codebook(w, 4, (4, 1), "dorefa")
-    steps, tops = book.table[0, 0].double().numpy(), 15
-    order = np.argsort(-(z.T @ z).diagonal().numpy(), kind="stable")
-    h = (z.T @ z / 100).double().numpy()
-    h = h + 0.01 * h.diagonal().mean() * np.eye(12)
-    left, x, expected = list(order), w.double().numpy().copy(), np.zeros((4, 12), int)
-    while left:  # the definition: the inverse of what is left is taken anew for every column
-        inverse = np.linalg.inv(h[np.ix_(left, left)])
-        j = left[0]
-        expected[:, j] = np.abs(x[:, j, None] - steps).argmin(1)
-        error = (x[:, j] - steps[expected[:, j]]) / inverse[0, 0]
-        x[:, left] -= error[:, None] * inverse[0]
-        left = left[1:]
-    found = round_error_feedback(layer, w, book, (z.T @ z / 100)[None])
-    assert found.max() <= tops
-    assert (found.numpy() == expected).mean() > 0.95  # float32 may decide a tie otherwise
-
-
-def test_a_ratio_counts_tables():
-    sizes = LayerSizes((400, 600), (20, 10), quantizer="lq_nets")
-    ratio = sizes.ratio([3, 2])
-    assert ratio == pytest.approx(32 * 1000 / (1200 + 1200 + 32 * (60 + 20)))
-    limit = Ratio(ratio).constraints(sizes, (2, 3))[0]
-    assert limit.total([1, 0]) == pytest.approx(limit.limit)
-    check_budget(Ratio(ratio), sizes, (2, 3))
-    with pytest.raises(BudgetError, match="cannot be met"):
-        check_budget(Ratio(1.01 * sizes.ratio([2, 2])), sizes, (2, 3))
-    with pytest.raises(BudgetError, match="already met"):
-        check_budget(Ratio(0.99 * sizes.ratio([3, 3])), sizes, (2, 3))
-    check_budget(AvgBits(2), sizes, (2, 3))  # tables are no part of the average
 
 
 @every(("quantizer", "ratio"), [("codebook", 6.5), ("lq_nets", 6.5), ("series", 9.0)])
