@@ -9,10 +9,11 @@ import nets
 import pytest
 import torch
 import torch.nn.functional as F
+from channel_layers import CHANNEL_LAYERS, WIDTHS, one_layer
 from every import every
 from torch import nn
 
-from lightning_caq.network.layers import quantizable_layers
+from lightning_caq.network.layers import layer_weight, quantizable_layers
 from lightning_caq.quantizers.fake_quant.modules import fake_quant_class, on_grid
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules, restore_modules, swap
 from lightning_caq.quantizers.grids.affine import fit_grid
@@ -216,3 +217,20 @@ def test_export():
     x = torch.randn(2, 1, 8, 8)
     exported = torch.export.export(net, (x,))
     torch.testing.assert_close(exported.module()(x), plain(x))
+
+
+@every("name", CHANNEL_LAYERS)
+def test_modules_snap_every_channel_to_its_own_values(name):
+    net, layer, x = one_layer(name)
+    weight = layer_weight(net, layer)
+    grid = fit_grid(weight, WIDTHS, layer.channel_shape)
+    with torch.no_grad():
+        weight.copy_(grid.nearest(weight))
+        wanted = net(x)
+        swap(net, {layer.name: grid})
+        assert torch.equal(net(x), wanted)
+        assert next(iter(quantized_modules(net).values())).grid.width == WIDTHS
+        weight.add_(1e-3 * grid.scale)  # trained on, a little off its values
+        torch.testing.assert_close(net(x), wanted)
+    restore_modules(net)
+    assert not hasattr(net.get_submodule(layer.name), "channel_bits")

@@ -4,10 +4,12 @@ import nets
 import numpy as np
 import pytest
 import torch
+from channel_layers import CHANNEL_LAYERS, WIDTHS, channel, one_layer
 from every import every
 from torch import nn
 
-from lightning_caq.network.layers import quantizable_layers
+from lightning_caq.network.layers import layer_weight, quantizable_layers
+from lightning_caq.quantizers.fake_quant.modules import on_grid
 from lightning_caq.quantizers.grids.affine import Grid, fit_grid
 
 DRAWS = {
@@ -96,15 +98,15 @@ def test_codes_against_a_numpy_loop_channel_by_channel(name, bits):
     assert grid.scale.shape == grid.zero_point.shape == layer.channel_shape
     assert grid.scale.dtype == grid.zero_point.dtype == torch.float32
     axis = 1 if "transposed" in name else 0
-    for channel in range(weight.shape[axis]):
-        w = weight.select(axis, channel).numpy()
-        scale = grid.scale.flatten()[channel].numpy()
-        zero = grid.zero_point.flatten()[channel].numpy()
+    for index in range(weight.shape[axis]):
+        w = weight.select(axis, index).numpy()
+        scale = grid.scale.flatten()[index].numpy()
+        zero = grid.zero_point.flatten()[index].numpy()
         assert scale > 0
         assert float(2 * zero).is_integer()
         codes = _numpy_codes(w, scale, zero, bits)
-        np.testing.assert_array_equal(grid.codes(weight).select(axis, channel).numpy(), codes)
-        np.testing.assert_array_equal(grid.nearest(weight).select(axis, channel).numpy(), scale * (codes - zero))
+        np.testing.assert_array_equal(grid.codes(weight).select(axis, index).numpy(), codes)
+        np.testing.assert_array_equal(grid.nearest(weight).select(axis, index).numpy(), scale * (codes - zero))
 
 
 def test_channels_do_not_see_each_other():
@@ -171,3 +173,26 @@ def test_does_not_touch_the_weight_or_its_graph():
     grid = fit_grid(w, 3, (3, 1))
     assert not grid.scale.requires_grad
     assert torch.equal(w.detach(), before)
+
+
+@every("name", CHANNEL_LAYERS)
+def test_each_channel_gets_the_grid_that_it_would_get_alone(name):
+    net, layer, _ = one_layer(name)
+    weight = layer_weight(net, layer).detach()
+    grid = fit_grid(weight, WIDTHS, layer.channel_shape)
+    assert (grid.bits, grid.width) == (8, WIDTHS)
+    rounded, codes = grid.nearest(weight), grid.codes(weight)
+    for c, b in enumerate(WIDTHS):
+        alone = fit_grid(weight, b, layer.channel_shape).nearest(weight)
+        assert torch.equal(channel(layer, rounded, c), channel(layer, alone, c))
+        assert int(channel(layer, codes, c).max()) <= 2**b - 1
+    assert on_grid(rounded, grid)
+    assert not on_grid(weight, grid)
+
+
+def test_to_another_device_and_back():
+    grid = Grid(4, torch.ones(2, 1), torch.zeros(2, 1), torch.tensor([[2], [4]], dtype=torch.uint8))
+    moved = grid.to("meta").channel_bits
+    assert moved is not None
+    assert moved.device.type == "meta"
+    assert grid.to("cpu").width == (2, 4)

@@ -6,6 +6,7 @@ import nets
 import numpy as np
 import rounding_help
 import torch
+from channel_layers import CHANNEL_LAYERS, WIDTHS, channel, one_layer
 from every import every
 from torch import nn
 
@@ -247,3 +248,18 @@ def test_error_feedback_on_a_table_of_even_steps_is_that_on_a_grid():
     found = round_error_feedback(layer, w, book, (z.T @ z / 100)[None])
     assert found.max() <= tops
     assert (found.numpy() == expected).mean() > 0.95  # float32 may decide a tie otherwise
+
+
+@every("rounding", ["nearest", "error_feedback"])
+@every("name", CHANNEL_LAYERS)
+def test_each_channel_is_rounded_as_it_would_be_alone(name, rounding):
+    """Neither feedback nor descent carries anything from one output channel to another."""
+    net, layer, x = one_layer(name)
+    grid, codes = rounding_help.rounded(net, layer, WIDTHS, rounding, [x], {})
+    assert grid.width == WIDTHS
+    assert codes.dtype == torch.uint8
+    for c, b in enumerate(WIDTHS):
+        alone, own = rounding_help.rounded(net, layer, b, rounding, [x], {})
+        assert torch.equal(channel(layer, codes, c), channel(layer, own, c))
+        found, wanted = (channel(layer, g.scale.expand(layer.shape), c) for g in (grid, alone))
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
