@@ -13,6 +13,8 @@ from lightning_caq.allocation.methods import available_methods, get_method
 from lightning_caq.allocation.mixed import MIXED, check_mixed
 from lightning_caq.allocation.mixed import NEEDS as OF_MIXED
 from lightning_caq.errors import BudgetError, OptionError
+from lightning_caq.network.meaning import Output
+from lightning_caq.network.prepare import ForwardFunction, ModelUse
 
 ALWAYS = frozenset({"kappa", "lipschitz", "inputs"})  # what reports show, whatever the method
 # What the figures of a study show.
@@ -49,6 +51,11 @@ class QuantizationOptions:
         batchnorm: ``"recentre"`` moves the batch-norm statistics, and the biases of layers without batch-norm, by what
             quantization changed; ``"keep"`` leaves them.
         objective: ``"distill"`` (KL divergence from the float outputs, no labels needed) or ``"task"`` (the loss).
+        forward_fn: How the module is run: a function of it and a batch that returns its outputs, or the path that such
+            a function is imported from; by default ``forward`` with the arguments that a batch fills.
+        output: What outputs mean: ``"classes"`` (scores of a distribution), ``"values"`` (numbers, whose error counts
+            relative to their own variance), a function that selects among what is returned, or ``"auto"``.
+        class_axis: The axis of the outputs along which classes lie; found by itself as a rule.
         calibration_samples: Samples used to round weights and to repair statistics.
         curvature_samples: How many of these are used to measure curvature.
         eigenpairs: Eigenpairs of the Hessian to find where they come from Lanczos.
@@ -89,6 +96,9 @@ class QuantizationOptions:
     symmetry: Literal["asymmetric", "symmetric", "mid_rise"] = "asymmetric"
     batchnorm: Literal["recentre", "keep"] = "recentre"
     objective: Literal["distill", "task"] = "distill"
+    forward_fn: ForwardFunction | str | None = None
+    output: Output = "auto"
+    class_axis: int | None = None
     calibration_samples: int = 512
     curvature_samples: int = 256
     eigenpairs: int = 64
@@ -120,6 +130,7 @@ class QuantizationOptions:
                 raise OptionError(f"{name}={value!r} is not allowed; give a whole number from 1 up.")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise OptionError(f"seed={self.seed!r} is not allowed; give a whole number from 0 up.")
+        _ = self.use
         self._check_inputs()
         seconds = self.time_budget
         if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, Real) or not seconds > 0):
@@ -197,6 +208,11 @@ class QuantizationOptions:
         )
 
     @property
+    def use(self) -> ModelUse:
+        """How the module is run, and what its outputs mean."""
+        return ModelUse(self.forward_fn, self.output, self.class_axis)
+
+    @property
     def needs(self) -> frozenset[str]:
         """The measures that the methods and the report ask for."""
         groups = {"channel_groups"} if self.granularity == "channel_group" else set()
@@ -216,7 +232,14 @@ class QuantizationOptions:
             >>> QuantizationOptions(avg_bits=3, bits=(2, 4)).to_dict()["bits"]
             [2, 4]
         """
-        return {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(self).items()}
+        return {name: _plain(x) for name, x in asdict(self).items()}
+
+
+def _plain(value: Any) -> Any:
+    """An option as a plain value, a function as where it comes from."""
+    if callable(value):
+        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    return list(value) if isinstance(value, tuple) else value
 
 
 CHOICES: dict[str, tuple[str, ...]] = {

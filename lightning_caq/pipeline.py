@@ -21,10 +21,11 @@ from lightning_caq.evaluation.tightness import tightness
 from lightning_caq.measures.hessian.eigenvectors import check_memory
 from lightning_caq.measures.measure import measure
 from lightning_caq.measures.rounding.rounded_loss import rounded_loss
-from lightning_caq.network.batches import calibration_batches, take_samples
+from lightning_caq.network.batches import take_samples
 from lightning_caq.network.float_outputs import Reference, make_reference
 from lightning_caq.network.layers import Layer, find_layers, layer_sizes, layer_weight
 from lightning_caq.network.objective import Loss, Objective, objective_from
+from lightning_caq.network.prepare import prepare
 from lightning_caq.options import QuantizationOptions
 from lightning_caq.plan import QuantizationPlan
 from lightning_caq.profile import CurvatureProfile
@@ -130,6 +131,7 @@ def run(
     options: QuantizationOptions,
     *,
     loss_fn: Loss | None = None,
+    training_loss: Loss | None = None,
     evaluate: Evaluate | None = None,
     profile: CurvatureProfile | None = None,
     progress: Progress | None = None,
@@ -137,7 +139,8 @@ def run(
 ) -> QuantizationResult:
     """Quantize a network in place, with options that were checked. See ``quantize``.
 
-    If anything fails the network is exactly as it was before. Processes that hold the same network and the same batches
+    ``training_loss`` is a loss that is not the objective, but tells how the module is run and what its outputs mean. If
+    anything fails the network is exactly as it was before. Processes that hold the same network and the same batches
     may divide the work of measuring by ``sharing``.
     """
     progress = progress or Progress()
@@ -148,7 +151,18 @@ def run(
     device = next((p.device for p in model.parameters()), None)
     # A data loader draws from the global random state as it is read, so that belongs to what is preserved.
     with curvature_safe(model), preserved(model), InFloat32(model) as float32:
-        samples = float32.batches(calibration_batches(batches, options.calibration_samples, device))
+        samples = prepare(
+            model,
+            batches,
+            options.calibration_samples,
+            use=options.use,
+            loss=loss_fn or training_loss,
+            task=options.objective == "task",
+            device=device,
+            convert=float32.batch,
+        )
+        for note in samples[0].forward.notes:
+            progress.say(note)
         steps = _Steps(options, loss_fn, float32.outside(evaluate), sharing, progress)
         network = steps.prepare(model, samples)
         float_metrics = steps.judge_float(network)
@@ -355,7 +369,8 @@ class _Steps:
         return Quantizer(self.options.quantizer, range=self.options.range, symmetry=self.options.symmetry)
 
     def _notes(self, network: _Network) -> list[str]:
-        notes = [f"Layer '{x.name}' stays in float32: no calibration batch calls it." for x in network.skipped]
+        notes = list(network.reference.batches[0].forward.notes)
+        notes += [f"Layer '{x.name}' stays in float32: no calibration batch calls it." for x in network.skipped]
         if self.options.range == "curvature":
             notes.append("Bits were chosen by rounding errors of grids in whose range all weights count the same.")
         return notes

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lightning_caq.bridge.packages import every
 from lightning_caq.bridge.undisturbed import undisturbed
 from lightning_caq.errors import CalibrationError, OptionError
-from lightning_caq.network.batches import describe
 from lightning_caq.network.objective import Loss
+from lightning_caq.utilities.structures import describe
 
 _MODULES = every("core", "LightningModule")
 

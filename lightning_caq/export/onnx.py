@@ -29,11 +29,11 @@ from lightning_caq.errors import ExportError
 from lightning_caq.export.integers import Integers, to_integers
 from lightning_caq.export.onnx_graph import DOMAIN, ROUND_INPUT, dequantize_input, quantize_rounded
 from lightning_caq.export.packed_modules import check_quantized
-from lightning_caq.network.batches import describe
 from lightning_caq.quantizers.fake_quant.modules import FakeQuant
 from lightning_caq.quantizers.grids.activations import InputGrid, change_first
 from lightning_caq.quantizers.grids.affine import Grid
 from lightning_caq.utilities.isolation import preserved
+from lightning_caq.utilities.structures import describe
 
 OPSET = 21  # the first with 4-bit types
 _PACKAGES = ("onnx", "onnxruntime", "onnxscript")

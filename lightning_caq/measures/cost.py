@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_caq.measures.gram.output_rows import choose_rows
-from lightning_caq.measures.gram.weight_rows import pair_work
+from lightning_caq.measures.gram.pieces import pair_work
 from lightning_caq.network.batches import batch_size
 from lightning_caq.network.layers import Layer, layer_weight
 from lightning_caq.network.objective import Objective

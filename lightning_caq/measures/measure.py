@@ -12,15 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lightning_caq.errors import OptionError
 from lightning_caq.measures.cost import Extent, estimate_seconds
 from lightning_caq.measures.measurement import Measurement
 from lightning_caq.measures.registry import Measure, required_measures, total_cost
-from lightning_caq.network.batches import batch_size, calibration_batches, take_samples
+from lightning_caq.network.batches import batch_size, take_samples
 from lightning_caq.network.layers import Layer, find_layers, layer_weight
+from lightning_caq.network.meaning import Output
 from lightning_caq.network.objective import Loss, make_objective
+from lightning_caq.network.prepare import ForwardFunction, ModelUse, prepare
 from lightning_caq.profile import CurvatureProfile, LayerCurvature
 from lightning_caq.quantizers.grids.values import AFFINE, Quantizer
 from lightning_caq.utilities.contexts import InFloat32, curvature_safe
@@ -28,6 +29,7 @@ from lightning_caq.utilities.fingerprint import fingerprint
 from lightning_caq.utilities.isolation import preserved
 from lightning_caq.utilities.progress import Progress, duration
 from lightning_caq.utilities.sharing import ALONE, Sharing
+from lightning_caq.utilities.structures import tensors as structure_tensors
 
 
 def measure(
@@ -47,6 +49,9 @@ def measure(
     progress: Progress | None = None,
     sharing: Sharing = ALONE,
     quantizer: Quantizer = AFFINE,
+    forward_fn: ForwardFunction | str | None = None,
+    output: Output = "auto",
+    class_axis: int | None = None,
 ) -> CurvatureProfile:
     """Measure a float network.
 
@@ -71,6 +76,9 @@ def measure(
         progress: Where to say what is being done.
         sharing: Who divides the work.
         quantizer: The values that weights would be rounded to.
+        forward_fn: How the module is run, a function of it and a batch; found by itself as a rule.
+        output: What outputs mean: ``"auto"``, ``"classes"``, ``"values"``, or a function that selects among them.
+        class_axis: The axis of classes; found by itself as a rule.
 
     Returns:
         One row a layer.
@@ -92,7 +100,16 @@ def measure(
     start = time.perf_counter()
     with sharing.agreed("measuring"), curvature_safe(model), preserved(model), InFloat32(model) as float32:
         device = next((p.device for p in model.parameters()), None)
-        chosen = float32.batches(calibration_batches(batches, samples, device))
+        chosen: list[Any] = prepare(
+            model,
+            batches,
+            samples,
+            use=ModelUse(forward_fn, output, class_axis),
+            loss=loss_fn,
+            task=objective == "task",
+            device=device,
+            convert=float32.batch,
+        )
         layers = find_layers(model, chosen[0]) if layers is None else layers
         with differentiable(model, layers):
             measurement = Measurement(
@@ -167,7 +184,7 @@ def _fingerprint(measurement: Measurement) -> str:
     with torch.no_grad():
         loss = m.objective.batch_loss(m.model, 0)
     tensors = {f"state/{name}": x for name, x in m.model.state_dict().items() if isinstance(x, Tensor)}
-    tensors |= {f"batch/{i}": x for i, x in enumerate(tree_leaves(m.batches)) if isinstance(x, Tensor)}
+    tensors |= {f"batch/{i}": x for i, x in enumerate(structure_tensors(list(m.batches)))}
     names = ",".join(layer.name for layer in m.layers)
     settings = f"{tuple(m.bits)}/{m.eigenpairs}/{m.seed}"
     if m.quantizer != AFFINE:

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_caq.network.batches import batch_size, run_model
+from lightning_caq.network.batches import batch_size
+from lightning_caq.network.forward import run_model
+from lightning_caq.network.outputs import Outputs
 
 
 @dataclass(frozen=True)
@@ -24,16 +26,16 @@ class Reference:
 
     Attributes:
         batches: The samples.
-        outputs: Its outputs, one tensor a batch.
+        outputs: Its outputs on each.
     """
 
     batches: tuple[Any, ...]
-    outputs: tuple[Tensor, ...]
+    outputs: tuple[Outputs, ...]
 
     @property
     def size(self) -> float:
         """Root mean square over samples of ‖F(x)‖."""
-        return self._rms(self.outputs)
+        return self._rms([y.values for y in self.outputs])
 
     def on(self, model: nn.Module, batches: Sequence[Any]) -> Reference:
         """The reference on some of the samples: outputs of whole batches are taken over, batches that were cut are run.
@@ -46,7 +48,7 @@ class Reference:
             >>> net, x = nn.Linear(3, 4), torch.randn(5, 3)
             >>> whole = make_reference(net, [x, x + 1])
             >>> part = whole.on(net, [x, x[:2]])
-            >>> part.outputs[0] is whole.outputs[0], len(part.outputs[1])
+            >>> part.outputs[0] is whole.outputs[0], len(part.outputs[1].values)
             (True, 2)
         """
         known = {id(x): y for x, y in zip(self.batches, self.outputs, strict=True)}
@@ -57,21 +59,23 @@ class Reference:
     def distance(self, model: nn.Module) -> float:
         """Root mean square over samples of ‖F_q(x) − F(x)‖, F_q being a network as it is now."""
         with torch.no_grad():
-            return self._rms([run_model(model, x) - y for x, y in zip(self.batches, self.outputs, strict=True)])
+            pairs = zip(self.batches, self.outputs, strict=True)
+            return self._rms([run_model(model, x).values - y.values for x, y in pairs])
 
     def error(self, model: nn.Module) -> float:
         """The output error of a network, its distance over the size of the outputs: a part of the output.
 
         Example:
-            >>> doubled = nn.Linear(1, 1, bias=False)
-            >>> _ = doubled.weight.data.fill_(2.0)
-            >>> Reference((torch.tensor([[3.0]]),), (torch.tensor([[3.0]]),)).error(doubled)
+            >>> net = nn.Linear(1, 1, bias=False)
+            >>> reference = make_reference(net, [torch.tensor([[3.0]])])
+            >>> _ = net.weight.data.mul_(2.0)
+            >>> reference.error(net)
             1.0
         """
         return self.distance(model) / (self.size or 1.0)
 
-    def _rms(self, outputs: Sequence[Tensor]) -> float:
-        squares = sum(float(x.double().square().sum()) for x in outputs)
+    def _rms(self, values: Sequence[Tensor]) -> float:
+        squares = sum(float(x.double().square().sum()) for x in values)
         return math.sqrt(squares / sum(map(batch_size, self.batches)))
 
 

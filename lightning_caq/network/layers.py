@@ -117,6 +117,28 @@ def layer_weight(model: nn.Module, layer: Layer) -> nn.Parameter:
     return weight
 
 
+@contextmanager
+def requiring_gradients(weights: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let autograd see some weights, frozen ones too, for a while.
+
+    Example:
+        >>> weight = nn.Linear(1, 1).requires_grad_(False).weight
+        >>> with requiring_gradients([weight]):
+        ...     print(weight.requires_grad)
+        True
+        >>> weight.requires_grad
+        False
+    """
+    flags = [weight.requires_grad for weight in weights]
+    try:
+        for weight in weights:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for weight, flag in zip(weights, flags, strict=True):
+            weight.requires_grad_(flag)
+
+
 def apply_weight(module: nn.Module, weight: Tensor, inputs: Tensor) -> Tensor:
     """What a layer gives with another weight and no bias, past its hooks: a linear map in the weight and in the input.
 

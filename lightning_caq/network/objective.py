@@ -1,9 +1,9 @@
 """The calibration objective: what quantization must not increase.
 
-``distill`` is the mean Kullback–Leibler divergence from the float network's outputs to the outputs now; it needs no
-labels, its gradient is zero at the float weights and its Hessian there is the generalised Gauss–Newton matrix. An
-output with a single column has no distribution over classes; its objective is half the squared distance instead, the
-divergence between two normal distributions of unit variance. ``task`` is the user's own loss.
+``distill`` is the divergence from the float network's outputs to the outputs now (``network.outputs``): between
+distributions over classes the mean Kullback–Leibler divergence, between values half the mean squared distance. It needs
+no labels, its gradient is zero at the float weights and its Hessian there is the generalised Gauss–Newton matrix.
+``task`` is the user's own loss.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_caq.errors import CalibrationError, OptionError
-from lightning_caq.network.batches import batch_size, run_model
+from lightning_caq.network.batches import batch_size
 from lightning_caq.network.float_outputs import Reference, make_reference
+from lightning_caq.network.forward import Batch, run_model
+from lightning_caq.network.outputs import Outputs, divergence
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -36,7 +37,7 @@ class Objective:
 
     name: str
     batches: tuple[Any, ...]
-    targets: tuple[Tensor, ...] = ()
+    targets: tuple[Outputs, ...] = ()
     loss: Loss | None = None
 
     @property
@@ -73,7 +74,8 @@ class Objective:
         if self.name == "distill":
             return divergence(self.targets[index], run_model(model, self.batches[index]))
         assert self.loss is not None
-        loss = self.loss(model, self.batches[index])
+        batch = self.batches[index]
+        loss = self.loss(model, batch.data if isinstance(batch, Batch) else batch)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise CalibrationError(f"The loss of calibration batch {index} must be a scalar tensor, got {_what(loss)}.")
         if not bool(torch.isfinite(loss).all()):
@@ -124,40 +126,12 @@ def objective_from(name: str, reference: Reference, loss: Loss | None = None) ->
     """
     if name == "distill":
         for index, output in enumerate(reference.outputs):
-            if not bool(torch.isfinite(output).all()):
+            if not bool(torch.isfinite(output.values).all()):
                 raise CalibrationError(f"The outputs for calibration batch {index} hold NaN or infinite values.")
         return Objective(name, reference.batches, targets=reference.outputs)
     if loss is None:
         raise OptionError("objective='task' needs loss_fn, a function of the model and a batch that returns the loss.")
     return Objective(name, reference.batches, loss=loss)
-
-
-def output_rows(output: Tensor) -> Tensor:
-    """Outputs as rows of classes, shape (rows, classes).
-
-    Classes lie along the last axis; along the second where the output has four or more axes, as in segmentation.
-    """
-    if output.ndim >= 4:
-        output = output.movedim(1, -1)
-    return output.reshape(-1, output.shape[-1]) if output.ndim > 1 else output.reshape(-1, 1)
-
-
-def divergence(target: Tensor, output: Tensor) -> Tensor:
-    """Mean divergence between float and present outputs, nat, a scalar.
-
-    KL(p ‖ q) of the softmax distributions, or ½ (difference)² for a single column.
-
-    Example:
-        >>> z = torch.tensor([[0.0, 0.0]])
-        >>> round(float(divergence(z, torch.tensor([[0.0, 1.0]]))), 4)
-        0.1201
-    """
-    before, after = output_rows(target), output_rows(output)
-    if before.shape[1] == 1:
-        return 0.5 * (after - before).square().mean()
-    dtype = torch.promote_types(after.dtype, torch.float32)  # half precision has too few digits for a small difference
-    p, q = F.log_softmax(before.to(dtype), 1), F.log_softmax(after.to(dtype), 1)
-    return (p.exp() * (p - q)).sum(1).mean()
 
 
 def _what(value: Any) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_caq.network.batches import run_model
+from lightning_caq.network.forward import run_model
 from lightning_caq.utilities.memory import release_memory
 
 _local = threading.local()

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_map_only
+
+from lightning_caq.utilities.structures import map_tensors
+from lightning_caq.utilities.unseen import checkpointing_off
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 
@@ -51,8 +53,8 @@ def curvature_safe(model: nn.Module) -> Iterator[None]:
     """Make second derivatives possible and exact, in any hook.
 
     Inference mode and autocast are off and gradients on; float32 is not shortened; attention runs in its one kernel
-    that can be differentiated twice, outside its fused layers; compiled modules run eagerly, and recurrent layers
-    without fused kernels, for the same reason.
+    that can be differentiated twice, outside its fused layers; compiled modules run eagerly, recurrent layers without
+    fused kernels, and checkpointed parts without their checkpoints, for the same reason.
 
     Args:
         model: The network that will be differentiated.
@@ -65,6 +67,7 @@ def curvature_safe(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(full_float32())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(checkpointing_off())
         for device in devices:
             stack.enter_context(torch.autocast(device, enabled=False))
         if hasattr(torch.compiler, "set_stance"):  # torch 2.6 and later
@@ -115,9 +118,9 @@ class InFloat32:
             tensor.data = own if torch.equal(tensor.data, own.float()) else tensor.data.to(own.dtype)
         self._own.clear()
 
-    def batches(self, batches: list[Any]) -> list[Any]:
-        """The batches in float32, where they were in half precision."""
-        return [tree_map_only(Tensor, lambda t: t.float() if _is_half(t) else t, batch) for batch in batches]
+    def batch(self, batch: Any) -> Any:
+        """A batch in float32, where it was in half precision."""
+        return map_tensors(lambda path, t: t.float() if _is_half(t) else t, batch)
 
     def outside(self, evaluate: Evaluate | None) -> Evaluate | None:
         """``evaluate``, run in the module's own precision while this context is entered."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_caq.measures.gram.output_rows import choose_rows
-from lightning_caq.measures.gram.weight_rows import passes, weight_rows
+from lightning_caq.measures.gram.pieces import passes
+from lightning_caq.measures.gram.weight_rows import weight_rows
 from lightning_caq.network.layer_matrix import from_matrix, to_matrix
 from lightning_caq.network.layers import Layer, layer_weight
 

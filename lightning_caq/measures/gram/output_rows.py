@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
-from lightning_caq.errors import CalibrationError
-from lightning_caq.network.batches import batch_size, run_model
-from lightning_caq.network.objective import output_rows
+from lightning_caq.network.batches import batch_size
+from lightning_caq.network.forward import run_model
+from lightning_caq.network.outputs import Outputs, Part
 from lightning_caq.utilities.seeding import generator
 
 
@@ -24,9 +23,10 @@ class OutputRow:
         batch: Index of the batch.
         sample: Index of the sample in the batch.
         position: Index of the output row in the sample; 0 unless a sample has several, as tokens or pixels.
-        cls: Class c.
-        weight: p_c / (N π), the square of the row's factor.
+        cls: Class c, or a column of values.
+        weight: p_c / (N π), the square of the row's factor; of C columns of values 1 / (C N π) each.
         probability: π, how likely the row was to be drawn; 1 where all rows were taken.
+        part: Index of the tensor among those that the network returns.
     """
 
     batch: int
@@ -35,6 +35,7 @@ class OutputRow:
     cls: int
     weight: float
     probability: float = 1.0
+    part: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,10 @@ def choose_rows(
     """The rows of A worth computing, in the order of the batches.
 
     A row's share of the trace of the output Hessian is p_c ‖e_c − p‖² / N: a class without probability, or one that has
-    it all, adds nothing. The lightest rows are left out, up to the tolerance. If more than ``max_rows`` remain, none is
-    left out but ``max_rows`` of all are drawn, with probabilities π in proportion to their shares and without
+    it all, adds nothing. The output Hessian of half a mean squared error over C columns is 1 / C times the identity: a
+    row for each column. Positions that do not count have no rows.
+
+    The lightest rows are left out, up to the tolerance. If more than ``max_rows`` remain, none is left out but ``max_rows`` of all are drawn, with probabilities π in proportion to their shares and without
     replacement: systematic sampling of a random order (Hartley and Rao 1962). Rows whose share alone is above that of
     an average draw are taken for certain. A drawn row counts 1/π times, so that every sum over rows is right in the
     mean over draws (Horvitz and Thompson 1952): AᵀA, its traces, diagonals and quadratic forms, but not its
@@ -80,9 +83,6 @@ def choose_rows(
     Returns:
         The rows and what they stand for.
 
-    Raises:
-        CalibrationError: If the samples lie along neither the first nor the second axis of the outputs.
-
     Example:
         >>> certain, unsure = [100.0, 0.0, 0.0], [0.0, 0.0, -100.0]
         >>> choice = choose_rows(nn.Identity(), [torch.tensor([certain, unsure])], tolerance=1e-6, max_rows=9)
@@ -90,26 +90,34 @@ def choose_rows(
         [(1, 0, 0.25), (1, 1, 0.25)]
     """
     weights, places, samples = [], [], sum(map(batch_size, batches))
-    axis = sample_axis(model, batches[0])
     for b, batch in enumerate(batches):
-        size = batch_size(batch)
         with torch.no_grad():
-            z = _rows(run_model(model, batch), axis, size).double()
-        # A single column has the output Hessian 1 of half the squared error: one row of weight 1 / N.
-        p = z.softmax(1) if z.shape[1] > 1 else torch.ones_like(z)
-        distance = 1 - 2 * p + p.square().sum(1, keepdim=True) if z.shape[1] > 1 else torch.ones_like(z)
-        # As in the objective, a batch counts by its samples, however many output rows these have.
-        weights.append(torch.stack([p, p * distance.clamp_min(0)]).flatten(1).cpu() * (size / samples / len(z)))
-        places.append((b, len(z) // size, z.shape[1]))
+            outputs = run_model(model, batch)
+        for index, part in enumerate(outputs.parts):
+            # As in the objective, a batch counts by its samples, however many output rows these have.
+            weights.append(_weights(outputs, part) / samples)
+            places.append((b, index, part))
     weight, share = torch.cat(weights, dim=1)
-    index, probability, kept, candidates = _choose(share, tolerance, max_rows, generator(seed, "rows"))
+    chosen, probability, kept, candidates = _choose(share, tolerance, max_rows, generator(seed, "rows"))
     edges = torch.tensor([w.shape[1] for w in weights]).cumsum(0)
     rows = []
-    for i, pi, b in zip(index.tolist(), probability.tolist(), torch.bucketize(index, edges, right=True), strict=True):
-        batch_index, positions, classes = places[int(b)]
-        r, c = divmod(i - int(edges[b]) + weights[int(b)].shape[1], classes)
-        rows.append(OutputRow(batch_index, r // positions, r % positions, c, float(weight[i]) / pi, pi))
+    for i, pi, b in zip(chosen.tolist(), probability.tolist(), torch.bucketize(chosen, edges, right=True), strict=True):
+        batch_index, index, part = places[int(b)]
+        r, c = divmod(i - int(edges[b]) + weights[int(b)].shape[1], part.columns)
+        sample, position = divmod(r, part.positions)
+        rows.append(OutputRow(batch_index, sample, position, c, float(weight[i]) / pi, pi, index))
     return RowChoice(rows, kept, candidates)
+
+
+def _weights(outputs: Outputs, part: Part) -> Tensor:
+    """Weight of every row of one tensor, and its share of the output Hessian's trace, shape (2, rows), float64."""
+    z = part.rows(outputs.values).double().cpu()
+    shares = part.shares(len(z))[:, :, None]
+    if part.by_distance:
+        return torch.stack([(shares / part.columns).expand(z.shape).flatten()] * 2)
+    p = z.softmax(2)
+    distance = 1 - 2 * p + p.square().sum(2, keepdim=True)
+    return torch.stack([p * shares, p * shares * distance.clamp_min(0)]).flatten(1)
 
 
 def _choose(
@@ -164,72 +172,25 @@ def sampling_error(rows: Sequence[OutputRow], terms: Tensor) -> float:
     return float((chance @ (terms - middle).square() * n / (n - 1)).sqrt())
 
 
-def sample_axis(model: nn.Module, batch: Any) -> int:
-    """The axis of the outputs along which the samples lie: 0, or 1 where tokens come first.
+def output_seed(outputs: Outputs, chunk: Sequence[OutputRow]) -> Tensor:
+    """What to multiply the outputs' gradients by: √weight (e_c − p), or √weight e_c, at each row's own output row.
 
-    Judged by the outputs of one sample alone, whose axis has length 1 for certain.
+    Args:
+        outputs: The network's outputs, of one sample for each row.
+        chunk: The rows.
 
-    Raises:
-        CalibrationError: If neither of the first two axes grows with the samples.
-
-    Example:
-        >>> class TokensFirst(nn.Module):
-        ...     def forward(self, x):
-        ...         return x.transpose(0, 1)
-        >>> sample_axis(TokensFirst(), torch.zeros(4, 3, 5))
-        1
+    Returns:
+        Shape of the outputs' values.
     """
-    with torch.no_grad():
-        one, two = (run_model(model, take_rows(batch, [0] * count)).shape for count in (1, 2))
-    if len(two) == len(one) and two[0] == 2 * one[0]:
-        return 0
-    if len(two) == len(one) == 3 and two[1] == 2 and one[1] == 1:
-        return 1
-    raise CalibrationError(
-        f"The outputs of one sample have the shape {list(one)}, those of two {list(two)}; samples must lie along the "
-        "first axis, or along the second of three as (tokens, samples, classes)."
-    )
-
-
-def _rows(output: Tensor, axis: int, samples: int) -> Tensor:
-    """Output rows, sample by sample, shape (rows, classes)."""
-    rows = output_rows(output.movedim(axis, 0))
-    if len(rows) % samples:
-        raise CalibrationError(
-            f"Outputs of shape {list(output.shape)} are no whole number of rows for each of {samples} samples."
-        )
-    return rows
-
-
-def row_chunks(rows: Sequence[OutputRow], at_once: int) -> Iterator[tuple[int, Sequence[OutputRow]]]:
-    """Runs of at most so many rows that share a batch."""
-    start = 0
-    while start < len(rows):
-        stop = start
-        while stop < len(rows) and stop - start < at_once and rows[stop].batch == rows[start].batch:
-            stop += 1
-        yield start, rows[start:stop]
-        start = stop
-
-
-def take_rows(batch: Any, samples: list[int]) -> Any:
-    """A batch of the samples with these indices; one may be taken several times."""
-    size = batch_size(batch)
-    return tree_map_only(Tensor, lambda t: t[samples] if t.ndim and len(t) == size else t, batch)
-
-
-def output_seed(output: Tensor, chunk: Sequence[OutputRow], axis: int) -> Tensor:
-    """What to multiply the outputs' gradients by: √weight (e_c − p) at each row's own output row."""
-    moved = output.movedim(axis, 0)
-    logits = _rows(output, axis, len(chunk))
-    logits = logits.reshape(len(chunk), -1, logits.shape[1])
-    seed = torch.zeros_like(logits)
+    seed = torch.zeros_like(outputs.values)
     for r, row in enumerate(chunk):
-        if logits.shape[2] > 1:
-            seed[r, row.position] = -logits[r, row.position].softmax(0)
-        seed[r, row.position, row.cls] += 1
-        seed[r, row.position] *= row.weight**0.5
-    if output.ndim >= 4:
-        last = moved.movedim(1, -1)
-        return seed.reshape(last.shape).movedim(-1, 1)
-    return seed.reshape(moved.shape).movedim(0, axis)
+        part = outputs.parts[row.part]
+        if row.position >= part.positions:
+            continue  # shorter by itself than beside longer samples, where this is padding
+        start = part.start + row.position * part.columns
+        place = seed[r, start : start + part.columns]
+        if not part.by_distance:
+            place -= part.rows(outputs.values[r : r + 1])[0, row.position].softmax(0)
+        place[row.cls] += 1
+        place *= row.weight**0.5 * part.unit
+    return seed

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_caq.measures.gram.output_rows import OutputRow, choose_rows, sampling_error
+from lightning_caq.measures.gram.pieces import Piece, passes
 from lightning_caq.measures.gram.row_forms import Rows
-from lightning_caq.measures.gram.weight_rows import Piece, passes, weight_rows
+from lightning_caq.measures.gram.weight_rows import weight_rows
 from lightning_caq.network.layer_matrix import to_matrix
 from lightning_caq.network.layers import Layer, layer_weight
 from lightning_caq.utilities.sharing import ALONE, Sharing

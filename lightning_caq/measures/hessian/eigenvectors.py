@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_caq.errors import OptionError
+from lightning_caq.measures.gram.pieces import passes
 from lightning_caq.measures.gram.spectrum import gram_spectrum, rows_memory
-from lightning_caq.measures.gram.weight_rows import matrix_shape, passes, weight_rows
+from lightning_caq.measures.gram.weight_rows import weight_rows
+from lightning_caq.measures.gram.weight_uses import matrix_shape
 from lightning_caq.measures.hessian.hutchinson import estimate_layer_traces
 from lightning_caq.measures.hessian.leading_pairs import folded_hessian, leading_pairs, residual_curvature
 from lightning_caq.network.layer_matrix import from_matrix

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_caq.network.batches import run_model
+from lightning_caq.network.forward import run_model
 from lightning_caq.network.layers import Layer, layer_module
 
 
@@ -79,7 +79,7 @@ def _unfold(pairs: Sequence[Pair]) -> None:
 
 def _output(model: nn.Module, batch: Any) -> Tensor:
     with torch.no_grad():
-        return run_model(model, batch)
+        return run_model(model, batch).values
 
 
 def _identity(inputs: Tensor) -> Tensor:

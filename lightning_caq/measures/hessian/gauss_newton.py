@@ -12,22 +12,13 @@ from torch import Tensor, nn
 from lightning_caq.errors import CalibrationError
 from lightning_caq.measures.hessian.convolutions import SeparateConvolutions
 from lightning_caq.measures.hessian.operator import CurvatureOperator, in_parts
-from lightning_caq.network.batches import run_model
+from lightning_caq.network.forward import Batch, run_model
 from lightning_caq.network.layers import Layer
-from lightning_caq.network.objective import divergence
+from lightning_caq.network.outputs import Outputs, divergence
 from lightning_caq.utilities.sharing import ALONE, Sharing
 
 OutputLoss = Callable[[Tensor, Any], Tensor]
-
-
-def distill(outputs: Tensor, batch: Any) -> Tensor:
-    """The divergence from these outputs, whose Hessian at them is that of the ``distill`` objective.
-
-    Example:
-        >>> float(distill(torch.tensor([[1.0, 2.0]]), None))
-        0.0
-    """
-    return divergence(outputs.detach(), outputs)
+"""A loss of outputs, shape (samples, numbers), for a batch: the mean over its samples."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +57,8 @@ class GaussNewton(CurvatureOperator[_Graph]):
         model: The network, in eval mode.
         layers: The layers whose weights are the variables; in this order they make up a vector of n numbers.
         batches: The samples; batches are weighted by their sizes.
-        output_loss: Loss of the outputs for a batch, and of that batch, where labels may be: the mean over samples.
+        output_loss: Loss of the outputs for a batch, and of that batch, where labels may be: the mean over samples. By
+            default the divergence from these outputs, whose Hessian at them is that of the ``distill`` objective.
         graph_memory: Bytes that graphs may take together.
         sharing: Who divides the batches; with fewer batches than processes these are cut.
 
@@ -86,7 +78,7 @@ class GaussNewton(CurvatureOperator[_Graph]):
         model: nn.Module,
         layers: Sequence[Layer],
         batches: Sequence[Any],
-        output_loss: OutputLoss = distill,
+        output_loss: OutputLoss | None = None,
         *,
         graph_memory: int = 2**30,
         sharing: Sharing = ALONE,
@@ -115,19 +107,25 @@ class GaussNewton(CurvatureOperator[_Graph]):
     def _build(self, index: int) -> _Graph:
         batch = self._batches[index]
         with torch.enable_grad(), SeparateConvolutions():
-            outputs = run_model(self._model, batch)
+            meant = run_model(self._model, batch)
+            outputs = meant.values
             direction = torch.zeros_like(outputs, requires_grad=True)
             pulled = torch.autograd.grad(
                 outputs, self._weights, direction, create_graph=True, allow_unused=True, materialize_grads=True
             )
             point = outputs.detach().requires_grad_()
-            loss = self._loss(point, batch)
+            loss = self._output_loss(meant, point, batch)
             if loss.numel() != 1 or not bool(torch.isfinite(loss).all()):
                 raise CalibrationError(
                     f"The loss of the outputs for batch {index} must be one finite number, got {loss}."
                 )
             (slope,) = torch.autograd.grad(loss, point, create_graph=True)
         return _Graph(outputs, direction, pulled, point, slope)
+
+    def _output_loss(self, meant: Outputs, point: Tensor, batch: Any) -> Tensor:
+        if self._loss is None:
+            return divergence(meant.with_values(meant.values.detach()), meant.with_values(point))
+        return self._loss(point, batch.data if isinstance(batch, Batch) else batch)
 
 
 def _product(

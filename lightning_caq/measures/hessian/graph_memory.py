@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+
+from lightning_caq.utilities.structures import tensors
 
 
 def graph_bytes(build: Callable[[], Any], model: nn.Module, batches: Any) -> int:
@@ -32,6 +33,6 @@ def graph_bytes(build: Callable[[], Any], model: nn.Module, batches: Any) -> int
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         build()
-    there = (*model.parameters(), *tree_leaves(batches))
-    present = {t.untyped_storage().data_ptr() for t in there if isinstance(t, Tensor)}
+    there = (*model.parameters(), *tensors(batches))
+    present = {t.untyped_storage().data_ptr() for t in there}
     return sum(size for pointer, size in seen.items() if pointer not in present)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lightning_caq.measures.cost import Cost, Extent
 from lightning_caq.measures.gram.output_rows import OutputRow, choose_rows
-from lightning_caq.measures.gram.weight_rows import passes, weight_rows
+from lightning_caq.measures.gram.pieces import passes
+from lightning_caq.measures.gram.weight_rows import weight_rows
 from lightning_caq.measures.hessian.hessian import Hessian
 from lightning_caq.measures.hessian.krylov import Krylov
 from lightning_caq.measures.measurement import Measurement

@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_caq.measures.cost import BLOCK_SAMPLES
 from lightning_caq.measures.measurement import Measurement
-from lightning_caq.network.batches import run_model, take_samples
+from lightning_caq.network.batches import take_samples
+from lightning_caq.network.forward import run_model
 from lightning_caq.network.hooks import watching
 from lightning_caq.network.layers import Layer, layer_modules
 

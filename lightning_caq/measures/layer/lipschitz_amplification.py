@@ -15,18 +15,20 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from lightning_caq.errors import OptionError
 from lightning_caq.measures.cost import Cost
 from lightning_caq.measures.layer.constants import function_name, lipschitz_constants
 from lightning_caq.measures.measurement import Measurement
 from lightning_caq.measures.registry import Measure
-from lightning_caq.network.batches import run_model, take_samples
+from lightning_caq.network.batches import take_samples
+from lightning_caq.network.forward import returned_tensors, with_tensors
 from lightning_caq.network.hooks import watching
 from lightning_caq.network.layers import Layer, layer_modules
 from lightning_caq.profile import CurvatureProfile
 from lightning_caq.utilities import seeding
+from lightning_caq.utilities.structures import tensors
 
 _INPUT = None
 _SAMPLES = 2  # one alone might lose its axis to a squeeze()
@@ -87,13 +89,14 @@ def lipschitz_amplification(
     watcher = _Watcher(generator)
     with torch.enable_grad():
         # With a gradient on the input, whatever depends on it can be told from a constant.
-        inputs = tree_map_only(Tensor, _differentiable, take_samples([batch], _SAMPLES)[0])
-        for tensor in tree_leaves(inputs):
-            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+        inputs = with_tensors(_differentiable, take_samples([batch], _SAMPLES)[0])
+        for tensor in tensors(inputs):
+            if tensor.is_floating_point():
                 watcher.record(tensor, {_INPUT: 1.0})
         with watcher.naming(model), watching(modules, lambda m, x, y: watcher.start(names[id(m)], y)), watcher:
-            output = run_model(model, inputs)
-        gains = watcher.gains(output, "the network's output")
+            returned = returned_tensors(model, inputs)
+        # Distances of several outputs together are at most the sum of theirs.
+        gains = _sum([(watcher.gains(tensor, "the network's output"), factor) for tensor, factor in returned])
     return LipschitzAmplification({layer.name: gains.get(layer.name, 0.0) for layer in layers}, gains.get(_INPUT, 0.0))
 
 
@@ -152,11 +155,11 @@ class _Watcher(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = function_name(func)
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        gains = [self.gains(x, f"'{name}'") for x in tensors]
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        gains = [self.gains(x, f"'{name}'") for x in given]
         output = func(*args, **kwargs)
         results = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
-        moving = [(x, g) for x, g in zip(tensors, gains, strict=True) if g]
+        moving = [(x, g) for x, g in zip(given, gains, strict=True) if g]
         constants: Sequence[float] | None = ()
         if moving and results:
             constants = lipschitz_constants(func, args, kwargs, [x for x, _ in moving], results[0], self._generator)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_caq.network.batches import batch_size, run_model, take_samples
+from lightning_caq.network.batches import batch_size, take_samples
+from lightning_caq.network.forward import run_model
 from lightning_caq.network.hooks import watching
 from lightning_caq.network.layer_matrix import along_channels
 from lightning_caq.network.layers import Layer, apply_weight, layer_modules
@@ -148,7 +149,7 @@ def _run(model: nn.Module, layers: Sequence[Layer], batch: Any) -> tuple[Calls, 
         return output + zero
 
     with torch.enable_grad(), watching([m for m in model.modules() if id(m) in names], hook):
-        return calls, run_model(model, batch)
+        return calls, run_model(model, batch).values
 
 
 def _pull(output: Tensor, probe: Tensor, calls: Calls) -> dict[str, list[Tensor]]:

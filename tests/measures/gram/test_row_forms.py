@@ -8,9 +8,9 @@ from torch import nn
 
 from lightning_caq.measures.gram import row_forms
 from lightning_caq.measures.gram.diagonals import gauss_newton_diagonals
+from lightning_caq.measures.gram.pieces import passes
 from lightning_caq.measures.gram.row_forms import DenseRows, FactoredRows, WordRows
 from lightning_caq.measures.gram.spectrum import gram_spectrum
-from lightning_caq.measures.gram.weight_rows import passes
 from lightning_caq.measures.measure import differentiable
 from lightning_caq.network.layers import find_layers
 
