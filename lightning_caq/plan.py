@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_caq.errors import OptionError, PlanError
 from lightning_caq.quantizers.fake_quant.modules import FakeQuant, on_grid
+from lightning_caq.quantizers.fake_quant.state import rounding_state
 from lightning_caq.quantizers.fake_quant.swap import swap
 from lightning_caq.quantizers.grids.activations import InputGrid
 from lightning_caq.quantizers.grids.values import STORED, Values, from_numbers, numbers
@@ -377,7 +378,8 @@ def _learned(model: nn.Module, layer: LayerPlan) -> tuple[Values, InputGrid | No
     module = model.get_submodule(layer.name)
     if not isinstance(module, FakeQuant):
         return layer.grid.to(_weight(model, layer).device), layer.input_grid
-    return module.grid, None if layer.input_grid is None else module.learned_input_grid(layer.input_grid)
+    state = rounding_state(module)
+    return state.grid.to(_weight(model, layer).device), state.learned_input_grid if layer.input_grid else None
 
 
 def _entries(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:

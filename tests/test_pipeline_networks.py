@@ -10,6 +10,7 @@ from torch import nn
 from lightning_caq import quantize
 from lightning_caq.errors import LayerError
 from lightning_caq.quantizers.fake_quant.modules import on_grid
+from lightning_caq.quantizers.fake_quant.state import rounding_state
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules, restore_modules
 
 CALIBRATION = nets.images(96, 1)
@@ -40,7 +41,7 @@ def test_other_networks(name, method):
     before = [p.requires_grad for p in net.parameters()]
     result = quantize(net, batches, avg_bits=4, method=method, guard=False)
     assert result.plan.avg_bits <= 4
-    assert all(on_grid(m.weight, m.grid) for m in quantized_modules(net).values())
+    assert all(on_grid(m.weight, rounding_state(m).grid) for m in quantized_modules(net).values())
     assert [p.requires_grad for p in net.parameters()] == before
     assert np.isfinite(list(result.report.metrics.values())).all()
 
@@ -51,7 +52,7 @@ def test_other_types(dtype):
     result = quantize(net, [x], avg_bits=4)
     assert result.plan.avg_bits <= 4
     assert net(x).dtype == dtype
-    assert all(on_grid(m.weight, m.grid) for m in quantized_modules(net).values())
+    assert all(on_grid(m.weight, rounding_state(m).grid) for m in quantized_modules(net).values())
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
