@@ -111,6 +111,11 @@ class QuantizationPlan:
         return self.sizes.ratio(list(self.bits.values()))
 
     @property
+    def memory_ratio(self) -> float | None:
+        """Size that the float network's weights took in memory over quantized size; ``None`` if that was in float32."""
+        return self.sizes.memory_ratio(list(self.bits.values()))
+
+    @property
     def bytes(self) -> int:
         """Bytes of the weights, scales and zero points or tables, excluded layers in float32 counted.
 
@@ -119,7 +124,7 @@ class QuantizationPlan:
         """
         weights = sum(code_bytes(w, n) for n, w in zip(self.sizes.weights, self.widths.values(), strict=True))
         values = self.sizes.overhead + self.sizes.tables(list(self.bits.values()))
-        return weights + values // 8 + 4 * self.sizes.unquantized
+        return weights + values // 8 + self.sizes.unquantized_bits // 8
 
     def apply(self, model: nn.Module) -> None:
         """Make a network quantized: write the rounded weights and the repairs, and swap in fake-quant modules.
@@ -290,6 +295,8 @@ class QuantizationPlan:
                 activation_bits=tuple(counts.get("activation_bits", ())),
                 widths=counts.get("widths", 0),
                 quantizer=counts.get("quantizer", "affine"),
+                memory=counts.get("memory", 0),
+                unquantized_memory=counts.get("unquantized_memory", 0),
             )
             repairs = {name: tensors[f"repair/{name}"] for name in data["repairs"]}
             return cls(data["method"], data["budget"], data["rounding"], layers, sizes, data["fingerprint"], repairs)

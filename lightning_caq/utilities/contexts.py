@@ -119,10 +119,8 @@ class InFloat32:
         """The batches in float32, where they were in half precision."""
         return [tree_map_only(Tensor, lambda t: t.float() if _is_half(t) else t, batch) for batch in batches]
 
-    def outside(self, evaluate: Evaluate | None) -> Evaluate | None:
+    def outside(self, evaluate: Evaluate) -> Evaluate:
         """``evaluate``, run in the module's own precision while this context is entered."""
-        if evaluate is None:
-            return None
 
         def run(model: nn.Module) -> Mapping[str, float]:
             self.__exit__()
