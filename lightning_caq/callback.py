@@ -30,6 +30,7 @@ from lightning_caq.network.layers import chosen_layers
 from lightning_caq.options import QuantizationOptions
 from lightning_caq.plan import QuantizationPlan
 from lightning_caq.profile import CurvatureProfile
+from lightning_caq.quantizers.fake_quant.state import rounding_state
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules, restore_modules
 from lightning_caq.report import QuantizationReport
 from lightning_caq.reporting.files import read_profile
@@ -192,7 +193,7 @@ class CurvatureQuantizationCallback(Callback):
             rank_zero_info("caq: nothing is quantized under fast_dev_run.")
             return
         swapped = quantized_modules(pl_module).values()
-        if self._outcome and swapped and all(module.quantizing for module in swapped):
+        if self._outcome and swapped and all(rounding_state(module).quantizing for module in swapped):
             averaging.keep_grids(trainer, self, self._outcome.plan)
             self._settle(trainer, pl_module, self._outcome)
         else:

@@ -67,6 +67,9 @@ class QuantizationOptions:
         time_budget: Seconds that measuring may take, as far as its estimate goes; ``None`` sets no limit.
         include: Shell patterns of the layers to quantize; all by default.
         exclude: Shell patterns of the layers to leave in float32.
+        deployed: Names or shell patterns of the modules and parameters that make up the deployed network: what is
+            quantized is theirs, and what is counted in sizes. By default all that a calibration batch reaches, which
+            leaves out teachers, discriminators, averaged copies and networks of metrics.
         seed: Seed of every random number.
 
     Raises:
@@ -108,6 +111,7 @@ class QuantizationOptions:
     time_budget: float | None = None
     include: Sequence[str] | None = None
     exclude: Sequence[str] | None = None
+    deployed: Sequence[str] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -135,7 +139,7 @@ class QuantizationOptions:
         seconds = self.time_budget
         if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, Real) or not seconds > 0):
             raise OptionError(f"time_budget={seconds!r} is not allowed; give a number of seconds above 0.")
-        for name in ("include", "exclude"):
+        for name in ("include", "exclude", "deployed"):
             if getattr(self, name) is not None:
                 _names(name, getattr(self, name))
         self._check_reach()

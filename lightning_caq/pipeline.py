@@ -17,13 +17,17 @@ from lightning_caq.allocation.mixed import MIXED, input_candidates
 from lightning_caq.errors import BudgetError, LayerError
 from lightning_caq.evaluation.explain_run import explain
 from lightning_caq.evaluation.run_report import run_report
+from lightning_caq.evaluation.same_metrics import WatchedEvaluation, same_metrics_note
 from lightning_caq.evaluation.tightness import tightness
 from lightning_caq.measures.hessian.eigenvectors import check_memory
 from lightning_caq.measures.measure import measure
 from lightning_caq.measures.rounding.rounded_loss import rounded_loss
 from lightning_caq.network.batches import take_samples
+from lightning_caq.network.deployed import find_deployed, stored_widths
+from lightning_caq.network.float_notes import float_notes
 from lightning_caq.network.float_outputs import Reference, make_reference
-from lightning_caq.network.layers import Layer, find_layers, layer_sizes, layer_weight
+from lightning_caq.network.forward import Batch
+from lightning_caq.network.layers import Layer, find_layers
 from lightning_caq.network.objective import Loss, Objective, objective_from
 from lightning_caq.network.prepare import prepare
 from lightning_caq.options import QuantizationOptions
@@ -31,7 +35,7 @@ from lightning_caq.plan import QuantizationPlan
 from lightning_caq.profile import CurvatureProfile
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules
 from lightning_caq.quantizers.grids.values import Quantizer
-from lightning_caq.report import QuantizationReport
+from lightning_caq.report import Note, QuantizationReport
 from lightning_caq.reporting.gallery import draw_gallery
 from lightning_caq.reporting.html import write_html
 from lightning_caq.selection.candidate import CandidateMaker, prepare_candidates
@@ -148,6 +152,7 @@ def run(
         raise LayerError(
             f"{type(model).__name__} is quantized already; build it anew, with its float weights, to quantize it again."
         )
+    widths = stored_widths(model)
     device = next((p.device for p in model.parameters()), None)
     # A data loader draws from the global random state as it is read, so that belongs to what is preserved.
     with curvature_safe(model), preserved(model), InFloat32(model) as float32:
@@ -161,10 +166,9 @@ def run(
             device=device,
             convert=float32.batch,
         )
-        for note in samples[0].forward.notes:
-            progress.say(note)
-        steps = _Steps(options, loss_fn, float32.outside(evaluate), sharing, progress)
-        network = steps.prepare(model, samples)
+        validation = WatchedEvaluation(float32.outside(evaluate)) if evaluate is not None else None
+        steps = _Steps(options, loss_fn, validation, sharing, progress)
+        network = steps.prepare(model, samples, widths)
         float_metrics = steps.judge_float(network)
         profile = steps.measure(network, known=profile)
         chooser, maker = steps.allocator(network, profile), steps.maker(network, profile)
@@ -182,7 +186,7 @@ class _Network:
     Attributes:
         model: The network.
         layers: The layers to quantize.
-        skipped: Layers that were asked for and that no batch calls.
+        notes: What the user was told of how the network is run, and of weights that are not quantized.
         sizes: Sizes of the layers.
         input_bits: Candidate bits of each layer's input, a row a layer.
         reference: The calibration samples and the network's outputs on them.
@@ -192,7 +196,7 @@ class _Network:
 
     model: nn.Module
     layers: Sequence[Layer]
-    skipped: Sequence[Layer]
+    notes: Sequence[Note]
     sizes: LayerSizes
     input_bits: Sequence[Sequence[int]]
     reference: Reference
@@ -219,21 +223,24 @@ class _Steps:
 
     options: QuantizationOptions
     loss_fn: Loss | None
-    validation: Evaluate | None
+    validation: WatchedEvaluation | None
     sharing: Sharing
     progress: Progress
 
-    def prepare(self, model: nn.Module, samples: Sequence[Any]) -> _Network:
+    def prepare(self, model: nn.Module, samples: Sequence[Batch], widths: Mapping[int, int]) -> _Network:
         """Find the layers, refuse a budget that cannot be met, and run the float network."""
         options = self.options
         asked = find_layers(model, samples[0], include=options.include, exclude=options.exclude)
-        # Of a layer that no batch calls nothing is known: its weight may be used in another way, as attention does.
-        layers, skipped = [x for x in asked if x.calls], [x for x in asked if not x.calls]
+        deployed = find_deployed(model, asked, samples, patterns=options.deployed, widths=widths)
+        layers = deployed.layers
+        notes = (*map(Note, samples[0].forward.notes), *float_notes(deployed))
         if not layers:
-            raise LayerError("No calibration batch calls any of the layers to quantize; check the batches or include.")
-        chosen = {id(layer_weight(model, layer)) for layer in layers}
-        left = sum(p.numel() for p in model.parameters() if p.ndim > 1 and id(p) not in chosen)
-        sizes = replace(layer_sizes(layers, left), quantizer=options.quantizer)
+            raise LayerError(
+                "No calibration batch calls any of the layers to quantize; check the batches, include or deployed."
+            )
+        for note in notes:
+            self.progress.tell(note)
+        sizes = replace(deployed.sizes, quantizer=options.quantizer)
         input_bits = input_candidates(len(layers), options.bits, options.activation_bits)
         sizes, most = (replace(sizes, activation_bits=tuple(row[i] for row in input_bits)) for i in (0, -1))
         check_budget(options.budget, sizes, options.bits, most)
@@ -251,7 +258,7 @@ class _Steps:
         return _Network(
             model=model,
             layers=layers,
-            skipped=skipped,
+            notes=notes,
             sizes=sizes,
             input_bits=input_bits,
             reference=reference,
@@ -361,19 +368,25 @@ class _Steps:
             tightness=evaluation.tightness,
             studies=evaluation.studies,
             seconds=self.progress.seconds,
-            notes=self._notes(network),
+            notes=self._notes(network, float_metrics, selection),
         )
 
     @property
     def _quantizer(self) -> Quantizer:
         return Quantizer(self.options.quantizer, range=self.options.range, symmetry=self.options.symmetry)
 
-    def _notes(self, network: _Network) -> list[str]:
-        notes = list(network.reference.batches[0].forward.notes)
-        notes += [f"Layer '{x.name}' stays in float32: no calibration batch calls it." for x in network.skipped]
+    def _notes(self, network: _Network, float_metrics: Mapping[str, float], selection: Selection) -> list[Note]:
+        """What the user was told before anything was measured, and what is left to say."""
+        bypasses = self.validation is not None and self.validation.bypasses
+        metrics, objective = selection.chosen.metrics, network.objective.name
+        notes = [*same_metrics_note(float_metrics, metrics, leave=objective, bypasses=bypasses)]
         if self.options.range == "curvature":
-            notes.append("Bits were chosen by rounding errors of grids in whose range all weights count the same.")
-        return notes
+            notes.append(
+                Note("Bits were chosen by rounding errors of grids in whose range all weights count the same.")
+            )
+        for note in notes:
+            self.progress.tell(note)
+        return [*network.notes, *notes]
 
     def _metrics(self, network: _Network, loss: float) -> dict[str, float]:
         """Metrics of the network as it is, by name; ``loss`` is its calibration objective."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_caq.errors import OptionError, PlanError
 from lightning_caq.quantizers.fake_quant.modules import FakeQuant, on_grid
+from lightning_caq.quantizers.fake_quant.state import rounding_state
 from lightning_caq.quantizers.fake_quant.swap import swap
 from lightning_caq.quantizers.grids.activations import InputGrid
 from lightning_caq.quantizers.grids.values import STORED, Values, from_numbers, numbers
@@ -110,6 +111,11 @@ class QuantizationPlan:
         return self.sizes.ratio(list(self.bits.values()))
 
     @property
+    def memory_ratio(self) -> float | None:
+        """Size that the float network's weights took in memory over quantized size; ``None`` if that was in float32."""
+        return self.sizes.memory_ratio(list(self.bits.values()))
+
+    @property
     def bytes(self) -> int:
         """Bytes of the weights, scales and zero points or tables, excluded layers in float32 counted.
 
@@ -118,7 +124,7 @@ class QuantizationPlan:
         """
         weights = sum(code_bytes(w, n) for n, w in zip(self.sizes.weights, self.widths.values(), strict=True))
         values = self.sizes.overhead + self.sizes.tables(list(self.bits.values()))
-        return weights + values // 8 + 4 * self.sizes.unquantized
+        return weights + values // 8 + self.sizes.unquantized_bits // 8
 
     def apply(self, model: nn.Module) -> None:
         """Make a network quantized: write the rounded weights and the repairs, and swap in fake-quant modules.
@@ -289,6 +295,8 @@ class QuantizationPlan:
                 activation_bits=tuple(counts.get("activation_bits", ())),
                 widths=counts.get("widths", 0),
                 quantizer=counts.get("quantizer", "affine"),
+                memory=counts.get("memory", 0),
+                unquantized_memory=counts.get("unquantized_memory", 0),
             )
             repairs = {name: tensors[f"repair/{name}"] for name in data["repairs"]}
             return cls(data["method"], data["budget"], data["rounding"], layers, sizes, data["fingerprint"], repairs)
@@ -377,7 +385,8 @@ def _learned(model: nn.Module, layer: LayerPlan) -> tuple[Values, InputGrid | No
     module = model.get_submodule(layer.name)
     if not isinstance(module, FakeQuant):
         return layer.grid.to(_weight(model, layer).device), layer.input_grid
-    return module.grid, None if layer.input_grid is None else module.learned_input_grid(layer.input_grid)
+    state = rounding_state(module)
+    return state.grid.to(_weight(model, layer).device), state.learned_input_grid if layer.input_grid else None
 
 
 def _entries(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:

@@ -5,9 +5,35 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from lightning_caq.studies import Studies, Tightness
+
+Severity = Literal["information", "warning"]
+
+
+class Note(str):
+    """What the reader of a report should know: a sentence, and whether something should be done about it.
+
+    Args:
+        text: The sentence.
+        severity: ``"warning"`` for what the user should act on, else ``"information"``.
+
+    Example:
+        >>> note = Note("No sample was left.", "warning")
+        >>> note, note.severity, Note("Done.").severity
+        ('No sample was left.', 'warning', 'information')
+    """
+
+    __slots__ = ("severity",)
+
+    severity: Severity
+
+    def __new__(cls, text: str, severity: Severity = "information") -> Note:
+        """A sentence with its severity."""
+        note = super().__new__(cls, text)
+        note.severity = severity
+        return note
 
 
 @dataclass(frozen=True)
@@ -43,11 +69,14 @@ class Size:
         avg_bits: Average bits a quantized weight, scales not counted.
         ratio: Float32 size over quantized size, scales, zero points and excluded layers counted.
         bytes: Bytes of the weights, scales and zero points.
+        memory_ratio: Size that the float network takes in memory over quantized size; ``None`` where that is in
+            float32.
     """
 
     avg_bits: float
     ratio: float
     bytes: int
+    memory_ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +93,8 @@ class QuantizationReport:
         options: Every option, so that the run can be repeated.
         versions: Versions of Python and of the packages that computed the result.
         seconds: Step to the seconds it took.
-        notes: What the reader should know: repairs that were rejected, layers that no batch reached.
+        notes: What the reader should know, warnings first: weights that stay in float32, repairs that were dropped.
+            Each is a ``Note``, a string with a ``severity``.
         tightness: What composition predicted of the output error for the plan's bits with nearest rounding, beside the
             error that was observed; ``None`` if it was not measured.
         studies: What was computed for the sake of understanding the result.
@@ -79,9 +109,13 @@ class QuantizationReport:
     options: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
     tightness: Tightness | None = None
     studies: Studies = field(default_factory=Studies)
+
+    def __post_init__(self) -> None:
+        notes = [note if isinstance(note, Note) else Note(note) for note in self.notes]
+        object.__setattr__(self, "notes", tuple(sorted(notes, key=lambda note: note.severity != "warning")))
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -95,7 +129,8 @@ class QuantizationReport:
 
     def to_json(self) -> str:
         """The report as JSON text."""
-        return json.dumps(asdict(self), indent=1)
+        notes = [{"text": str(note), "severity": note.severity} for note in self.notes]
+        return json.dumps({**asdict(self), "notes": notes}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> QuantizationReport:
@@ -107,11 +142,14 @@ class QuantizationReport:
             data["tightness"] = Tightness(**data["tightness"])
         if "studies" in data:
             data["studies"] = Studies.from_dict(data["studies"])
-        return cls(**{**data, "notes": tuple(data["notes"])})
+        # Notes of earlier versions are strings.
+        notes = tuple(Note(**note) if isinstance(note, dict) else Note(note) for note in data["notes"])
+        return cls(**{**data, "notes": notes})
 
     def table(self) -> str:
-        """Two tables as text: the layers, then the variants with their sizes and metrics."""
-        return text_table(*self.layer_cells()) + "\n\n" + text_table(*self.variant_cells())
+        """As text what the reader should know, then two tables: the layers, and the variants with sizes and metrics."""
+        notes = "\n".join(f"Warning: {note}" if note.severity == "warning" else f"Note: {note}" for note in self.notes)
+        return "\n\n".join(filter(None, (notes, text_table(*self.layer_cells()), text_table(*self.variant_cells()))))
 
     def layer_cells(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows of the table of layers."""
@@ -136,12 +174,14 @@ class QuantizationReport:
     def variant_cells(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows of the table of variants."""
         names = self.metric_names
-        header = ["network", "avg bits", "ratio", "kB", *names]
+        of_memory = any(size.memory_ratio is not None for size in self.sizes.values())
+        header = ["network", "avg bits", "ratio", *(["ratio to memory"] if of_memory else []), "kB", *names]
         rows = [
             [
                 self.title(variant),
                 f"{size.avg_bits:.2f}",
                 f"{size.ratio:.2f}x",
+                *(["–" if size.memory_ratio is None else f"{size.memory_ratio:.2f}x"] if of_memory else []),
                 f"{size.bytes / 1000:,.1f}",
                 *(_figure(self.metrics.get(f"{variant}/{name}")) for name in names),
             ]

@@ -81,6 +81,8 @@ class LayerSizes:
         activation_bits: Bits of each layer's input, b_a,i; empty where inputs stay in float32.
         widths: Bits that say which channel has which bit-width, where channels of a layer differ.
         quantizer: What weights are rounded to: evenly spaced values, or those of a table.
+        memory: Bits that all weights took in memory before; 0 where that was in float32.
+        unquantized_memory: Bits of those that stay in floating point; 0 where they are in float32.
     """
 
     weights: tuple[int, ...]
@@ -90,6 +92,8 @@ class LayerSizes:
     activation_bits: tuple[int, ...] = ()
     widths: int = 0
     quantizer: str = "affine"
+    memory: int = 0
+    unquantized_memory: int = 0
 
     @property
     def overhead(self) -> int:
@@ -130,6 +134,23 @@ class LayerSizes:
         """Float32 size over quantized size of all weights; scales, zero points, tables and excluded layers count."""
         left = FLOAT_BITS * self.unquantized
         return (FLOAT_BITS * sum(self.weights) + left) / (self.payload(bits) + self.overhead + self.tables(bits) + left)
+
+    @property
+    def unquantized_bits(self) -> int:
+        """Bits of the weights that stay in floating point, in their own type."""
+        return self.unquantized_memory or FLOAT_BITS * self.unquantized
+
+    def memory_ratio(self, bits: Sequence[float]) -> float | None:
+        """Size in memory before over quantized size; ``None`` where the weights were in float32.
+
+        Example:
+            >>> sizes = LayerSizes((1000,), (2,), memory=16 * 1000)
+            >>> sizes.ratio([4]) == 2 * sizes.memory_ratio([4])
+            True
+        """
+        if not self.memory:
+            return None
+        return self.memory / (self.payload(bits) + self.overhead + self.tables(bits) + self.unquantized_bits)
 
     def bops(self, bits: Sequence[int]) -> float:
         """Bit operations of one sample in the quantized layers, Σ m_i b_i b_a,i, in billions.

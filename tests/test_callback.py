@@ -30,6 +30,7 @@ from lit import (
 from lightning_caq.callback import CurvatureQuantizationCallback
 from lightning_caq.errors import BudgetError, OptionError
 from lightning_caq.plan import QuantizationPlan
+from lightning_caq.quantizers.fake_quant.state import rounding_state
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules
 
 BOTH = pytest.mark.parametrize("package", [lightning.pytorch, pytorch_lightning], ids=lambda p: p.__name__)
@@ -214,7 +215,7 @@ def test_precisions(tmp_path, precision):
     callback = Watched(avg_bits=3, calibration_samples=48, curvature_samples=24, monitor_every_n_epochs=1)
     module, _ = fit(tmp_path, callback, precision=precision)
     assert is_quantized(module, callback.plan)
-    assert all(layer.quantizing for layer in quantized_modules(module).values())
+    assert all(rounding_state(layer).quantizing for layer in quantized_modules(module).values())
 
 
 def test_layers_can_be_left_out(tmp_path):

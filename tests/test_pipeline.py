@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_caq import CurvatureProfile, QuantizationReport, quantize
 from lightning_caq.network.layers import find_layers
+from lightning_caq.quantizers.fake_quant.state import rounding_state
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules
 
 CALIBRATION, TEST = nets.images(96, 1), nets.images(400, 2)
@@ -76,7 +77,7 @@ def test_roundings_and_repairs(net, rounding, batchnorm):
     assert changed == {"0.weight", "4.weight", "10.weight"} | result.plan.repairs.keys()
     assert (batchnorm == "keep") <= (result.plan.repairs == {})
     for name, module in quantized_modules(net).items():
-        nearest = torch.equal(module.weight, module.grid.nearest(kept[f"{name}.weight"]))
+        nearest = torch.equal(module.weight, rounding_state(module).grid.nearest(kept[f"{name}.weight"]))
         assert nearest == (rounding == "nearest")
     assert torch.equal(state["1.num_batches_tracked"], kept["1.num_batches_tracked"])
 
@@ -302,7 +303,9 @@ def test_inputs_are_rounded_too_where_asked(net, bits):
     assert list(result.plan.activation_bits.values()) == [8] + [bits] * (len(result.plan.layers) - 1)
     seen = {}
     for name, module in quantized_modules(net).items():
-        module.register_forward_hook(lambda m, x, y, name=name: seen.update({name: m.rounded_input(x[0])}))
+        module.register_forward_hook(
+            lambda m, x, y, name=name: seen.update({name: rounding_state(m).rounded_input(x[0])})
+        )
     with torch.no_grad():
         outputs = result.model.eval()(TEST[0])
     last = list(seen)[-1]

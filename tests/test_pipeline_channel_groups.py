@@ -10,6 +10,8 @@ from torch import nn
 
 from lightning_caq import QuantizationPlan, load_quantized, quantize, save_quantized
 from lightning_caq.export.integers import to_integers
+from lightning_caq.quantizers.fake_quant.modules import quantized_weight
+from lightning_caq.quantizers.fake_quant.state import rounding_state
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules
 from lightning_caq.report import QuantizationReport
 from lightning_caq.reporting.gallery import draw_gallery
@@ -59,7 +61,7 @@ def test_the_budget_is_kept_and_sizes_are_those_of_the_codes(done):
 def test_the_network_computes_with_the_values_of_the_plan(done):
     for name, module in quantized_modules(done.model).items():
         layer = next(x for x in done.plan.layers if x.name == name)
-        assert torch.equal(module.quantized_weight(), layer.values)
+        assert torch.equal(quantized_weight(module), layer.values)
 
 
 def test_more_freedom_predicts_less_damage_than_whole_layers(done, trained):
@@ -95,7 +97,7 @@ def test_settling_keeps_every_channel_within_its_bits(done):
     net = copy.deepcopy(done.model)
     with torch.no_grad():
         for module in quantized_modules(net).values():
-            module.weight += 10 * module.scale
+            module.weight += 10 * rounding_state(module).grid.scale
     settled = done.plan.settled(net)
     assert settled.widths == done.plan.widths
     for layer in settled.layers:
@@ -122,8 +124,8 @@ def _weights(plan):
 
 def test_integers_hold_every_channel(done):
     for module in quantized_modules(done.model).values():
-        weight = module.quantized_weight().detach()
-        stored = to_integers(weight, module.grid)
+        weight = quantized_weight(module).detach()
+        stored = to_integers(weight, rounding_state(module).grid)
         shape = [-1 if d == stored.axis else 1 for d in range(weight.ndim)]
         scale, zero = (x.reshape(shape) for x in (stored.scale, stored.zero_point))
         assert torch.equal((stored.values - zero) * scale, weight)

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from dataclasses import replace
 
 import pytest
 
-from lightning_caq.report import LayerRow, QuantizationReport, Size, markdown_table, text_table
+from lightning_caq.report import LayerRow, Note, QuantizationReport, Size, markdown_table, text_table
 
 
 @pytest.fixture
@@ -35,6 +37,34 @@ def test_report_survives_json(report) -> None:
     assert json.loads(report.to_json())["layers"][1]["kappa"] is None
 
 
+def test_notes_are_strings_with_a_severity_warnings_first(report) -> None:
+    noted = replace(report, notes=("A note.", Note("Look here.", "warning")))
+    for again in (
+        noted,
+        QuantizationReport.from_json(noted.to_json()),
+        copy.deepcopy(noted),
+        pickle.loads(pickle.dumps(noted)),
+    ):
+        assert [(note, note.severity) for note in again.notes] == [
+            ("Look here.", "warning"),
+            ("A note.", "information"),
+        ]
+        assert " ".join(again.notes) == "Look here. A note."
+    assert noted.table().startswith("Warning: Look here.\nNote: A note.\n\n")
+
+
+def test_notes_of_earlier_versions_are_read(report) -> None:
+    data = json.loads(report.to_json()) | {"notes": ["An old note."]}
+    assert QuantizationReport.from_json(json.dumps(data)).notes == ("An old note.",)
+
+
+def test_the_ratio_to_memory_has_a_column_where_it_differs(report) -> None:
+    half = replace(report, sizes={name: replace(x, memory_ratio=x.ratio / 2) for name, x in report.sizes.items()})
+    assert "ratio to memory" not in report.table()
+    header, rows = half.variant_cells()
+    assert [row[header.index("ratio to memory")] for row in rows] == ["0.50x", "6.75x", "5.00x"]
+
+
 def test_variants_and_metric_names_keep_their_order(report) -> None:
     assert report.variants == ("float", "quantized", "uniform")
     assert report.metric_names == ("val_acc", "val_loss")
@@ -42,7 +72,8 @@ def test_variants_and_metric_names_keep_their_order(report) -> None:
 
 
 def test_table_shows_layers_and_networks(report) -> None:
-    layers, networks = report.table().split("\n\n")
+    notes, layers, networks = report.table().split("\n\n")
+    assert notes == "Note: A note."
     assert layers.splitlines() == [
         "layer   kind    weights      κ    L  bits  bits uniform",
         "------  ------  -------  -----  ---  ----  ------------",

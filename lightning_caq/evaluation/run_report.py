@@ -9,7 +9,7 @@ from lightning_caq.evaluation.versions import versions
 from lightning_caq.network.layers import Layer
 from lightning_caq.options import QuantizationOptions
 from lightning_caq.profile import CurvatureProfile
-from lightning_caq.report import LayerRow, QuantizationReport, Size
+from lightning_caq.report import LayerRow, Note, QuantizationReport, Size
 from lightning_caq.selection.select import Selection
 from lightning_caq.sizes import FLOAT_BITS, LayerSizes
 from lightning_caq.studies import Studies, Tightness
@@ -26,7 +26,7 @@ def run_report(
     tightness: Tightness,
     studies: Studies,
     seconds: Mapping[str, float],
-    notes: Sequence[str] = (),
+    notes: Sequence[Note] = (),
 ) -> QuantizationReport:
     """Float against quantized, with sizes.
 
@@ -51,7 +51,7 @@ def run_report(
         layers=_rows(layers, profile, selection),
         sizes={
             "float": Size(float(FLOAT_BITS), 1.0, total * FLOAT_BITS // 8),
-            **{variant: Size(plan.avg_bits, plan.ratio, plan.bytes) for variant, plan in plans.items()},
+            **{v: Size(plan.avg_bits, plan.ratio, plan.bytes, plan.memory_ratio) for v, plan in plans.items()},
         },
         metrics={f"{variant}/{name}": x for variant, values in metrics.items() for name, x in values.items()},
         predicted_loss={v: x for v, plan in plans.items() if (x := profile.predicted_loss(plan.widths)) is not None},
@@ -78,7 +78,7 @@ def retrained_report(report: QuantizationReport, metrics: Mapping[str, float]) -
     """
     kept = {name: value for name, value in report.metrics.items() if not name.startswith("quantized/")}
     now = {f"quantized/{name}": value for name, value in metrics.items()}
-    note = "The quantized network was trained on; all else is as measured before that."
+    note = Note("The quantized network was trained on; all else is as measured before that.")
     return replace(report, metrics=kept | now, notes=tuple(dict.fromkeys((*report.notes, note))))
 
 
@@ -102,11 +102,13 @@ def _rows(layers: Sequence[Layer], profile: CurvatureProfile, selection: Selecti
     )
 
 
-def _sampling_note(profile: CurvatureProfile) -> tuple[str, ...]:
+def _sampling_note(profile: CurvatureProfile) -> tuple[Note, ...]:
     if profile.sampled is None:
         return ()
     drawn, of = profile.sampled
     return (
-        f"Curvature rests on {drawn:,} output rows drawn at random of {of:,}: traces and quadratic forms are "
-        "unbiased, eigenvalues are estimates.",
+        Note(
+            f"Curvature rests on {drawn:,} output rows drawn at random of {of:,}: traces and quadratic forms are "
+            "unbiased, eigenvalues are estimates."
+        ),
     )

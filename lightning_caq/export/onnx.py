@@ -29,7 +29,8 @@ from lightning_caq.errors import ExportError
 from lightning_caq.export.integers import Integers, to_integers
 from lightning_caq.export.onnx_graph import DOMAIN, ROUND_INPUT, dequantize_input, quantize_rounded
 from lightning_caq.export.packed_modules import check_quantized
-from lightning_caq.quantizers.fake_quant.modules import FakeQuant
+from lightning_caq.quantizers.fake_quant.modules import FakeQuant, quantized_weight
+from lightning_caq.quantizers.fake_quant.state import rounding_state
 from lightning_caq.quantizers.grids.activations import InputGrid, change_first
 from lightning_caq.quantizers.grids.affine import Grid
 from lightning_caq.utilities.isolation import preserved
@@ -98,11 +99,13 @@ def export_onnx(
     modules = check_quantized(model)
     if missing := [name for name in _PACKAGES if find_spec(name) is None]:
         raise ExportError(f"export_onnx needs {', '.join(missing)}; run pip install 'lightning-caq[onnx]'.")
-    if any(module.input_grid is not None for module in modules.values()) and not hasattr(torch.onnx, "ops"):
+    if any(rounding_state(module).input_grid is not None for module in modules.values()) and not hasattr(
+        torch.onnx, "ops"
+    ):
         raise ExportError("Rounded activations are exported by torch 2.8 and later; install a newer torch.")
     args, kwargs, names = _arguments(model, example_input)
     weights = _weights(model, modules)
-    integers = {key: to_integers(module.quantized_weight(), _affine(key, module)) for key, module in weights.items()}
+    integers = {key: to_integers(quantized_weight(module), _affine(key, module)) for key, module in weights.items()}
     with preserved(model), torch.no_grad():
         output = _output(model, args, kwargs)
         expected = _tensors(output)
@@ -118,7 +121,7 @@ def export_onnx(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(payload)
-    notes = _notes({key: module.bits for key, module in weights.items()}, integers)
+    notes = _notes({key: rounding_state(module).bits for key, module in weights.items()}, integers)
     return OnnxExport(path, {key: stored.type for key, stored in integers.items()}, notes, difference)
 
 
@@ -146,7 +149,7 @@ def _weights(model: nn.Module, modules: Mapping[str, FakeQuant]) -> dict[str, Fa
 
 def _affine(key: str, module: FakeQuant) -> Grid:
     """The grid of a module, which must be an affine one."""
-    grid = module.grid
+    grid = rounding_state(module).grid
     if not isinstance(grid, Grid):
         raise ExportError(
             f"'{key}' was quantized by {grid.quantizer!r}, whose values are not evenly spaced: ONNX's DequantizeLinear "
@@ -158,19 +161,20 @@ def _affine(key: str, module: FakeQuant) -> Grid:
 @contextmanager
 def _opened(modules: Mapping[str, FakeQuant]) -> Iterator[None]:
     """Let fake-quant modules use their weight as it is for a while, and mark where they round their inputs."""
-    before = {name: module.quantizing for name, module in modules.items()}
+    before = {name: rounding_state(module).quantizing for name, module in modules.items()}
     try:
         with ExitStack() as stack:
             for module in modules.values():
-                module.quantizing = False
-                if module.input_grid is not None:
+                state = rounding_state(module)
+                state.quantizing = False
+                if state.input_grid is not None:
                     assert isinstance(module, nn.Module)
-                    handle = module.register_forward_pre_hook(_marking(module.input_grid), with_kwargs=True)
+                    handle = module.register_forward_pre_hook(_marking(state.input_grid), with_kwargs=True)
                     stack.callback(handle.remove)
             yield
     finally:
         for name, module in modules.items():
-            module.quantizing = before[name]
+            rounding_state(module).quantizing = before[name]
 
 
 def _marking(grid: InputGrid) -> Callable[..., Any]:
@@ -190,14 +194,14 @@ def _marking(grid: InputGrid) -> Callable[..., Any]:
 @contextmanager
 def _inputs_kept(modules: Mapping[str, FakeQuant]) -> Iterator[None]:
     """Let fake-quant modules take their inputs as they are for a while."""
-    grids = {name: module.input_grid for name, module in modules.items()}
+    grids = {name: rounding_state(module).input_grid for name, module in modules.items()}
     try:
         for module in modules.values():
-            module.input_grid = None
+            rounding_state(module).input_grid = None
         yield
     finally:
         for name, module in modules.items():
-            module.input_grid = grids[name]
+            rounding_state(module).input_grid = grids[name]
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -17,6 +17,7 @@ from lightning_caq.export.packed_table import PackedTable
 from lightning_caq.export.sealed import read_sealed, write_sealed
 from lightning_caq.network.layers import kind_of
 from lightning_caq.quantizers.fake_quant.modules import on_grid
+from lightning_caq.quantizers.fake_quant.state import rounding_state
 from lightning_caq.quantizers.fake_quant.swap import restore_modules, swap
 from lightning_caq.quantizers.grids.activations import InputGrid
 from lightning_caq.quantizers.grids.levels import levels
@@ -67,7 +68,8 @@ def save_quantized(model: nn.Module, path: str | Path) -> Path:
     tied = _tied(state)
     names: dict[str, list[str]] = {}
     for name, module in modules.items():
-        if not (module.quantizing and on_grid(module.weight, module.grid)):
+        rounding = rounding_state(module)
+        if not (rounding.quantizing and on_grid(module.weight, rounding.grid)):
             raise LayerError(
                 f"Layer '{name}' holds weights that are not on its grid: it was trained on, or loaded from a float "
                 "checkpoint. Snap it with plan.settled(model), or quantize again; then save."
@@ -77,9 +79,9 @@ def save_quantized(model: nn.Module, path: str | Path) -> Path:
     layers, tensors = [], {key: x for key, x in state.items() if key not in tied and key not in names}
     for key, tied_modules in names.items():
         module = modules[tied_modules[0]]
-        packed = pack_weight(module.weight, module.grid)
-        dtype = str(module.weight.dtype)
-        layer = _Layer(key, tuple(tied_modules), packed.bits, packed.shape, dtype, module.input_grid, packed.quantizer)
+        rounding, dtype = rounding_state(module), str(module.weight.dtype)
+        packed, inputs = pack_weight(module.weight, rounding.grid), rounding.input_grid
+        layer = _Layer(key, tuple(tied_modules), packed.bits, packed.shape, dtype, inputs, packed.quantizer)
         layers.append(layer)
         tensors |= {f"{key}.{part}": getattr(packed, part) for part in packed.parts}
     description = {"network": type(model).__name__, "layers": [asdict(x) for x in layers], "tied": tied}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from lightning_caq.errors import LayerError
 from lightning_caq.export.packed_table import PackedTable
-from lightning_caq.quantizers.fake_quant.modules import FakeQuant, rounding_forward
+from lightning_caq.quantizers.fake_quant.modules import FakeQuant
+from lightning_caq.quantizers.fake_quant.state import PREFIX
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules
-from lightning_caq.quantizers.grids.activations import InputGrid
+from lightning_caq.quantizers.grids.activations import InputGrid, change_first
 from lightning_caq.quantizers.grids.affine import Grid
 from lightning_caq.quantizers.grids.values import Values
 from lightning_caq.quantizers.packing.channel_packing import pack_widths, unpack_widths
@@ -111,33 +113,33 @@ def packed_weight(quantizer: str, bits: int, shape: tuple[int, ...], parts: Mapp
 class Packed:
     """What every packed module adds to the class it replaces: ``weight`` is unpacked each time it is read.
 
-    Such a module is for inference and for the floating-point type it had when it was packed.
-
-    Attributes:
-        plain_class: The class it replaces.
-        layout: Quantizer, bit-width, shape and floating-point type of the weight. The parts of the packed weight are
-            buffers by their own names, such as ``codes``.
-        input_grid: Grid of the input, or ``None``.
+    Such a module is for inference and for the floating-point type it had when it was packed. The parts of the packed
+    weight are buffers; they and all else have names that no subclass uses.
     """
 
-    plain_class: ClassVar[type[nn.Module]]
-    layout: tuple[str, int, tuple[int, ...], torch.dtype]
-    input_grid: InputGrid | None
+    _lightning_caq_base: ClassVar[type[nn.Module]]  # the class it replaces
+    _lightning_caq_layout: tuple[str, int, tuple[int, ...], torch.dtype]  # quantizer, bits, shape, type of the weight
+    _lightning_caq_input_grid: InputGrid | None
 
     @property
     def weight(self) -> Tensor:
         """The weight, made anew from its codes."""
         this: Any = self
-        quantizer, bits, shape, dtype = self.layout
-        return packed_weight(quantizer, bits, shape, this._buffers).values().to(dtype)
+        quantizer, bits, shape, dtype = self._lightning_caq_layout
+        parts = {key.removeprefix(PREFIX): x for key, x in this._buffers.items() if key.startswith(PREFIX)}
+        return packed_weight(quantizer, bits, shape, parts).values().to(dtype)
 
-    def rounded_input(self, input: Tensor) -> Tensor:
-        """The input on its grid, if it has one."""
-        return input if self.input_grid is None else self.input_grid.round(input)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        this: Any = self
+        for key in [key for key in this._buffers if key.startswith(PREFIX)]:
+            part = key.removeprefix(PREFIX)  # the name of the buffer in earlier versions
+            if prefix + part in state_dict and part not in this._buffers and part not in this._parameters:
+                state_dict[prefix + key] = state_dict.pop(prefix + part)
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # As for fake-quant modules: copies and pickles name the class that this one was made from.
-        return _rebuild, (self.plain_class,), self.__dict__.copy()
+        return _rebuild, (self._lightning_caq_base,), self.__dict__.copy()
 
 
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
@@ -151,9 +153,22 @@ def packed_class(base: type[nn.Module]) -> type[nn.Module]:
         'PackedLinear'
     """
     if base not in _classes:
-        names = {"__module__": __name__, "plain_class": base, "forward": rounding_forward(base)}
+        names = {"__module__": __name__, "_lightning_caq_base": base, "forward": _rounding_forward(base)}
         _classes[base] = type(f"Packed{base.__name__}", (Packed, base), names)
     return _classes[base]
+
+
+def _rounding_forward(base: type[nn.Module]) -> Callable[..., Any]:
+    """The forward of a class, its first argument rounded where the module has a grid for it."""
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        grid = self._lightning_caq_input_grid
+        if grid is not None:
+            args, kwargs = change_first(grid.round, args, kwargs)
+        return base.forward(self, *args, **kwargs)
+
+    return forward
 
 
 def _rebuild(base: type[nn.Module]) -> nn.Module:
@@ -182,10 +197,10 @@ def pack_modules(
         module: Any = model.get_submodule(name)
         weight = module._parameters.pop("weight")
         module.__class__ = packed_class(type(module))
-        module.layout = (packed.quantizer, packed.bits, packed.shape, weight.dtype)
-        module.input_grid = (inputs or {}).get(name)
+        module._lightning_caq_layout = (packed.quantizer, packed.bits, packed.shape, weight.dtype)
+        module._lightning_caq_input_grid = (inputs or {}).get(name)
         for part in packed.parts:
-            module.register_buffer(part, getattr(packed, part))
+            module.register_buffer(PREFIX + part, getattr(packed, part))
 
 
 def check_quantized(model: nn.Module) -> dict[str, FakeQuant]:

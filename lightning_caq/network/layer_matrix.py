@@ -7,6 +7,7 @@ columns``, then serves everything that looks at a layer from its inputs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_caq.network.layers import Layer
+from lightning_caq.network.operator_call import OperatorCall, operator_call
 
 
 def to_matrix(layer: Layer, weight: Tensor) -> Tensor:
@@ -44,7 +46,7 @@ def columns(layer: Layer, module: Any, inputs: Tensor, chosen: Tensor | None = N
 
     Args:
         layer: The layer; not an embedding, whose columns are the words themselves.
-        module: Its module, for stride, padding and dilation.
+        module: Its module, which is asked what operator it applies to what.
         inputs: Its input, samples first.
         chosen: Which positions of each sample to give, shape (samples, positions); all by default.
 
@@ -59,11 +61,13 @@ def columns(layer: Layer, module: Any, inputs: Tensor, chosen: Tensor | None = N
         >>> torch.allclose(y.reshape(5, 4, 6, 6), conv(x), atol=1e-5)
         True
     """
+    call = operator_call(module, inputs)
+    inputs = call.inputs
     if layer.kind == "linear":
         vectors = inputs.reshape(len(inputs), 1, -1, inputs.shape[-1]).transpose(2, 3)
         return vectors if chosen is None else vectors[_each(chosen), :, :, chosen].permute(0, 2, 3, 1)
-    patches = _patches(layer, module, inputs)
-    n = len(module.kernel_size)
+    patches = _patches(layer, call)
+    n = len(call.stride)
     spatial = patches.shape[2 : 2 + n]
     if chosen is not None:
         place: tuple[Any, ...] = (_each(chosen), slice(None), *torch.unravel_index(chosen, spatial))
@@ -87,39 +91,33 @@ def count_positions(layer: Layer, module: Any, inputs: Tensor) -> int:
     """
     if layer.kind == "linear":
         return inputs[0].numel() // inputs.shape[-1]
-    return _patches(layer, module, inputs[:1]).shape[2 : 2 + len(module.kernel_size)].numel()
+    call = operator_call(module, inputs[:1])
+    return _patches(layer, call).shape[2 : 2 + len(call.stride)].numel()
 
 
-def _patches(layer: Layer, module: Any, inputs: Tensor) -> Tensor:
+def _patches(layer: Layer, call: OperatorCall) -> Tensor:
     """What lies under the kernel, shape (samples, channels, *positions, *kernel); only padding makes a copy."""
+    kernel = layer.shape[2:]
     if layer.transposed:
-        patches, stride = _spread(module, inputs), (1,) * len(module.stride)
+        patches, stride = _spread(call, kernel), (1,) * len(call.stride)
     else:
-        patches, stride = _pad(module, inputs), module.stride
-    for d, (size, step, gap) in enumerate(zip(module.kernel_size, stride, module.dilation, strict=True)):
+        sides = [side for pair in reversed(call.padding) for side in pair]  # F.pad begins with the last dimension
+        patches, stride = F.pad(call.inputs, sides) if any(sides) else call.inputs, call.stride
+    for d, (size, step, gap) in enumerate(zip(kernel, stride, call.dilation, strict=True)):
         patches = patches.unfold(2 + d, (size - 1) * gap + 1, step)[..., ::gap]
     return patches
 
 
-def _pad(module: Any, inputs: Tensor) -> Tensor:
-    # torch keeps the padding of every mode, "same" included, in the order that F.pad takes.
-    sides, mode = module._reversed_padding_repeated_twice, module.padding_mode
-    if not any(sides):
-        return inputs
-    return F.pad(inputs, sides, mode="constant" if mode == "zeros" else mode)
-
-
-def _spread(module: Any, inputs: Tensor) -> Tensor:
+def _spread(call: OperatorCall, kernel: Sequence[int]) -> Tensor:
     """Zeros between and around the pixels: a transposed convolution is a plain one over this."""
+    inputs = call.inputs
     spread = inputs.new_zeros(
-        *inputs.shape[:2], *((size - 1) * s + 1 for size, s in zip(inputs.shape[2:], module.stride, strict=True))
+        *inputs.shape[:2], *((size - 1) * s + 1 for size, s in zip(inputs.shape[2:], call.stride, strict=True))
     )
-    every: tuple[Any, ...] = tuple(slice(None, None, s) for s in module.stride)
+    every: tuple[Any, ...] = tuple(slice(None, None, s) for s in call.stride)
     spread[(..., *every)] = inputs
     sides: list[int] = []
-    for size, gap, pad, extra in zip(
-        module.kernel_size, module.dilation, module.padding, module.output_padding, strict=True
-    ):
+    for size, gap, (pad, _), extra in zip(kernel, call.dilation, call.padding, call.output_padding, strict=True):
         edge = gap * (size - 1) - pad
         sides = [edge, edge + extra, *sides]
     return F.pad(spread, sides)

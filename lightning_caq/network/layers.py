@@ -242,8 +242,8 @@ def quantizable_layers(model: nn.Module) -> list[Layer]:
     found: dict[int, Layer] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         kind = kind_of(module)
-        weight = module._parameters.get("weight")
-        if kind is None or weight is None:
+        weight = None if kind is None else module._parameters.get("weight")
+        if kind is None or weight is None or (not is_lazy(weight) and not weight.numel()):
             continue
         if is_lazy(weight):
             raise LayerError(f"Layer '{name}' is lazy and not initialised; run one batch through the model first.")
@@ -262,21 +262,34 @@ def _select(layers: list[Layer], include: Sequence[str] | None, exclude: Sequenc
     names = ", ".join(f"'{x.name}'" for x in layers[:8]) + (", ..." if len(layers) > 8 else "")
     for option, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns or ():
-            if not any(_matches(layer, pattern) for layer in layers):
+            if not _matching(layers, [pattern]):
                 raise OptionError(f"{option} pattern '{pattern}' matches no layer; the layers are {names}.")
-    kept = [
-        layer
-        for layer in layers
-        if (include is None or any(_matches(layer, p) for p in include))
-        and not any(_matches(layer, p) for p in exclude or ())
-    ]
+    included = layers if include is None else _matching(layers, include)
+    excluded = _matching(layers, exclude or ())
+    kept = [layer for layer in layers if layer in included and layer not in excluded]
     if not kept:
         raise LayerError(f"include and exclude leave no layer to quantize; the layers are {names}.")
     return kept
 
 
-def _matches(layer: Layer, pattern: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for name in layer.modules)
+def _matching(layers: Sequence[Layer], patterns: Sequence[str]) -> list[Layer]:
+    """The layers that patterns name: those with the very name if there are any, since brackets mean more to a shell."""
+    exact = {name for layer in layers for name in layer.modules}
+    return [
+        layer
+        for layer in layers
+        if any(p in layer.modules if p in exact else matches(layer.modules, p) for p in patterns)
+    ]
+
+
+def matches(names: Sequence[str], pattern: str) -> bool:
+    """Whether one of some names is a pattern, or is matched by it as a shell pattern.
+
+    Example:
+        >>> matches(["net.0"], "net.*"), matches(["blocks[0]"], "blocks[0]"), matches(["blocks0"], "blocks[0]")
+        (True, True, True)
+    """
+    return pattern in names or any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
 
 @dataclass

@@ -50,6 +50,7 @@ def write_html(
         OSError: If the file cannot be written.
     """
     sections = [
+        *_notes(report),
         *_result(report),
         *_layers(report, profile),
         *_figures(gallery),
@@ -141,14 +142,21 @@ def picture(figure: Figure, title: str) -> str:
     return f'<img src="data:image/svg+xml,{image}" alt="{escape(title)}" width="{96 * figure.get_figwidth():.0f}">'
 
 
+def _notes(report: QuantizationReport | None) -> list[str]:
+    """What the reader should know, ahead of all else."""
+    if report is None or not report.notes:
+        return []
+    marks = {"warning": "<strong>Warning:</strong> ", "information": ""}
+    items = "".join(f'<li class="{note.severity}">{marks[note.severity]}{escape(note)}</li>' for note in report.notes)
+    return [section("Notes", f"<ul>{items}</ul>")]
+
+
 def _result(report: QuantizationReport | None) -> list[str]:
     if report is None:
         return []
     header, rows = report.variant_cells()
-    notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
     told = [f"<p>{escape(text)}</p>" for text in in_words(report)]
-    noted = f"<h3>Notes</h3><ul>{notes}</ul>" if notes else ""
-    return [section("Result", *told, table(header, map(_numbers, rows)), noted)]
+    return [section("Result", *told, table(header, map(_numbers, rows)))]
 
 
 def _numbers(cells: Sequence[str]) -> list[Cell]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from lightning_caq.allocation.choose import Choice, Chooser
 from lightning_caq.allocation.solver.bisection import smallest_passing
 from lightning_caq.errors import BudgetError
 from lightning_caq.options import QuantizationOptions
+from lightning_caq.report import Note
 from lightning_caq.selection.candidate import Candidate, CandidateMaker
 from lightning_caq.utilities.progress import Progress
 
@@ -28,7 +28,7 @@ class Selection:
     """
 
     candidates: Mapping[str, Candidate]
-    notes: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
 
     @property
     def chosen(self) -> Candidate:
@@ -60,11 +60,10 @@ class Selector:
         """Make the network of the chosen method and all it is compared with, and decide between it and uniform bits."""
         method, budget, notes = self.options.method, self.options.budget, []
         if shortage := self.maker.shortage:
-            notes.append(f"{shortage}.")
-            warnings.warn(f"caq: {shortage}.", stacklevel=2)
+            notes.append(Note(f"{shortage}.", "warning"))
         if isinstance(budget, MaxDrop):
             chosen, tried = self._smallest_within(budget)
-            notes.append(f"{budget}: {tried} networks were tried; more max_evaluations search more finely.")
+            notes.append(Note(f"{budget}: {tried} networks were tried; more max_evaluations search more finely."))
         else:
             chosen = self._make(method, budget)
         if isinstance(budget, (MaxDrop, ErrorBudget)):
@@ -73,9 +72,12 @@ class Selector:
         candidates = {CHOSEN: chosen, **compared}
         if self.options.guard and (better := self._better_uniform(candidates, budget)):
             candidates |= {method: chosen, CHOSEN: better}
-            notes.append(self._warn_of_uniform(chosen, better))
-        of_candidates = [f"{x.plan.method}: {note}." for x in candidates.values() for note in x.notes]
-        return Selection(candidates, (*notes, *dict.fromkeys(of_candidates)))
+            notes.append(self._uniform_note(chosen, better))
+        of_candidates = dict.fromkeys(f"{x.plan.method}: {note}." for x in candidates.values() for note in x.notes)
+        notes += map(Note, of_candidates)
+        for note in notes:
+            self.progress.tell(note)
+        return Selection(candidates, tuple(notes))
 
     def _make(self, method: str, budget: Budget) -> Candidate:
         return self._carry_out(method, budget, self._allocate(method, budget))
@@ -141,11 +143,10 @@ class Selector:
             return self.chooser.keeps(self.options.method, budget, uniform.choice.bits)
         return True
 
-    def _warn_of_uniform(self, chosen: Candidate, uniform: Candidate) -> str:
+    def _uniform_note(self, chosen: Candidate, uniform: Candidate) -> Note:
         method = self.options.method
-        reason = (
-            f"uniform bits are better than those of {method} on samples held out "
-            f"(output error {uniform.error:.1%} against {chosen.error:.1%}) and are used instead"
+        return Note(
+            f"Uniform bits are better than those of {method} on samples held out (output error {uniform.error:.1%} "
+            f"against {chosen.error:.1%}) and are used instead; pass guard=False to keep those of {method}.",
+            "warning",
         )
-        warnings.warn(f"caq: {reason}; pass guard=False to keep those of {method}.", stacklevel=3)
-        return f"{reason.capitalize()}."

@@ -122,10 +122,8 @@ class InFloat32:
         """A batch in float32, where it was in half precision."""
         return map_tensors(lambda path, t: t.float() if _is_half(t) else t, batch)
 
-    def outside(self, evaluate: Evaluate | None) -> Evaluate | None:
+    def outside(self, evaluate: Evaluate) -> Evaluate:
         """``evaluate``, run in the module's own precision while this context is entered."""
-        if evaluate is None:
-            return None
 
         def run(model: nn.Module) -> Mapping[str, float]:
             self.__exit__()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from lightning_caq.report import Note
 
 Say = Callable[[str], None]
 
@@ -35,6 +38,13 @@ class Progress:
     def say(self, message: str) -> None:
         """Write one line."""
         self._say(f"caq: {message}")
+
+    def tell(self, note: Note) -> None:
+        """Bring a note before the user at once: what should be acted on as a warning, all else as a line."""
+        if note.severity == "warning":
+            warnings.warn(f"caq: {note}", stacklevel=2)
+        else:
+            self.say(note)
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:

@@ -24,6 +24,7 @@ from lightning_caq.network.layers import find_layers
 from lightning_caq.options import QuantizationOptions
 from lightning_caq.plan import QuantizationPlan
 from lightning_caq.profile import LayerCurvature
+from lightning_caq.quantizers.fake_quant.state import rounding_state
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules
 from lightning_caq.sizes import LayerSizes
 
@@ -193,7 +194,9 @@ def test_the_network_keeps_the_operations_and_rounds_its_inputs(trained, done):
     seen = {}
     for name, module in result.model.named_modules():
         if name in plan.activation_bits:
-            module.register_forward_hook(lambda m, x, y, name=name: seen.update({name: m.rounded_input(x[0])}))
+            module.register_forward_hook(
+                lambda m, x, y, name=name: seen.update({name: rounding_state(m).rounded_input(x[0])})
+            )
     with torch.no_grad():
         result.model(nets.images(64, 3)[0])
     assert all(len(seen[name].unique()) <= 2**bits for name, bits in plan.activation_bits.items())
@@ -272,7 +275,7 @@ def test_round_trips_are_exact(trained, done, tmp_path):
         fresh = load_quantized(nets.small_cnn(), save_quantized(result.model, tmp_path / "net.safetensors"))
         assert torch.equal(fresh.eval()(x), expected)
     for net in (loaded, fresh):
-        grids = {name: module.input_grid for name, module in quantized_modules(net).items()}
+        grids = {name: rounding_state(module).input_grid for name, module in quantized_modules(net).items()}
         assert grids == {layer.name: layer.input_grid for layer in result.plan.layers}
 
 

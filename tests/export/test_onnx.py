@@ -17,6 +17,7 @@ from lightning_caq.export import onnx as onnx_export
 from lightning_caq.export.onnx import export_onnx
 from lightning_caq.network.layers import find_layers, quantizable_layers
 from lightning_caq.quantizers.calibration import calibrate_inputs
+from lightning_caq.quantizers.fake_quant.state import rounding_state
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules, swap
 from lightning_caq.quantizers.grids.activations import InputGrid
 from lightning_caq.quantizers.grids.affine import fit_grid
@@ -65,7 +66,7 @@ def test_mlp(tmp_path):
     result = export_onnx(net, tmp_path / "new" / "net.onnx", torch.randn(3, 20))
     assert result.path == tmp_path / "new" / "net.onnx"
     assert net.training  # the network is left as it was
-    assert all(module.quantizing for module in (net[0], net[2], net[4]))
+    assert all(rounding_state(module).quantizing for module in (net[0], net[2], net[4]))
     assert result.difference <= 1e-5
     for rows in (1, 7):  # the number of samples may vary
         _agree(net.eval(), result.path, torch.randn(rows, 20))
@@ -179,7 +180,7 @@ def test_networks_that_onnx_cannot_hold(make, match, tmp_path):
     with pytest.raises(ExportError, match=match):
         export_onnx(net, tmp_path / "net.onnx", torch.randn(2, 3, 3))
     assert not (tmp_path / "net.onnx").exists()
-    assert net.fc.quantizing
+    assert rounding_state(net.fc).quantizing
     assert all(torch.equal(x, before[key]) for key, x in net.state_dict().items())
 
 
@@ -216,7 +217,7 @@ def test_bad_arguments(tmp_path, monkeypatch):
 
 def _with_inputs(net, grids):
     """The swapped network with the inputs of its modules rounded."""
-    swap(net, {name: m.grid for name, m in quantized_modules(net).items()}, grids)
+    swap(net, {name: rounding_state(m).grid for name, m in quantized_modules(net).items()}, grids)
     return net
 
 
@@ -246,8 +247,8 @@ def test_a_cnn_with_rounded_inputs(bits, tmp_path):
     grids = calibrate_inputs(net, layers, [x], input_bits(len(layers), bits))
     _with_inputs(net, grids)
     result = export_onnx(net, tmp_path / "net.onnx", x[:4])
-    assert net[0].input_grid == grids["0"]
-    assert net[0].quantizing
+    assert rounding_state(net[0]).input_grid == grids["0"]
+    assert rounding_state(net[0]).quantizing
     assert not any(m._forward_pre_hooks for m in net.modules())
     _agree(net, result.path, x, atol=1e-2, rtol=1e-2)
 

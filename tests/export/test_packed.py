@@ -16,6 +16,7 @@ from lightning_caq.errors import LayerError, PlanError
 from lightning_caq.export.packed import load_quantized, save_quantized
 from lightning_caq.export.sealed import read_sealed, write_sealed
 from lightning_caq.network.layers import quantizable_layers
+from lightning_caq.quantizers.fake_quant.state import PREFIX, rounding_state
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules, swap
 from lightning_caq.quantizers.grids.activations import InputGrid
 from lightning_caq.quantizers.grids.affine import Grid, fit_grid
@@ -74,8 +75,8 @@ def test_a_fresh_network_becomes_the_one_that_was_saved(done):
     assert load_quantized(other, path) is other
     _same_state(other, quantized)
     assert torch.equal(other(X), quantized(X))
-    assert {n: (m.bits, type(m)) for n, m in quantized_modules(other).items()} == {
-        n: (m.bits, type(m)) for n, m in quantized_modules(quantized).items()
+    assert {n: (rounding_state(m).bits, type(m)) for n, m in quantized_modules(other).items()} == {
+        n: (rounding_state(m).bits, type(m)) for n, m in quantized_modules(quantized).items()
     }
     again = save_quantized(other, path.with_name("again"))
     assert again.read_bytes() == path.read_bytes()
@@ -138,7 +139,7 @@ def test_tied_weights_are_stored_once_and_stay_tied(tmp_path):
     other = load_quantized(nets.Words(), path)
     assert other.out.weight is other.table.weight
     packed = load_quantized(nets.Words(), path, packed=True)
-    assert packed.out.codes is packed.table.codes
+    assert packed.out._lightning_caq_codes is packed.table._lightning_caq_codes
     apart = nets.Words()
     apart.out.weight = nn.Parameter(apart.table.weight.detach().clone())
     _refused(apart, path, "other tensors are tied in it than in Words")
@@ -167,7 +168,7 @@ def test_packed_in_memory(done):
     _, quantized, plan, path = done
     other = load_quantized(nets.small_cnn().eval(), path, packed=True)
     assert torch.equal(other(X), quantized(X))
-    held = dict((*other.named_parameters(), *other.named_buffers()))
+    held = {k.replace(PREFIX, ""): x for k, x in (*other.named_parameters(), *other.named_buffers())}
     assert _stored_bytes(held) == plan.bytes
     rest = {name for name in held if name.rsplit(".", 1)[1] not in ("codes", "scale", "doubled_zero_point")}
     assert rest == quantized.state_dict().keys() - {f"{layer.name}.weight" for layer in plan.layers}
@@ -184,9 +185,17 @@ def test_copies_and_states_of_a_packed_network(done):
     file.seek(0)
     assert torch.equal(torch.load(file, weights_only=False)(X), expected)
     state = {k: v.clone() for k, v in other.state_dict().items()}
-    other[4].codes.zero_()
+    other[4]._lightning_caq_codes.zero_()
     other.load_state_dict(state)
     assert torch.equal(other(X), expected)
+
+
+def test_a_packed_network_takes_the_keys_of_earlier_versions(done):
+    source, other = (load_quantized(nets.small_cnn().eval(), done[3], packed=True) for _ in range(2))
+    earlier = {key.replace(PREFIX, ""): x for key, x in source.state_dict().items()}
+    other[4]._lightning_caq_codes.zero_()
+    other.load_state_dict(earlier)
+    assert torch.equal(other(X), source(X))
 
 
 def test_a_packed_network_cannot_be_saved_or_filled_again(done, tmp_path):
@@ -211,9 +220,9 @@ def test_networks_that_cannot_be_saved(done, tmp_path):
     with pytest.raises(LayerError, match="not on its grid"):
         save_quantized(moved, tmp_path / "f")
     odd = copy.deepcopy(quantized)
-    odd[4].zero_point += 0.25
+    rounding_state(odd[4]).calibrated.zero_point.add_(0.25)
     with torch.no_grad():
-        odd[4].weight.copy_(odd[4].grid.nearest(odd[4].weight))
+        odd[4].weight.copy_(rounding_state(odd[4]).grid.nearest(odd[4].weight))
     with pytest.raises(LayerError, match="multiple of one half"):
         save_quantized(odd, tmp_path / "f")
     assert not (tmp_path / "f").exists()
@@ -322,7 +331,7 @@ def test_torch_export_of_the_swapped_network(done):
     exported = torch.export.export(done[1], (X,)).module()
     torch.testing.assert_close(exported(X), done[1](X))
     codes = done[1][4].weight.detach().unique()
-    assert len(codes) <= 8 * 2 ** done[1][4].bits
+    assert len(codes) <= 8 * 2 ** rounding_state(done[1][4]).bits
 
 
 def test_torch_export_of_a_packed_network(done):
@@ -346,7 +355,10 @@ def test_resnet20_in_a_thirteenth(tmp_path, monkeypatch):
 def _with_inputs(net, bits=3):
     """The network, swapped, the inputs of all its layers rounded."""
     _swapped(net, bits)
-    grids, modules = {name: m.grid for name, m in quantized_modules(net).items()}, quantized_modules(net)
+    grids, modules = (
+        {name: rounding_state(m).grid for name, m in quantized_modules(net).items()},
+        quantized_modules(net),
+    )
     swap(net, grids, {name: InputGrid(4, 0.25, 3 + index) for index, name in enumerate(modules)})
     return net
 
@@ -360,7 +372,7 @@ def test_inputs_are_rounded_as_in_the_network_that_was_saved(name, packed, tmp_p
     if name in ("tied", "twice"):  # one grid a layer: what shares a weight shares it
         swap(
             net,
-            {k: m.grid for k, m in quantized_modules(net).items()},
+            {k: rounding_state(m).grid for k, m in quantized_modules(net).items()},
             dict.fromkeys(_names(net), InputGrid(4, 0.25, 3)),
         )
     other = load_quantized(nets.make_case(name).net, save_quantized(net, tmp_path / "f"), packed=packed)
@@ -375,7 +387,7 @@ def _names(net):
 def test_loading_a_file_without_input_grids_takes_inputs_as_they_are(tmp_path):
     net = _swapped(nets.small_cnn(), 3)
     other = load_quantized(_with_inputs(nets.small_cnn()), save_quantized(net, tmp_path / "f"))
-    assert all(module.input_grid is None for module in quantized_modules(other).values())
+    assert all(rounding_state(module).input_grid is None for module in quantized_modules(other).values())
     assert torch.equal(other(X), net(X))
 
 

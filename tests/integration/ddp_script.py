@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Subset
 from lightning_caq import CurvatureQuantizationCallback, callback
 from lightning_caq.bridge import calibration
 from lightning_caq.bridge.calibration import training_batches
+from lightning_caq.quantizers.fake_quant.state import rounding_state
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules
 from lightning_caq.selection import candidate
 
@@ -48,7 +49,9 @@ class Watcher(AtHook):
     """Keeps the outputs of every test batch, and whether the layers were fake-quant layers then."""
 
     def __init__(self) -> None:
-        super().__init__("on_test_start", lambda t, m: {k: x.quantizing for k, x in quantized_modules(m).items()})
+        super().__init__(
+            "on_test_start", lambda t, m: {k: rounding_state(x).quantizing for k, x in quantized_modules(m).items()}
+        )
         self.outputs: list[torch.Tensor] = []
 
     def on_test_batch_start(self, trainer: Any, module: Any, batch: Any, *_: Any) -> None:

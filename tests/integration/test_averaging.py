@@ -13,6 +13,7 @@ from lit import Classifier, train_loader, trainer, val_loader
 
 from lightning_caq import CurvatureQuantizationCallback
 from lightning_caq.plan import QuantizationPlan
+from lightning_caq.quantizers.fake_quant.state import rounding_state
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules
 
 DECAY = 0.8
@@ -109,7 +110,7 @@ def test_validation_while_training_on_sees_the_grids_of_the_plan(tmp_path):
 
     class Look(Callback):
         def on_validation_batch_start(self, t: Any, m: Any, *args: Any) -> None:
-            seen.append({name: x.grid for name, x in quantized_modules(m).items()})
+            seen.append({name: rounding_state(x).grid for name, x in quantized_modules(m).items()})
 
     _, first, t = fit(tmp_path, 1, granularity="channel_group")
     t.save_checkpoint(tmp_path / "quantized.ckpt")

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from lightning_caq import CurvatureQuantizationCallback
 from lightning_caq.plan import QuantizationPlan
+from lightning_caq.quantizers.fake_quant.state import rounding_state
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules
 
 EPOCHS = 2
@@ -209,7 +210,7 @@ def check(net: Net, saved: Saved, callback: CurvatureQuantizationCallback | None
     """The network computes what the checkpoint holds, and is swapped if and only if that is quantized."""
     if saved.holds == QUANTIZED and callback is not None:
         assert set(quantized_modules(net)) == {name for x in saved.plan.layers for name in x.modules}
-        assert all(module.quantizing for module in quantized_modules(net).values())
+        assert all(rounding_state(module).quantizing for module in quantized_modules(net).values())
         assert callback.plan.bits == saved.plan.bits
         assert torch.equal(outputs(net), saved.outputs)
         return

@@ -15,6 +15,7 @@ from lit import AtHook, Classifier, blobs, classifier, train_loader, trainer, va
 from lightning_caq.bridge.checkpoints import LATENT
 from lightning_caq.callback import CurvatureQuantizationCallback
 from lightning_caq.errors import PlanError
+from lightning_caq.quantizers.fake_quant.state import rounding_state
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules
 
 BOTH = pytest.mark.parametrize("package", [lightning.pytorch, pytorch_lightning], ids=lambda p: p.__name__)
@@ -108,7 +109,7 @@ def test_fit_after_a_float_checkpoint_quantizes_afresh(fitted):
     assert fitted.callback.plan is not plan
     assert fitted.callback.plan.fingerprint != plan.fingerprint
     assert values_per_row(fitted.module) <= 8
-    assert all(layer.quantizing for layer in quantized_modules(fitted.module).values())
+    assert all(rounding_state(layer).quantizing for layer in quantized_modules(fitted.module).values())
 
 
 def test_a_quantized_checkpoint_brings_its_plan_to_a_fresh_network(fitted):

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_caq import CurvatureQuantizationCallback
 from lightning_caq.errors import CalibrationError
+from lightning_caq.quantizers.fake_quant.state import rounding_state
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules
 
 pytestmark = [
@@ -63,7 +64,9 @@ def checked(folder: Any, module: Any, *, layers: set[str], objective: str = "tas
     t = trainer(folder, callbacks=[callback], max_epochs=1, **settings)
     t.fit(module, train_loader(), val_loader())
     assert set(callback.plan.bits) == layers
-    assert {name: x.quantizing for name, x in quantized_modules(module).items()} == dict.fromkeys(layers, True)
+    assert {name: rounding_state(x).quantizing for name, x in quantized_modules(module).items()} == dict.fromkeys(
+        layers, True
+    )
     for name, bits in callback.plan.bits.items():
         weight = module.get_submodule(name).weight.detach()
         assert weight.isfinite().all()
@@ -99,7 +102,7 @@ def test_precisions_leave_types_as_they_are_and_measure_finite_numbers(tmp_path,
     t.fit(module, train_loader(), val_loader())
     assert types[0] == types[1]
     assert all(0 < row.kappa < float("inf") for row in callback.profile.layers)
-    assert all(row.quantizing for row in quantized_modules(module).values())
+    assert all(rounding_state(row).quantizing for row in quantized_modules(module).values())
     assert t.predict(module, val_loader())[0].isfinite().all()
 
 

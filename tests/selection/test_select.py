@@ -66,7 +66,7 @@ def _accuracy(model):
 
 
 def test_uniform_bits_win_where_they_are_better_and_a_warning_says_so(net):
-    with pytest.warns(UserWarning, match=r"uniform bits are better than those of worst .* guard=False"):
+    with pytest.warns(UserWarning, match=r"Uniform bits are better than those of worst .* guard=False"):
         result = quantize(net, _batches(), method="worst", avg_bits=4, compare=(), **FAST)
     assert result.plan.method == result.report.method == "uniform"
     assert set(result.report.sizes) == {"float", "quantized", "worst"}
@@ -110,7 +110,7 @@ class MadeUp:
 
 @every(("error", "kept"), [(0.1, "cet"), (0.3, "uniform")])
 @every("compare", [(), ("uniform",)])
-@pytest.mark.filterwarnings("ignore:caq. uniform bits are better")
+@pytest.mark.filterwarnings("ignore:caq. Uniform bits are better")
 def test_the_guard_decides_by_the_samples_held_out(error, kept, compare):
     networks = MadeUp(cet={"bits": (2, 4), "error": error}, uniform={"bits": (3, 3), "error": 0.2})
     selection = networks.select(avg_bits=3, compare=compare)
@@ -128,7 +128,7 @@ def test_the_same_bits_are_not_made_twice_for_the_guard():
 
 
 @every(("accuracy", "kept"), [(0.5, "cet"), (0.9, "uniform")])
-@pytest.mark.filterwarnings("ignore:caq. uniform bits are better")
+@pytest.mark.filterwarnings("ignore:caq. Uniform bits are better")
 def test_the_guard_loses_no_more_of_the_metric_than_max_drop_allows(accuracy, kept):
     cet = {"bits": (2, 4), "error": 0.3, "acc": 0.9}
     networks = MadeUp(cet=cet, uniform={"bits": (3, 3), "error": 0.2, "acc": accuracy})
@@ -137,7 +137,7 @@ def test_the_guard_loses_no_more_of_the_metric_than_max_drop_allows(accuracy, ke
 
 
 @every(("error", "kept"), [(2.0, "caq"), (3.0, "uniform")])
-@pytest.mark.filterwarnings("ignore:caq. uniform bits are better")
+@pytest.mark.filterwarnings("ignore:caq. Uniform bits are better")
 def test_the_guard_keeps_the_predicted_error(error, kept):
     rows = [LayerCurvature(n, 1, 1, 1, carried_error={2: 2 * e, 3: e, 4: 0.0}) for n, e in (("a", 1.0), ("b", 2.0))]
     chooser = Chooser(CurvatureProfile(tuple(rows)), LayerSizes((1, 1), (1, 1)), (2, 3, 4), 1.0, lambda bits: 0.0, 0)

@@ -67,11 +67,11 @@ def choose_rows(
     it all, adds nothing. The output Hessian of half a mean squared error over C columns is 1 / C times the identity: a
     row for each column. Positions that do not count have no rows.
 
-    The lightest rows are left out, up to the tolerance. If more than ``max_rows`` remain, none is left out but ``max_rows`` of all are drawn, with probabilities π in proportion to their shares and without
-    replacement: systematic sampling of a random order (Hartley and Rao 1962). Rows whose share alone is above that of
-    an average draw are taken for certain. A drawn row counts 1/π times, so that every sum over rows is right in the
-    mean over draws (Horvitz and Thompson 1952): AᵀA, its traces, diagonals and quadratic forms, but not its
-    eigenvalues.
+    The lightest rows are left out, up to the tolerance. If more than ``max_rows`` remain, none is left out but
+    ``max_rows`` of all are drawn, with probabilities π in proportion to their shares and without replacement:
+    systematic sampling of a random order (Hartley and Rao 1962). Rows whose share alone is above that of an average
+    draw are taken for certain. A drawn row counts 1/π times, so that every sum over rows is right in the mean over
+    draws (Horvitz and Thompson 1952): AᵀA, its traces, diagonals and quadratic forms, but not its eigenvalues.
 
     Args:
         model: The float network, in eval mode.

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from lightning_caq.errors import LayerError
+from lightning_caq.quantizers.fake_quant.state import LEARNED, PREFIX, rounding_state
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules
+from lightning_caq.quantizers.grids.affine import Grid
 
 
 @contextmanager
@@ -44,25 +46,29 @@ def learning_scales(model: nn.Module) -> Iterator[None]:
         >>> list(net.state_dict()) == keys, plan.avg_bits
         (True, 2.0)
     """
-    modules = [module for module in quantized_modules(model).values() if module.quantizer == "affine"]
+    modules = [m for m in quantized_modules(model).values() if isinstance(rounding_state(m).calibrated, Grid)]
     if not modules:
         raise LayerError(
             f"{type(model).__name__} has no layer with an affine grid; run quantize() on it, with quantizer='affine', "
             "before its scales are learned."
         )
-    first = {id(module.weight): module for module in reversed(modules)}
+    first = {id(module.weight): rounding_state(module) for module in reversed(modules)}
     for module in modules:
-        owner = first[id(module.weight)]  # tied modules learn together
-        if owner.scale_factor is None:
-            owner.scale_factor = nn.Parameter(torch.ones_like(owner.scale))
+        owner, state, device = first[id(module.weight)], rounding_state(module), module.weight.device
+        if owner.scale_factor is None:  # tied modules learn together
+            assert isinstance(owner.calibrated, Grid)
+            owner.scale_factor = nn.Parameter(torch.ones_like(owner.calibrated.scale, device=device))
             if owner.input_grid is not None and owner.input_grid.zero_point == 0:
-                owner.clip_factor = nn.Parameter(torch.ones((), device=owner.scale.device))
-        module.scale_factor, module.clip_factor = owner.scale_factor, owner.clip_factor
+                owner.clip_factor = nn.Parameter(torch.ones((), device=device))
+        state.scale_factor, state.clip_factor = owner.scale_factor, owner.clip_factor
+        for name in LEARNED:
+            module.register_parameter(PREFIX + name, getattr(owner, name))
     try:
         yield
     finally:
         for module in modules:
-            module.scale = module.grid.scale
-            if module.input_grid is not None:
-                module.input_grid = module.learned_input_grid(module.input_grid)
-            module.scale_factor = module.clip_factor = None
+            state = rounding_state(module)
+            state.calibrated, state.input_grid = state.grid, state.learned_input_grid
+            state.scale_factor = state.clip_factor = None
+            for name in LEARNED:
+                delattr(module, PREFIX + name)

@@ -8,108 +8,40 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_caq.quantizers.fake_quant.learned import lsq_round, pact_round, stretched
-from lightning_caq.quantizers.grids.activations import InputGrid, change_first
-from lightning_caq.quantizers.grids.affine import Grid
-from lightning_caq.quantizers.grids.codebook import Codebook
+from lightning_caq.quantizers.fake_quant.state import PREFIX, FakeQuantState, rounding_state
+from lightning_caq.quantizers.grids.activations import change_first
 from lightning_caq.quantizers.grids.values import Values
-
-LEARNED = ("scale_factor", "clip_factor")  # Parameters while scales are learned, in no state dict
 
 
 class FakeQuant:
-    """What every fake-quant module adds to the class it replaces.
+    """What every fake-quant module adds to the class it replaces: a state, under a name that no subclass uses."""
 
-    Attributes:
-        plain_class: The class it replaces.
-        bits: Bit-width.
-        quantizer: Name of the quantizer. Of its numbers, buffers that are not saved, an affine grid has the first
-            three and a codebook the last two.
-        scale: Step of the grid, float32, a buffer that is not saved.
-        zero_point: Code of zero, float32, a buffer that is not saved.
-        channel_bits: Bit-width of each channel, a buffer that is not saved, or ``None`` where all have ``bits``.
-        basis: Numbers that the table is made of, float32.
-        table: Its values, float32.
-        input_grid: Grid of the input, or ``None`` where inputs stay as they are.
-        scale_factor: What the scale is multiplied by while it is learned, a Parameter that is not saved, else ``None``.
-        clip_factor: The same for the clip of the input.
-        quantizing: Whether the forward pass snaps to the grid. Turned off, with a warning, when a state dict brings
-            weights that are not on the grid: they run as the float weights they are.
-    """
-
-    plain_class: ClassVar[type[nn.Module]]
-    bits: int
-    quantizer: str
-    scale: Tensor
-    zero_point: Tensor
-    channel_bits: Tensor | None
-    basis: Tensor
-    table: Tensor
-    input_grid: InputGrid | None
-    scale_factor: nn.Parameter | None
-    clip_factor: nn.Parameter | None
-    quantizing: bool
+    _lightning_caq_base: ClassVar[type[nn.Module]]  # the class it replaces
+    _lightning_caq_fake_quant: FakeQuantState
     weight: Tensor
-
-    @property
-    def grid(self) -> Values:
-        """The values that the weight may take."""
-        if self.quantizer != "affine":
-            return Codebook(self.quantizer, self.bits, self.basis, self.table)
-        grid = self._calibrated()
-        return grid if self.scale_factor is None else stretched(grid, self.scale_factor.detach())
-
-    def _calibrated(self) -> Grid:
-        return Grid(self.bits, self.scale, self.zero_point, self.channel_bits)
-
-    def quantized_weight(self) -> Tensor:
-        """The weight on the grid, in its own dtype; its gradient passes straight through (Bengio et al. 2013)."""
-        if not self.quantizing:
-            return self.weight
-        if self.scale_factor is not None and torch.is_grad_enabled():
-            return lsq_round(self.weight, self._calibrated(), self.scale_factor)
-        snapped = self.grid.nearest(self.weight.detach()).to(self.weight.dtype)
-        if not (torch.is_grad_enabled() and self.weight.requires_grad):
-            return snapped
-        return self.weight + (snapped - self.weight).detach()
-
-    def rounded_input(self, input: Tensor) -> Tensor:
-        """The input on its grid, if it has one, in its own dtype; its gradient passes straight through."""
-        if self.input_grid is None or not self.quantizing:
-            return input
-        if self.clip_factor is None:
-            return self.input_grid.round(input)
-        if torch.is_grad_enabled():
-            return pact_round(input, self.input_grid, self.clip_factor)
-        return self.learned_input_grid(self.input_grid).round(input)
-
-    def learned_input_grid(self, grid: InputGrid) -> InputGrid:
-        """The grid of the input with what was learned of it."""
-        if self.clip_factor is None:
-            return grid
-        return replace(grid, scale=float(self.clip_factor.detach().float().clamp_min(1e-3) * grid.scale))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._save_to_state_dict(destination, prefix, *args)  # type: ignore[misc]
-        for name in LEARNED:
-            destination.pop(prefix + name, None)
+        for key in [key for key in destination if key.startswith(prefix + PREFIX)]:
+            del destination[key]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
         missing: list[str] = args[2]
-        missing[:] = [key for key in missing if key not in [prefix + name for name in LEARNED]]
+        missing[:] = [key for key in missing if not key.startswith(prefix + PREFIX)]
         if prefix + "weight" not in state_dict:
             return
-        self.quantizing = on_grid(self.weight, self.grid)
-        if not self.quantizing:
+        state = rounding_state(self)
+        state.quantizing = on_grid(self.weight, state.grid.to(self.weight.device))
+        if not state.quantizing:
             # The same words for every layer: Python then shows them once.
             warnings.warn(
                 "A quantized network was loaded with weights that do not lie on its grids, such as those of a float "
@@ -119,32 +51,39 @@ class FakeQuant:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made on demand and has no importable name, so copies and pickles name the class it was made from.
-        return _rebuild, (self.plain_class,), self.__dict__.copy()
+        return _rebuild, (self._lightning_caq_base,), self.__dict__.copy()
+
+
+def quantized_weight(module: FakeQuant) -> Tensor:
+    """The weight of a fake-quant module as its forward pass uses it."""
+    return rounding_state(module).rounded_weight(module.weight)
 
 
 class _Linear(FakeQuant):
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(self.rounded_input(input), self.quantized_weight(), self.bias)  # type: ignore[attr-defined]
+        return F.linear(rounding_state(self).rounded_input(input), quantized_weight(self), self.bias)  # type: ignore[attr-defined]
 
 
 class _Conv(FakeQuant):
     def forward(self, input: Tensor) -> Tensor:
         this: Any = self
-        output: Tensor = this._conv_forward(self.rounded_input(input), self.quantized_weight(), this.bias)
+        output: Tensor = this._conv_forward(
+            rounding_state(self).rounded_input(input), quantized_weight(self), this.bias
+        )
         return output
 
 
 class _ConvTranspose(FakeQuant):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         this: Any = self
-        input = self.rounded_input(input)
+        input = rounding_state(self).rounded_input(input)
         dims = len(this.kernel_size)
         extra = this._output_padding(
             input, output_size, this.stride, this.padding, this.kernel_size, dims, this.dilation
         )
         convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
         return convolve(
-            input, self.quantized_weight(), this.bias, this.stride, this.padding, extra, this.groups, this.dilation
+            input, quantized_weight(self), this.bias, this.stride, this.padding, extra, this.groups, this.dilation
         )
 
 
@@ -153,7 +92,7 @@ class _Embedding(FakeQuant):
         this: Any = self
         return F.embedding(
             input,
-            self.quantized_weight(),
+            quantized_weight(self),
             this.padding_idx,
             this.max_norm,
             this.norm_type,
@@ -176,8 +115,8 @@ _classes: dict[type[nn.Module], type[nn.Module]] = {}
 def fake_quant_class(base: type[nn.Module]) -> type[nn.Module]:
     """The fake-quant subclass of a module class.
 
-    A user's subclass with a forward of its own keeps that forward: it uses ``weight``, whose values lie on the grid,
-    and is given its first argument rounded.
+    A user's subclass with a forward of its own keeps that forward: it finds the rounded weight under ``weight``, and is
+    given its first argument rounded.
 
     Example:
         >>> fake_quant_class(nn.Linear).__name__
@@ -187,22 +126,38 @@ def fake_quant_class(base: type[nn.Module]) -> type[nn.Module]:
         return _classes[base]
     bases, mixin = next((bases, mixin) for bases, mixin in _MIXINS if issubclass(base, bases))
     plain = any(base.forward is kind.forward for kind in bases)
-    names: dict[str, Any] = {"__module__": __name__, "plain_class": base}
+    names: dict[str, Any] = {"__module__": __name__, "_lightning_caq_base": base}
     if not plain:
-        names["forward"] = rounding_forward(base)
+        names["forward"] = _own_forward(base)
     _classes[base] = type(f"FakeQuant{base.__name__}", (mixin if plain else FakeQuant, base), names)
     return _classes[base]
 
 
-def rounding_forward(base: type[nn.Module]) -> Callable[..., Any]:
-    """The forward of a class, its first argument rounded by the ``rounded_input`` of the module."""
+def _own_forward(base: type[nn.Module]) -> Callable[..., Any]:
+    """The forward of a class, run with the rounded weight and with its first argument rounded."""
 
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = change_first(self.rounded_input, args, kwargs)
-        return base.forward(self, *args, **kwargs)
+        state: FakeQuantState = rounding_state(self)
+        args, kwargs = change_first(state.rounded_input, args, kwargs)
+        if not state.quantizing:
+            return base.forward(self, *args, **kwargs)
+        with _holding(self, state.rounded_weight(self.weight)):
+            return base.forward(self, *args, **kwargs)
 
     return forward
+
+
+@contextmanager
+def _holding(module: nn.Module, weight: Tensor) -> Iterator[None]:
+    """While open, the module finds another tensor under ``weight``; gradients reach its parameter through that."""
+    parameters: Any = module._parameters
+    own = parameters["weight"]
+    try:
+        parameters["weight"] = weight
+        yield
+    finally:
+        parameters["weight"] = own
 
 
 def _rebuild(base: type[nn.Module]) -> nn.Module:

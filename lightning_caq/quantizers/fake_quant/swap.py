@@ -7,11 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from lightning_caq.quantizers.fake_quant.modules import LEARNED, FakeQuant, fake_quant_class
+from lightning_caq.quantizers.fake_quant.modules import FakeQuant, fake_quant_class
+from lightning_caq.quantizers.fake_quant.state import PREFIX, STATE, FakeQuantState
 from lightning_caq.quantizers.grids.activations import InputGrid
 from lightning_caq.quantizers.grids.values import Values
-
-_BUFFERS = ("scale", "zero_point", "channel_bits", "basis", "table")  # of grids and of codebooks
 
 
 def swap(model: nn.Module, grids: Mapping[str, Values], inputs: Mapping[str, InputGrid] | None = None) -> None:
@@ -40,29 +39,26 @@ def swap(model: nn.Module, grids: Mapping[str, Values], inputs: Mapping[str, Inp
           (0): Linear(in_features=2, out_features=2, bias=True)
         )
     """
-    modules: dict[str, Any] = {name: model.get_submodule(name) for name in grids}
-    for name, module in modules.items():
-        grid = grids[name]
+    modules: list[tuple[str, Any]] = [(name, model.get_submodule(name)) for name in grids]
+    for name, module in modules:
         if not isinstance(module, FakeQuant):
             module.__class__ = fake_quant_class(type(module))
-        module.bits, module.quantizer = grid.bits, grid.quantizer
-        module.input_grid = (inputs or {}).get(name)
-        module.quantizing = True
-        here = grid.to(module.weight.device)
-        for learned in LEARNED:
-            module.register_parameter(learned, None)
-        for part in _BUFFERS:
-            numbers = getattr(here, part, None)
-            # A copy: whoever writes into buffers, such as an average of weights, must not write into the plan.
-            module.register_buffer(part, None if numbers is None else numbers.clone(), persistent=False)
+        _forget(module)
+        state = FakeQuantState(grids[name].to(module.weight.device), (inputs or {}).get(name))
+        setattr(module, STATE, state)
 
 
 def restore_modules(model: nn.Module) -> None:
     """Turn every fake-quant module back into the class it was; weights stay as they are."""
     for module in quantized_modules(model).values():
-        module.__class__ = module.plain_class
-        for name in ("bits", "quantizer", "input_grid", "quantizing", *_BUFFERS, *LEARNED):
-            delattr(module, name)
+        module.__class__ = module._lightning_caq_base
+        _forget(module)
+
+
+def _forget(module: nn.Module) -> None:
+    """Delete what a fake-quant module was given."""
+    for name in [name for name in (*module.__dict__, *module._parameters) if name.startswith(PREFIX)]:
+        delattr(module, name)
 
 
 def quantized_modules(model: nn.Module) -> dict[str, Any]:

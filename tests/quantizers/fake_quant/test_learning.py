@@ -13,6 +13,7 @@ from lightning_caq.errors import LayerError
 from lightning_caq.plan import QuantizationPlan
 from lightning_caq.quantizers.fake_quant.learned import lsq_round, pact_round, stretched
 from lightning_caq.quantizers.fake_quant.learning import learning_scales
+from lightning_caq.quantizers.fake_quant.state import rounding_state
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules
 from lightning_caq.quantizers.grids.activations import InputGrid
 from lightning_caq.quantizers.grids.affine import Grid, fit_grid
@@ -89,7 +90,7 @@ def test_what_is_learned_ends_as_an_ordinary_plan(activation_bits, tmp_path):
     for old, new in zip(plan.layers, settled.layers, strict=True):
         assert not torch.equal(old.grid.scale, new.grid.scale)
         assert torch.equal(old.grid.zero_point, new.grid.zero_point)
-        assert torch.equal(net.get_submodule(new.name).grid.scale, new.grid.scale)
+        assert torch.equal(rounding_state(net.get_submodule(new.name)).grid.scale, new.grid.scale)
         if activation_bits and new.input_grid.zero_point == 0:
             assert old.input_grid.scale != new.input_grid.scale
     assert len(list(net.parameters())) == 6
@@ -108,7 +109,7 @@ def test_scales_undo_themselves_if_training_fails():
     with pytest.raises(RuntimeError, match="stop"), learning_scales(net):
         raise RuntimeError("stop")
     assert torch.equal(net(x), before)
-    assert all(module.scale_factor is None for module in quantized_modules(net).values())
+    assert all(rounding_state(module).scale_factor is None for module in quantized_modules(net).values())
     assert len(list(net.parameters())) == 6
 
 
@@ -138,13 +139,13 @@ def test_tied_modules_learn_together():
     net, x = Net(), torch.randn(64, 4)
     plan = quantize(net, [x], **OPTIONS).plan
     with learning_scales(net):
-        assert net.one.scale_factor is net.two.scale_factor
+        assert rounding_state(net.one).scale_factor is rounding_state(net.two).scale_factor
         optimiser = torch.optim.SGD(net.parameters(), 0.5)
         net(x).square().mean().backward()
         optimiser.step()
         settled = plan.settled(net)
-    assert torch.equal(net.one.scale, net.two.scale)
-    assert torch.equal(net.one.scale, settled.layers[0].grid.scale)
+    assert torch.equal(rounding_state(net.one).grid.scale, rounding_state(net.two).grid.scale)
+    assert torch.equal(rounding_state(net.one).grid.scale, settled.layers[0].grid.scale)
 
 
 @every("quantizer", [None, "codebook"])

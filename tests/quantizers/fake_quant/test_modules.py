@@ -14,7 +14,9 @@ from every import every
 from torch import nn
 
 from lightning_caq.network.layers import layer_weight, quantizable_layers
-from lightning_caq.quantizers.fake_quant.modules import fake_quant_class, on_grid
+from lightning_caq.quantizers.fake_quant.learning import learning_scales
+from lightning_caq.quantizers.fake_quant.modules import fake_quant_class, on_grid, quantized_weight
+from lightning_caq.quantizers.fake_quant.state import rounding_state
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules, restore_modules, swap
 from lightning_caq.quantizers.grids.affine import fit_grid
 
@@ -153,15 +155,81 @@ def test_trains_on():
     assert float(loss().detach()) < 0.8 * before
     assert all(not torch.equal(p, held[n]) for n, p in net.named_parameters())
     for module in quantized_modules(net).values():
-        assert on_grid(module.quantized_weight(), module.grid)
-        assert not on_grid(module.weight, module.grid)  # the latent weight moves freely
+        assert on_grid(quantized_weight(module), rounding_state(module).grid)
+        assert not on_grid(module.weight, rounding_state(module).grid)  # the latent weight moves freely
+
+
+NAMES = [
+    "scale",
+    "zero_point",
+    "bits",
+    "grid",
+    "table",
+    "basis",
+    "quantizer",
+    "plan",
+    "codes",
+    "channel_bits",
+    "input_grid",
+    "quantizing",
+    "plain_class",
+    "layout",
+    "scale_factor",
+    "clip_factor",
+    "state",
+    "quantized_weight",
+    "rounded_input",
+    "learned_input_grid",
+    "calibrated",
+]
+
+
+def _named(values):
+    class Named(nn.Linear):
+        def __init__(self):
+            super().__init__(5, 3)
+            for name, value in values.items():
+                setattr(self, name, value)
+
+        def forward(self, x):
+            return F.linear(x, self.weight * 0.5, self.bias)
+
+    return Named()
+
+
+def test_attributes_of_a_subclass_stay_what_they_are():
+    for make in (lambda: 0.3, lambda: torch.ones(2), lambda: nn.Parameter(torch.ones(2)), lambda: nn.ReLU()):
+        values = {name: make() for name in NAMES}
+        net = nn.Sequential(_named(values))
+        keys, x = list(net.state_dict()), torch.randn(4, 5)
+        swap(net, _grids(net, 3))
+        other = copy.deepcopy(net)
+        with learning_scales(net):
+            net(x).sum().backward()
+            assert list(net.state_dict()) == keys
+        assert all(getattr(net[0], name) is value for name, value in values.items())
+        assert torch.equal(net(x), other(x))
+        restore_modules(net)
+        assert all(getattr(net[0], name) is value for name, value in values.items())
+        assert not any("caq" in name for name in dir(net[0]))
+
+
+def test_a_forward_of_its_own_runs_on_the_rounded_weight_and_trains_the_latent_one():
+    net = nn.Sequential(_named({}))
+    grids, x = _grids(net, 2), torch.randn(4, 5)
+    swap(net, grids)
+    net(x).sum().backward()
+    rounded = grids["0"].nearest(net[0].weight.detach())
+    assert not torch.equal(rounded, net[0].weight)
+    assert torch.equal(net(x), F.linear(x, rounded * 0.5, net[0].bias))
+    assert torch.allclose(net[0].weight.grad, 0.5 * x.sum(0).expand(3, 5))
 
 
 def test_moves_with_its_network():
     net, plain = _swapped(nn.Sequential(nn.Linear(4, 3)))
     net.double()
     assert net(torch.randn(2, 4).double()).dtype == torch.float64
-    assert torch.equal(net[0].quantized_weight().float(), plain[0].weight)
+    assert torch.equal(quantized_weight(net[0]).float(), plain[0].weight)
 
 
 @every("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -170,8 +238,8 @@ def test_other_types(dtype):
     swap(net, _grids(net, 8))
     assert net(torch.randn(2, 16).to(dtype)).dtype == dtype
     with torch.no_grad():
-        net[0].weight.copy_(net[0].quantized_weight())
-    assert on_grid(net[0].weight, net[0].grid)
+        net[0].weight.copy_(quantized_weight(net[0]))
+    assert on_grid(net[0].weight, rounding_state(net[0]).grid)
 
 
 def test_loading_quantized_weights_keeps_quantizing():
@@ -179,7 +247,7 @@ def test_loading_quantized_weights_keeps_quantizing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         net.load_state_dict(plain.state_dict())
-    assert net[0].quantizing
+    assert rounding_state(net[0]).quantizing
 
 
 def test_loading_float_weights_runs_as_the_float_network_and_says_so():
@@ -187,18 +255,18 @@ def test_loading_float_weights_runs_as_the_float_network_and_says_so():
     net, plain = _swapped(copy.deepcopy(source))
     with pytest.warns(UserWarning, match="weights that do not lie on its grids.*run as the float layers they are"):
         net.load_state_dict(source.state_dict())
-    assert not net[0].quantizing
+    assert not rounding_state(net[0]).quantizing
     x = torch.randn(2, 4)
     assert torch.equal(net(x), source(x))
     net.load_state_dict(plain.state_dict())
-    assert net[0].quantizing
+    assert rounding_state(net[0]).quantizing
     assert torch.equal(net(x), plain(x))
 
 
 def test_loading_without_the_weight_changes_nothing():
     net, _ = _swapped(nn.Sequential(nn.Linear(4, 3)))
     net.load_state_dict({"0.bias": torch.zeros(3)}, strict=False)
-    assert net[0].quantizing
+    assert rounding_state(net[0]).quantizing
 
 
 @every("dtype", [torch.float32, torch.bfloat16])

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from lightning_caq.quantizers.fake_quant.modules import FakeQuant
+from lightning_caq.quantizers.fake_quant.state import rounding_state
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules, restore_modules, swap
 from lightning_caq.quantizers.grids.affine import fit_grid
 
@@ -29,7 +30,7 @@ def test_modules_stay_the_same_objects():
     assert seen == [1]
     assert isinstance(net[0], nn.Conv2d)
     assert isinstance(net[0], FakeQuant)
-    assert (net[0].bits, net[0].quantizing) == (3, True)
+    assert (rounding_state(net[0]).bits, rounding_state(net[0]).quantizing) == (3, True)
     assert quantized_modules(net) == {"0": net[0]}
 
 
@@ -48,9 +49,13 @@ def test_restoring_leaves_no_trace():
 def test_swapping_again_changes_the_grid():
     net = nn.Sequential(nn.Linear(4, 3))
     swap(net, {"0": _grid(net[0], 2)})
-    net[0].quantizing = False
+    rounding_state(net[0]).quantizing = False
     swap(net, {"0": _grid(net[0], 5)})
-    assert (net[0].bits, net[0].quantizing, type(net[0]).__name__) == (5, True, "FakeQuantLinear")
+    assert (rounding_state(net[0]).bits, rounding_state(net[0]).quantizing, type(net[0]).__name__) == (
+        5,
+        True,
+        "FakeQuantLinear",
+    )
     restore_modules(net)
     assert type(net[0]) is nn.Linear
 

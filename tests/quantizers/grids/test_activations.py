@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_caq.errors import OptionError
 from lightning_caq.quantizers.fake_quant.modules import fake_quant_class
+from lightning_caq.quantizers.fake_quant.state import rounding_state
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules, restore_modules, swap
 from lightning_caq.quantizers.grids.activations import InputGrid, fit_input_grid
 from lightning_caq.quantizers.grids.affine import Grid
@@ -144,9 +145,9 @@ def test_swapping_and_restoring():
     attributes = [sorted(m.__dict__) for m in net.modules()]
     grids = {name: _fine(net.get_submodule(name)) for name in "01"}
     swap(net, grids, {"1": GRID})
-    assert [m.input_grid for m in quantized_modules(net).values()] == [None, GRID]
+    assert [rounding_state(m).input_grid for m in quantized_modules(net).values()] == [None, GRID]
     assert list(net.state_dict()) == ["0.weight", "0.bias", "1.weight", "1.bias"]
     swap(net, grids)
-    assert [m.input_grid for m in quantized_modules(net).values()] == [None, None]
+    assert [rounding_state(m).input_grid for m in quantized_modules(net).values()] == [None, None]
     restore_modules(net)
     assert [sorted(m.__dict__) for m in net.modules()] == attributes
