@@ -30,12 +30,13 @@ from lightning_caq.network.forward import Batch
 from lightning_caq.network.layers import Layer, find_layers
 from lightning_caq.network.objective import Loss, Objective, objective_from
 from lightning_caq.network.prepare import prepare
+from lightning_caq.notes import Note
 from lightning_caq.options import QuantizationOptions
 from lightning_caq.plan import QuantizationPlan
 from lightning_caq.profile import CurvatureProfile
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules
 from lightning_caq.quantizers.grids.values import Quantizer
-from lightning_caq.report import Note, QuantizationReport
+from lightning_caq.report import QuantizationReport
 from lightning_caq.reporting.gallery import draw_gallery
 from lightning_caq.reporting.html import write_html
 from lightning_caq.selection.candidate import CandidateMaker, prepare_candidates

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from lightning_caq.report import LayerRow, Note, QuantizationReport, Size, markdown_table, text_table
+from lightning_caq.notes import Note
+from lightning_caq.report import LayerRow, QuantizationReport, Size, markdown_table, text_table
 
 
 @pytest.fixture

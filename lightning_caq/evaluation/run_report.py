@@ -7,9 +7,10 @@ from dataclasses import replace
 
 from lightning_caq.evaluation.versions import versions
 from lightning_caq.network.layers import Layer
+from lightning_caq.notes import Note
 from lightning_caq.options import QuantizationOptions
 from lightning_caq.profile import CurvatureProfile
-from lightning_caq.report import LayerRow, Note, QuantizationReport, Size
+from lightning_caq.report import LayerRow, QuantizationReport, Size
 from lightning_caq.selection.select import Selection
 from lightning_caq.sizes import FLOAT_BITS, LayerSizes
 from lightning_caq.studies import Studies, Tightness

@@ -7,9 +7,9 @@ from contextlib import ExitStack
 
 from torch import nn
 
+from lightning_caq.notes import Note
 from lightning_caq.quantizers.fake_quant.state import rounding_state
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules
-from lightning_caq.report import Note
 from lightning_caq.utilities.contexts import Evaluate
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_caq.network.deployed import Deployed, Part
-from lightning_caq.report import Note
+from lightning_caq.notes import Note
 
 _LISTED = 5
 _NOTEWORTHY = 0.01  # of the weights; in a network ten times smaller that is a tenth of its size

@@ -10,8 +10,8 @@ from lightning_caq.allocation.budget import AvgBits, Budget, ErrorBudget, MaxDro
 from lightning_caq.allocation.choose import Choice, Chooser
 from lightning_caq.allocation.solver.bisection import smallest_passing
 from lightning_caq.errors import BudgetError
+from lightning_caq.notes import Note
 from lightning_caq.options import QuantizationOptions
-from lightning_caq.report import Note
 from lightning_caq.selection.candidate import Candidate, CandidateMaker
 from lightning_caq.utilities.progress import Progress
 

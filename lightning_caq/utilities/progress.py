@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from lightning_caq.report import Note
+from lightning_caq.notes import Note
 
 Say = Callable[[str], None]
 
