@@ -25,6 +25,7 @@ class Note(str):
         ('No sample was left.', 'warning', 'information')
     """
 
+    __slots__ = ("severity",)
     severity: Severity
 
     def __new__(cls, text: str, severity: Severity = "information") -> Note:
