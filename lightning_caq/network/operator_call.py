@@ -15,8 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-_PLAIN: dict[Any, int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
-_TRANSPOSED: dict[Any, int] = {F.conv_transpose1d: 1, F.conv_transpose2d: 2, F.conv_transpose3d: 3}
+_PLAIN = {F.conv1d, F.conv2d, F.conv3d}
+_TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
+_ARGUMENTS = {
+    False: ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    True: ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
+}
+_DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -99,47 +104,27 @@ def _intercepted(forward: Callable[..., Any], module: Any, inputs: Tensor) -> Op
 
 
 def _described(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> OperatorCall:
-    if func in _PLAIN:
-        return _plain(_PLAIN[func], *args, **kwargs)
-    if func in _TRANSPOSED:
-        return _transposed(_TRANSPOSED[func], *args, **kwargs)
-    return OperatorCall(args[0] if args else kwargs["input"])
+    """The call as torch reads its arguments."""
+    if func is F.linear:
+        return OperatorCall(args[0] if args else kwargs["input"])
+    transposed = func in _TRANSPOSED
+    given = {**_DEFAULTS, **dict(zip(_ARGUMENTS[transposed], args, strict=False)), **kwargs}
+    dims = given["weight"].ndim - 2
+    gaps = _each(given["dilation"], dims)
+    return OperatorCall(
+        inputs=given["input"],
+        stride=_each(given["stride"], dims),
+        padding=_sides(given["padding"], gaps, given["weight"].shape[2:]),
+        dilation=gaps,
+        output_padding=_each(given["output_padding"], dims) if transposed else (),
+    )
 
 
-def _plain(
-    dims: int,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> OperatorCall:
-    gaps = _each(dilation, dims)
-    if padding == "valid":
-        padding = 0
+def _sides(padding: Any, gaps: tuple[int, ...], kernel: torch.Size) -> tuple[tuple[int, int], ...]:
     if padding == "same":  # torch pads one more at the end where the sum is odd
-        sums = [gap * (size - 1) for gap, size in zip(gaps, weight.shape[2:], strict=True)]
-        sides = tuple((total // 2, total - total // 2) for total in sums)
-    else:
-        sides = tuple((side, side) for side in _each(padding, dims))
-    return OperatorCall(input, _each(stride, dims), sides, gaps)
-
-
-def _transposed(
-    dims: int,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    output_padding: Any = 0,
-    groups: int = 1,
-    dilation: Any = 1,
-) -> OperatorCall:
-    sides = tuple((side, side) for side in _each(padding, dims))
-    return OperatorCall(input, _each(stride, dims), sides, _each(dilation, dims), _each(output_padding, dims))
+        sums = [gap * (size - 1) for gap, size in zip(gaps, kernel, strict=True)]
+        return tuple((total // 2, total - total // 2) for total in sums)
+    return tuple((side, side) for side in _each(0 if padding == "valid" else padding, len(kernel)))
 
 
 def _each(value: Any, dims: int) -> tuple[int, ...]:

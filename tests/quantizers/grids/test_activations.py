@@ -12,7 +12,7 @@ from every import every
 from torch import nn
 
 from lightning_caq.errors import OptionError
-from lightning_caq.quantizers.fake_quant.modules import fake_quant_class
+from lightning_caq.quantizers.fake_quant.modules import fake_quant_class, quantized_weight
 from lightning_caq.quantizers.fake_quant.state import rounding_state
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules, restore_modules, swap
 from lightning_caq.quantizers.grids.activations import InputGrid, fit_input_grid
@@ -124,7 +124,7 @@ def test_an_own_forward_keeps_its_signature_and_takes_keywords():
     net = Doubled(5, 3)
     plain, x = copy.deepcopy(net), torch.randn(2, 5)
     swap(net, {"": _fine(net)}, {"": GRID})
-    net.load_state_dict(net.state_dict() | {"weight": net.quantized_weight().detach()})
+    net.load_state_dict(net.state_dict() | {"weight": quantized_weight(net).detach()})
     plain.load_state_dict(net.state_dict())
     torch.testing.assert_close(net(values=x), plain(GRID.nearest(x)))
     assert "values" in __import__("inspect").signature(fake_quant_class(Doubled).forward).parameters
