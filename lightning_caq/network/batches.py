@@ -46,7 +46,7 @@ def cannot_take(model: nn.Module, batch: Any, error: Exception) -> str:
     return (
         f"{type(model).__name__} cannot take a calibration batch of {describe(data)} "
         f"({type(error).__name__}: {error}); a batch must be a tensor, a tuple that starts with forward's arguments, "
-        "or a mapping of them; for anything else give forward_fn, a function of (module, batch) that returns the outputs."
+        "or a mapping of them; for others give forward_fn, a function of (module, batch) that returns the outputs."
     )
 
 
