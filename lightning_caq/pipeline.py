@@ -180,6 +180,66 @@ def run(
         return QuantizationResult(model, selection.chosen.plan, profile, report)
 
 
+_CHECKED_SAMPLES = 2
+# They do nothing to a network that the other measures do not do, and take long.
+_UNCHECKED = frozenset(
+    {"kappa", "kappa_mean", "lipschitz", "local_lipschitz", "scale_importance", "density", "loss_change"}
+)
+
+
+def check(
+    model: nn.Module,
+    batch: Any,
+    options: QuantizationOptions,
+    *,
+    loss_fn: Loss | None = None,
+    training_loss: Loss | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Run one batch through everything that could refuse a network; it is left as it was.
+
+    Args:
+        model: The network, not trained as yet.
+        batch: A batch of its training data.
+        options: What is going to be done.
+        loss_fn: Loss of the network and a batch, for ``objective="task"``.
+        training_loss: A loss that only tells how the module is run and what its outputs mean.
+        progress: Where to say what was found out about the network.
+
+    Raises:
+        OptionError: If an option does not go with the network.
+        CalibrationError: If the network cannot be run on the batch, or its outputs or losses cannot be used.
+        LayerError: If there is nothing to quantize.
+        BudgetError: If the budget cannot be met.
+    """
+    widths = stored_widths(model)
+    device = next((p.device for p in model.parameters()), None)
+    with curvature_safe(model), preserved(model), InFloat32(model) as float32:
+        samples = prepare(
+            model,
+            [batch],
+            options.calibration_samples,
+            use=options.use,
+            loss=loss_fn or training_loss,
+            task=options.objective == "task",
+            device=device,
+            convert=float32.batch,
+        )
+        steps = _Steps(options, loss_fn, None, ALONE, progress or Progress())
+        network = steps.prepare(model, take_samples(samples, _CHECKED_SAMPLES), widths)
+        measure(
+            model,
+            network.reference.batches,
+            layers=network.layers,
+            objective=options.objective,
+            loss_fn=loss_fn,
+            needs=options.needs - _UNCHECKED,
+            bits=options.bits[-1:],
+            eigenpairs=1,
+            seed=options.seed,
+        )
+
+
 @dataclass(frozen=True)
 class _Network:
     """A float network and what is known of it before anything is measured.
