@@ -16,6 +16,7 @@ from lightning_caq.errors import BudgetError, OptionError
 from lightning_caq.network.meaning import Output
 from lightning_caq.network.prepare import ForwardFunction, ModelUse
 
+_HOLD_ZERO = ("affine", "codebook")  # quantizers that can have the value zero
 ALWAYS = frozenset({"kappa", "lipschitz", "inputs"})  # what reports show, whatever the method
 # What the figures of a study show.
 STUDIED = frozenset({"amplification", "output_error", "subspace", "loss_change", "density"})
@@ -50,6 +51,8 @@ class QuantizationOptions:
         symmetry: Where the zero of an affine grid lies: ``"asymmetric"``, ``"symmetric"`` or ``"mid_rise"``.
         batchnorm: ``"recentre"`` moves the batch-norm statistics, and the biases of layers without batch-norm, by what
             quantization changed; ``"keep"`` leaves them.
+        keep_zeros: Whether weights that are exactly zero, as after pruning, stay zero; for ``quantizer="affine"`` and
+            ``"codebook"``. ``None`` keeps them in layers of which they are more than 20 %.
         objective: ``"distill"`` (KL divergence from the float outputs, no labels needed) or ``"task"`` (the loss).
         forward_fn: How the module is run: a function of it and a batch that returns its outputs, or the path that such
             a function is imported from; by default ``forward`` with the arguments that a batch fills.
@@ -98,6 +101,7 @@ class QuantizationOptions:
     range: Literal["mse", "minmax", "percentile", "aciq", "curvature"] = "mse"
     symmetry: Literal["asymmetric", "symmetric", "mid_rise"] = "asymmetric"
     batchnorm: Literal["recentre", "keep"] = "recentre"
+    keep_zeros: bool | None = None
     objective: Literal["distill", "task"] = "distill"
     forward_fn: ForwardFunction | str | None = None
     output: Output = "auto"
@@ -155,7 +159,19 @@ class QuantizationOptions:
         if isinstance(budget, ErrorBudget):
             composing_method(self.method, budget)
 
+    @property
+    def zeros_kept(self) -> bool | None:
+        """``keep_zeros`` where the quantizer can hold the value zero; where it cannot, ``False``."""
+        return self.keep_zeros if self.quantizer in _HOLD_ZERO else False
+
     def _check_quantizer(self) -> None:
+        if self.keep_zeros not in (None, True, False):
+            raise OptionError(f"keep_zeros={self.keep_zeros!r} is not allowed; give True, False or None.")
+        if self.keep_zeros and self.quantizer not in _HOLD_ZERO:
+            raise OptionError(
+                f"keep_zeros=True is for quantizer='affine' or 'codebook'; the values of {self.quantizer!r} lie on "
+                "either side of zero. Leave keep_zeros=None."
+            )
         if self.quantizer == "affine":
             return
         if self.rounding == "long_axis":

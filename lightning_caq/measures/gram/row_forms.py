@@ -148,6 +148,8 @@ class FactoredRows:
         """A_iᵀ M, sums of rows; shapes as for dense rows."""
         g, x = self.gradients.transpose(0, 1).flatten(1, 2), self.inputs.transpose(0, 1).flatten(1, 2)
         positions = self.gradients.shape[2]
+        if not mix.shape[1]:  # outputs that are saturated have no curvature
+            return g.new_zeros(g.shape[0] * g.shape[2] * x.shape[2], 0)
         sums = [(g * m.repeat_interleave(positions)[:, None]).transpose(1, 2) @ x for m in mix.to(g).T]
         return torch.stack(sums, dim=-1).flatten(0, 2)
 

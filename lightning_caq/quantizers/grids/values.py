@@ -37,11 +37,13 @@ class Quantizer:
         name: A name of ``QUANTIZERS``.
         range: Of an affine grid, see ``affine.fit_grid``.
         symmetry: Of an affine grid, see ``affine.fit_grid``.
+        keep_zeros: Whether exact zeros of a weight stay zero when it is rounded, see ``zeros.kept_zeros``.
     """
 
     name: str = "affine"
     range: str = "mse"
     symmetry: str = "asymmetric"
+    keep_zeros: bool | None = False
 
     def fit(
         self, weight: Tensor, bits: Width, channel_shape: tuple[int, ...], importance: Tensor | None = None

@@ -33,7 +33,9 @@ def output_error(layer: Layer, weight: Tensor, rounded: Tensor, curvature: Tenso
     return ((e @ curvature.double()) * e).sum(2)
 
 
-def improve(layer: Layer, weight: Tensor, grid: Grid, codes: Tensor, curvature: Tensor) -> tuple[Grid, Tensor]:
+def improve(
+    layer: Layer, weight: Tensor, grid: Grid, codes: Tensor, curvature: Tensor, zeros: Tensor | None = None
+) -> tuple[Grid, Tensor]:
     """Change single codes, then the scales, as long as that lowers the output error.
 
     A sweep visits the columns in order and gives each code the value that is best while all others are kept, which is
@@ -46,6 +48,7 @@ def improve(layer: Layer, weight: Tensor, grid: Grid, codes: Tensor, curvature: 
         grid: Its grid.
         codes: The codes to start from.
         curvature: E[z zᵀ], shape (groups, columns, columns).
+        zeros: Which weights keep their code, that of zero.
 
     Returns:
         The grid with its new scales, and codes, uint8 in the shape of the weight.
@@ -63,22 +66,23 @@ def improve(layer: Layer, weight: Tensor, grid: Grid, codes: Tensor, curvature: 
         to_matrix(layer, x.float().expand(layer.shape)).transpose(1, 2).contiguous()
         for x in (weight.detach(), codes, grid.zero_point)
     )
+    fixed = None if zeros is None else to_matrix(layer, zeros).transpose(1, 2).contiguous()
     scale, top = grid.scale, to_matrix(layer, grid.top.expand(layer.shape))[:, :, 0]
     for _ in range(_ROUNDS):
         s = to_matrix(layer, scale.expand(layer.shape))[:, :, 0]
         for _ in range(_SWEEPS):
-            if not _sweep(w, c, s, z, top, h):
+            if not _sweep(w, c, s, z, top, h, fixed):
                 break
         scale = _fit_scale(layer, w, c - z, h, scale)
     return replace(grid, scale=scale), from_matrix(layer, c.transpose(1, 2)).to(torch.uint8).contiguous()
 
 
-def _sweep(w: Tensor, c: Tensor, s: Tensor, z: Tensor, top: Tensor, h: Tensor) -> bool:
+def _sweep(w: Tensor, c: Tensor, s: Tensor, z: Tensor, top: Tensor, h: Tensor, fixed: Tensor | None = None) -> bool:
     """Visit every column once and change ``c`` in place; whether anything changed.
 
     Most columns stay as they are. So a block of them is looked at together, as far as the first that changes.
 
-    Shapes: w, c and z (groups, columns, outputs), s and top (groups, outputs), h (groups, columns, columns).
+    Shapes: w, c, z and fixed (groups, columns, outputs), s and top (groups, outputs), h (groups, columns, columns).
     """
     slope = h @ (s[:, None] * (c - z) - w)  # half the gradient of the error
     bend = h.diagonal(dim1=1, dim2=2)[..., None] * s[:, None]
@@ -88,6 +92,8 @@ def _sweep(w: Tensor, c: Tensor, s: Tensor, z: Tensor, top: Tensor, h: Tensor) -
         block = slice(start, start + _BLOCK)
         best = c[:, block] - slope[:, block] / bend[:, block]
         steps = best.round_().clamp_(low, top) - c[:, block]
+        if fixed is not None:
+            steps.masked_fill_(fixed[:, block], 0.0)
         moving = steps.any(2).any(0).tolist()
         if not any(moving):
             start += _BLOCK

@@ -16,6 +16,7 @@ from lightning_caq.quantizers.rounding.passes import PairedPasses
 from lightning_caq.utilities.seeding import generator
 
 _DAMPING = 0.01
+_LEAST_MEAN = 1e-35  # squares below are lost in float32, and with them which inputs are large
 # Neighbouring positions of an image say nearly the same: so many columns, drawn evenly, serve for all of them.
 _COLUMNS = 65_536
 _CHUNK_NUMBERS = 1_000_000  # numbers in one block of columns, 4 MB: larger ones are slower
@@ -121,7 +122,7 @@ def damped(curvature: Tensor, share: float = _DAMPING) -> Tensor:
     """
     h = curvature.double()
     mean = h.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    return h + torch.eye(h.shape[-1], dtype=h.dtype, device=h.device) * torch.where(mean > 0, share * mean, 1.0)
+    return h + torch.eye(h.shape[-1], dtype=h.dtype, device=h.device) * torch.where(mean > _LEAST_MEAN, share * mean, 1.0)
 
 
 def _flat(columns: Tensor) -> Tensor:

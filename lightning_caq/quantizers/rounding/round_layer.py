@@ -12,6 +12,7 @@ from lightning_caq.network.layers import Layer, layer_weight
 from lightning_caq.quantizers.grids.affine import Grid
 from lightning_caq.quantizers.grids.codebook import nearest_codes
 from lightning_caq.quantizers.grids.values import AFFINE, Quantizer, Values
+from lightning_caq.quantizers.grids.zeros import kept_zeros, with_zero
 from lightning_caq.quantizers.rounding.descent import improve
 from lightning_caq.quantizers.rounding.moments import InputMoments, damped, input_moments
 from lightning_caq.quantizers.rounding.passes import PairedPasses
@@ -27,7 +28,9 @@ def round_nearest(weight: Tensor, grid: Values) -> Tensor:
     return grid.codes(weight).to(torch.uint8)
 
 
-def round_error_feedback(layer: Layer, weight: Tensor, grid: Values, curvature: Tensor | None) -> Tensor:
+def round_error_feedback(
+    layer: Layer, weight: Tensor, grid: Values, curvature: Tensor | None, zeros: Tensor | None = None
+) -> Tensor:
     """Round one input column at a time; columns not yet rounded absorb the error.
 
     Column j is rounded to q_j; the error e = (w_j − q_j) / (H⁻¹)_jj is then taken from the columns that are left,
@@ -41,6 +44,8 @@ def round_error_feedback(layer: Layer, weight: Tensor, grid: Values, curvature: 
         grid: The values its weights may take.
         curvature: E[z zᵀ], shape (groups, columns, columns); ``None`` rounds to the nearest values, which is exact
             where columns do not interact.
+        zeros: Which weights are zero, whatever the others are rounded to; the others make up for what that costs, as in
+            SparseGPT (Frantar & Alistarh 2023).
 
     Returns:
         Codes, uint8 in the shape of the weight.
@@ -54,13 +59,15 @@ def round_error_feedback(layer: Layer, weight: Tensor, grid: Values, curvature: 
     """
     if curvature is None:
         return round_nearest(weight, grid)
+    matrix = to_matrix(layer, weight.detach().float())
     groups = zip(
-        to_matrix(layer, weight.detach().float()),
+        matrix,
         _column_roundings(layer, grid),
         curvature.to(weight.device),
+        [None] * len(matrix) if zeros is None else to_matrix(layer, zeros),
         strict=True,
     )
-    codes = torch.stack([_feedback(w, rounding, h) for w, rounding, h in groups])
+    codes = torch.stack([_feedback(*group) for group in groups])
     return from_matrix(layer, codes.to(torch.uint8)).contiguous()
 
 
@@ -97,8 +104,8 @@ def _column_roundings(layer: Layer, grid: Values) -> list[ColumnRounding]:
     return [table(tables[index]) for index in outputs(channel)]
 
 
-def _feedback(matrix: Tensor, rounding: ColumnRounding, curvature: Tensor) -> Tensor:
-    """Codes of one group; the matrix has shape (outputs, columns)."""
+def _feedback(matrix: Tensor, rounding: ColumnRounding, curvature: Tensor, zeros: Tensor | None) -> Tensor:
+    """Codes of one group; the matrix, and which of it has to be zero, have shape (outputs, columns)."""
     order = curvature.diagonal().argsort(descending=True, stable=True)
     w = matrix[:, order].T.contiguous()  # columns become rows: what the loop touches then lies together in memory
     factor = _inverse_factor(curvature[order][:, order])
@@ -107,7 +114,7 @@ def _feedback(matrix: Tensor, rounding: ColumnRounding, curvature: Tensor) -> Te
         stop = min(start + _BLOCK, len(w))
         errors = torch.empty_like(w[start:stop])
         for j in range(start, stop):
-            code, value = rounding(w[j])
+            code, value = rounding(w[j] if zeros is None else w[j].masked_fill(zeros[:, order[j]], 0.0))
             error = (w[j] - value) / factor[j, j]
             w[j:stop].addr_(factor[j, j:stop], error, alpha=-1)
             codes[j], errors[j - start] = code, error
@@ -177,13 +184,23 @@ def round_layer(
     looks = rounding == "error_feedback" or quantizer.range == "curvature"
     moments = input_moments(layer, passes) if looks else None
     importance = None if moments is None else _importance(layer, moments.curvature)
+    zeros = kept_zeros(weight, quantizer.keep_zeros)
+
+    def fitted(target: Tensor) -> Values:
+        if zeros is None:
+            return quantizer.fit(target, bits, layer.channel_shape, importance)
+        target = target.masked_fill(zeros, 0.0)
+        return with_zero(quantizer.fit(target, bits, layer.channel_shape, importance), target, zeros)
+
     if moments is None or rounding == "nearest":
-        values = quantizer.fit(weight, bits, layer.channel_shape, importance)
+        values = fitted(weight)
         return values, round_nearest(weight, values)
     target = corrected_weight(layer, weight, moments)
-    values = quantizer.fit(target, bits, layer.channel_shape, importance)
-    codes = round_error_feedback(layer, target, values, moments.curvature)
-    return improve(layer, target, values, codes, moments.curvature) if isinstance(values, Grid) else (values, codes)
+    values = fitted(target)
+    codes = round_error_feedback(layer, target, values, moments.curvature, zeros)
+    if not isinstance(values, Grid):
+        return values, codes
+    return improve(layer, target, values, codes, moments.curvature, zeros)
 
 
 def _importance(layer: Layer, curvature: Tensor) -> Tensor:
