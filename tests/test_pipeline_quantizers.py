@@ -68,7 +68,7 @@ def test_size_is_that_of_the_file(done, tmp_path):
     size = sum(
         x.numel() * x.element_size()
         for module in loaded.modules()
-        if hasattr(module, "layout")
+        if hasattr(module, "_lightning_caq_layout")
         for x in module._buffers.values()
     )
     assert result.plan.bytes == size

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -201,20 +203,55 @@ def arguments_route(arguments: Arguments) -> Route:
     return route
 
 
+_quiet = threading.local()
+_lock = threading.Lock()
+_shadowed: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_LOGGING = ("log", "log_dict")
+
+
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Let ``self.log`` of a LightningModule do nothing: outside of its loops it is an error or a warning."""
-    names = ("log", "log_dict")
-    loud = [m for m in model.modules() if hasattr(type(m), "log_dict") and hasattr(type(m), "training_step")]
-    with ExitStack() as stack:
-        for attributes in map(vars, loud):
-            for name in names:
-                own = {name: attributes[name]} if name in attributes else {}
-                attributes[name] = _nothing
-                stack.callback(attributes.update, own)
-                stack.callback(attributes.pop, name)
+    """Let ``self.log`` of a LightningModule do nothing: outside of its loops it is an error or a warning.
+
+    In this thread alone: a forward pass that waits in another one does not silence a validation in between.
+
+    Example:
+        >>> with quiet(nn.Linear(1, 1)):
+        ...     pass
+    """
+    modules = [m for m in model.modules() if hasattr(type(m), "log_dict") and hasattr(type(m), "training_step")]
+    _quiet.depth = getattr(_quiet, "depth", 0) + 1
+    with _lock:
+        for module in modules:
+            _shadowed[module] = _shadowed.get(module, 0) + 1
+            if _shadowed[module] == 1:
+                vars(module).update({name: _Silenced(module, name) for name in _LOGGING})
+    try:
         yield
+    finally:
+        _quiet.depth -= 1
+        with _lock:
+            for module in modules:
+                _shadowed[module] -= 1
+                if not _shadowed[module]:
+                    del _shadowed[module]
+                    for name in _LOGGING:
+                        vars(module)[name].remove()
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    return None
+class _Silenced:
+    """Stands for a logging method of a module: does nothing where it is quiet, else what the method does."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self._attributes, self._name = vars(module), name
+        self._own = {name: self._attributes[name]} if name in self._attributes else {}
+        self._call = getattr(module, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Log, unless it is quiet."""
+        return None if getattr(_quiet, "depth", 0) else self._call(*args, **kwargs)
+
+    def remove(self) -> None:
+        """Put back what the module had."""
+        self._attributes.pop(self._name)
+        self._attributes.update(self._own)
