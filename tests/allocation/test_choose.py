@@ -25,9 +25,8 @@ def _row(name, weights, channels, draws, groups=()):
     return LayerCurvature(name, weights, channels, 3 * weights, groups=groups, **figures)
 
 
-@pytest.fixture(params=range(4))
-def chooser(request):
-    draws, rows = np.random.default_rng(request.param), []
+def _chooser(seed):
+    draws, rows = np.random.default_rng(seed), []
     for name, groups in CHANNELS.items():
         each, count = PER_CHANNEL[name], sum(map(len, groups))
         parts = tuple(ChannelGroup(g, _row(f"{name}/{i}", each * len(g), len(g), draws)) for i, g in enumerate(groups))
@@ -59,15 +58,19 @@ def _payload(by_layer):
     return sum(PER_CHANNEL[name] * sum(bits) for name, bits in by_layer.items())
 
 
+@every("seed", range(4))
 @every("avg_bits", [2, 2.3, 2.5, 3.7, 4])
-def test_the_choice_is_the_cheapest_within_the_budget(chooser, avg_bits):
+def test_the_choice_is_the_cheapest_within_the_budget(seed, avg_bits):
+    chooser = _chooser(seed)
     chosen = _expand(chooser, chooser.choose("mckp", AvgBits(avg_bits)))
     limit = avg_bits * sum(chooser.sizes.weights)
     best = min((cost, str(by_layer)) for cost, by_layer in _every(chooser) if _payload(by_layer) <= limit + 1e-9)
     assert best[1] == str(chosen)
 
 
-def test_a_ratio_counts_what_it_takes_to_say_which_channel_has_which_width(chooser):
+@every("seed", range(4))
+def test_a_ratio_counts_what_it_takes_to_say_which_channel_has_which_width(seed):
+    chooser = _chooser(seed)
     for value in np.linspace(3.3, 4.3, 9):
         choice = chooser.choose("mckp", Ratio(float(value)))
         by_layer = _expand(chooser, choice)
@@ -78,12 +81,16 @@ def test_a_ratio_counts_what_it_takes_to_say_which_channel_has_which_width(choos
         )
 
 
-def test_a_ratio_without_room_for_widths_of_channels_is_met_by_whole_layers(chooser):
+@every("seed", range(4))
+def test_a_ratio_without_room_for_widths_of_channels_is_met_by_whole_layers(seed):
+    chooser = _chooser(seed)
     smallest = [min(BITS)] * len(chooser.sizes.weights)
     assert list(chooser.choose("mckp", Ratio(chooser.sizes.ratio(smallest))).bits) == smallest
 
 
-def test_operations_are_those_of_the_channels(chooser):
+@every("seed", range(4))
+def test_operations_are_those_of_the_channels(seed):
+    chooser = _chooser(seed)
     budget = make_budget(bits=BITS, avg_bits=3.5, bops=2.5 * chooser.sizes.bops([1] * 3))
     assert isinstance(budget, SizeAndBops)
     by_layer = _expand(chooser, chooser.choose("cet", budget))
@@ -92,11 +99,15 @@ def test_operations_are_those_of_the_channels(chooser):
     assert done <= budget.bops.value * (1 + 1e-12)
 
 
-def test_uniform_bits_are_those_of_whole_layers(chooser):
+@every("seed", range(4))
+def test_uniform_bits_are_those_of_whole_layers(seed):
+    chooser = _chooser(seed)
     assert all(isinstance(width, int) for width in chooser.choose("uniform", AvgBits(2.6)).bits)
 
 
-def test_sizes_of_groups_add_up(chooser):
+@every("seed", range(4))
+def test_sizes_of_groups_add_up(seed):
+    chooser = _chooser(seed)
     sizes = group_sizes(chooser.sizes, [row.groups for row in chooser.profile.layers])
     assert sum(sizes.weights) == sum(chooser.sizes.weights)
     assert sum(sizes.channels) == sum(chooser.sizes.channels)
@@ -105,13 +116,17 @@ def test_sizes_of_groups_add_up(chooser):
     assert sizes.widths == 24 + 16  # 18 and 12 bits in whole bytes; the layer of one group has one width
 
 
-def test_budgets_that_cannot_be_met(chooser):
+@every("seed", range(4))
+def test_budgets_that_cannot_be_met(seed):
+    chooser = _chooser(seed)
     with pytest.raises(BudgetError, match="The smallest choice takes"):
         chooser.choose("mckp", Ratio(30.0))
 
 
+@every("seed", range(4))
 @every("method", ["caq", "random_search", "hawq_v2", "cet_subspace"])
-def test_methods_of_whole_layers_are_refused_before_any_work(method, chooser):
+def test_methods_of_whole_layers_are_refused_before_any_work(method, seed):
+    chooser = _chooser(seed)
     message = rf"granularity='channel_group' cannot be had with method '{method}'.*'cet', 'cet_expected'.*'mckp'"
     for attempt in (
         lambda: QuantizationOptions(method=method, avg_bits=3, granularity="channel_group"),

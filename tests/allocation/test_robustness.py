@@ -4,6 +4,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from every import every
 
 from lightning_caq.allocation.robustness import perturbed, robustness
 from lightning_caq.errors import OptionError
@@ -52,7 +53,7 @@ def test_curvature_and_stretch_are_off_by_the_factor_each_and_nothing_else_is():
     assert pairs == {(0.5, 0.5), (0.5, 2.0), (2.0, 0.5), (2.0, 2.0)}
 
 
-@pytest.mark.parametrize("options", [{"factor": 0.5}, {"factor": float("nan")}, {"draws": 0}, {"method": "evolution"}])
+@every("options", [{"factor": 0.5}, {"factor": float("nan")}, {"draws": 0}, {"method": "evolution"}])
 def test_bad_options(options):
     with pytest.raises(OptionError, match=r"not allowed|searches"):
         one_layer_at_four_bits(_profile(1.0), **options)

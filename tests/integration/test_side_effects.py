@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from every import every
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lit import AtHook, Classifier, train_loader, trainer, val_loader, without_figures
@@ -104,7 +105,7 @@ def runs(tmp_path_factory):
     return looks, folders
 
 
-@pytest.mark.parametrize("what", LOOKS)
+@every("what", LOOKS)
 def test_the_work_leaves_alone(runs, what):
     before, after = runs[0][what]
     assert after == before

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pytest
-from every import every
 
 from lightning_caq.report import QuantizationReport
 from lightning_caq.reporting.files import write_outputs
@@ -24,7 +23,7 @@ def test_a_run_is_read_back_from_either_folder(log_dir, make_run, names) -> None
         assert run.problems == {}
 
 
-@every(
+@pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
         ("profile.json", None, "is missing"),

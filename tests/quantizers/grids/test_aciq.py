@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from every import every
 from scipy.integrate import quad
 from scipy.optimize import minimize_scalar
 from scipy.stats import laplace, norm
@@ -10,7 +11,7 @@ from scipy.stats import laplace, norm
 from lightning_caq.quantizers.grids.aciq import clipping, gauss_clip, laplace_clip
 
 
-@pytest.mark.parametrize(("density", "clip"), [(laplace(), laplace_clip), (norm(), gauss_clip)])
+@every(("density", "clip"), [(laplace(), laplace_clip), (norm(), gauss_clip)])
 def test_clip_minimises_the_expected_error(density, clip):
     for bits in (1, 2, 3, 4, 6, 8):
 
@@ -30,7 +31,7 @@ def test_each_channel_is_clipped_for_its_own_bits():
         assert torch.equal(torch.cat([low, high], 1)[row], torch.cat(alone, 1)[0])
 
 
-@pytest.mark.parametrize(("density", "clip"), [(laplace, laplace_clip), (norm, gauss_clip)])
+@every(("density", "clip"), [(laplace, laplace_clip), (norm, gauss_clip)])
 def test_the_likelier_distribution_is_taken(density, clip):
     w = torch.from_numpy(density(loc=0.5).rvs((1, 20_000), random_state=0))
     low, high = clipping(w, torch.tensor([[3]]), centred=False)

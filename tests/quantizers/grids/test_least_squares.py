@@ -1,8 +1,8 @@
 """The least-squares search of affine grids against numpy."""
 
 import numpy as np
-import pytest
 import torch
+from every import every
 
 from lightning_caq.quantizers.grids.least_squares import least_squares_grid, narrower_grids
 from lightning_caq.quantizers.grids.ranges import spanning_grid
@@ -22,7 +22,7 @@ def _full(rows, zero_point=None):
     return top, spanning_grid(rows.amin(1, keepdim=True), rows.amax(1, keepdim=True), top, zero_point)
 
 
-@pytest.mark.parametrize("zero_point", [None, torch.tensor([[1.5]]).double()])
+@every("zero_point", [None, torch.tensor([[1.5]]).double()])
 def test_is_no_worse_than_any_start_and_cannot_be_refined(zero_point):
     rows = _rows()
     importance = torch.rand(3, 200, generator=torch.Generator().manual_seed(1)).double() ** 4
