@@ -16,13 +16,14 @@ from typing_extensions import override
 
 from lightning_caq import pipeline
 from lightning_caq.bridge import averaging, loggers, ranks, trainers
-from lightning_caq.bridge.calibration import training_batches
+from lightning_caq.bridge.calibration import as_taken, training_batches
 from lightning_caq.bridge.checkpoints import put_in_force, put_on_grid, restore, state_of
 from lightning_caq.bridge.failures import failures_reported
-from lightning_caq.bridge.loss import quiet_loss
+from lightning_caq.bridge.loss import quiet_loss, training_loss
 from lightning_caq.bridge.monitoring import Monitor
 from lightning_caq.bridge.outputs import Outcome, float_weights, output_directory, write
 from lightning_caq.bridge.packages import Callback
+from lightning_caq.bridge.undisturbed import undisturbed
 from lightning_caq.bridge.validation import isolated_validation
 from lightning_caq.errors import OptionError
 from lightning_caq.evaluation.run_report import retrained_report
@@ -111,6 +112,7 @@ class CurvatureQuantizationCallback(Callback):
         self.on_error = on_error
         self.monitor_every_n_epochs = monitor_every_n_epochs
         self._monitor = Monitor(monitor_every_n_epochs)
+        self._checked = False
         self._outcome: Outcome | None = None
         self._network: weakref.ref[nn.Module] | None = None  # the network that the plan is in force on
 
@@ -151,6 +153,7 @@ class CurvatureQuantizationCallback(Callback):
         if stage == "fit":
             trainers.warn_of_late_averaging(trainer, self)
             self._monitor.restart()
+            self._checked = False
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -161,6 +164,20 @@ class CurvatureQuantizationCallback(Callback):
             quiet_loss(pl_module, self.loss_fn)
         if not any(map(is_lazy, pl_module.parameters())):
             chosen_layers(pl_module, self.options.include, self.options.exclude)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Called before a training step; runs the first batch through everything that could refuse after training."""
+        if self._checked or trainers.is_superseded(trainer, self) or quantized_modules(pl_module):
+            return
+        self._checked = True
+        task = self.options.objective == "task"
+        with failures_reported(self.on_error), undisturbed(pl_module), ranks.sharing(trainer).agreed("check"):
+            loss = quiet_loss(pl_module, self.loss_fn) if task else None
+            seen = loss or training_loss(pl_module, self.loss_fn)
+            taken = batch if task else as_taken(pl_module, [batch])[0]
+            for note in pipeline.check(pl_module, taken, self.options, loss_fn=loss, training_loss=seen):
+                rank_zero_info(f"caq: {note}")
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -243,12 +260,14 @@ class CurvatureQuantizationCallback(Callback):
             task = options.objective == "task"
             batches = training_batches(trainer, pl_module, options.calibration_samples, options.seed, whole=task)
             loss = quiet_loss(pl_module, self.loss_fn) if task else None
+            seen = loss or training_loss(pl_module, self.loss_fn)
             validate = isolated_validation(trainer, pl_module) if self.evaluate else None
             result = pipeline.run(
                 pl_module,
                 batches,
                 options,
                 loss_fn=loss,
+                training_loss=seen,
                 evaluate=validate,
                 profile=read_profile(directory) or self.profile,
                 progress=Progress(rank_zero_info),

@@ -180,6 +180,67 @@ def run(
         return QuantizationResult(model, selection.chosen.plan, profile, report)
 
 
+_CHECKED_SAMPLES = 2
+# They do nothing to a network that the other measures do not do, and take long.
+_UNCHECKED = frozenset(
+    {"kappa", "kappa_mean", "lipschitz", "local_lipschitz", "scale_importance", "density", "loss_change"}
+)
+
+
+def check(
+    model: nn.Module,
+    batch: Any,
+    options: QuantizationOptions,
+    *,
+    loss_fn: Loss | None = None,
+    training_loss: Loss | None = None,
+) -> tuple[str, ...]:
+    """Run one batch through everything that could refuse a network; it is left as it was.
+
+    Args:
+        model: The network, not trained as yet.
+        batch: A batch of its training data.
+        options: What is going to be done.
+        loss_fn: Loss of the network and a batch, for ``objective="task"``.
+        training_loss: A loss that only tells how the module is run and what its outputs mean.
+
+    Returns:
+        What was found out about the network, for the user to read.
+
+    Raises:
+        OptionError: If an option does not go with the network.
+        CalibrationError: If the network cannot be run on the batch, or its outputs or losses cannot be used.
+        LayerError: If there is nothing to quantize.
+        BudgetError: If the budget cannot be met.
+    """
+    with curvature_safe(model), preserved(model), InFloat32(model) as float32:
+        device = next((p.device for p in model.parameters()), None)
+        samples = prepare(
+            model,
+            [batch],
+            options.calibration_samples,
+            use=options.use,
+            loss=loss_fn or training_loss,
+            task=options.objective == "task",
+            device=device,
+            convert=float32.batch,
+        )
+        steps = _Steps(options, loss_fn, None, ALONE, Progress())
+        network = steps.prepare(model, take_samples(samples, _CHECKED_SAMPLES))
+        measure(
+            model,
+            network.reference.batches,
+            layers=network.layers,
+            objective=options.objective,
+            loss_fn=loss_fn,
+            needs=options.needs - _UNCHECKED,
+            bits=options.bits[-1:],
+            eigenpairs=1,
+            seed=options.seed,
+        )
+        return samples[0].forward.notes
+
+
 @dataclass(frozen=True)
 class _Network:
     """A float network and what is known of it before anything is measured.

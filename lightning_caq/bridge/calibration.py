@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
 from torch.utils.data.distributed import DistributedSampler
@@ -14,9 +14,10 @@ from torch.utils.data.distributed import DistributedSampler
 from lightning_caq.bridge.packages import every
 from lightning_caq.bridge.ranks import sharing
 from lightning_caq.bridge.undisturbed import own_iterators
-from lightning_caq.errors import CalibrationError
-from lightning_caq.network.batches import batch_size, check_model_takes
+from lightning_caq.network.batches import batch_size
+from lightning_caq.network.prepare import takes
 from lightning_caq.utilities.isolation import seeded
+from lightning_caq.utilities.structures import children
 
 
 def training_batches(
@@ -47,7 +48,7 @@ def training_batches(
             sharing(trainer).meet("calibration batches")
             batches = trainer.strategy.broadcast(batches, src=0)
         batches = [_to_device(trainer, pl_module, batch) for batch in batches]
-        return batches if whole or not isinstance(loaders, (dict, list, tuple)) else _taken(pl_module, batches)
+        return batches if whole or not isinstance(loaders, (dict, list, tuple)) else as_taken(pl_module, batches)
 
 
 def _training_loaders(trainer: Trainer, pl_module: LightningModule) -> tuple[Any, str]:
@@ -112,21 +113,24 @@ def _first(batches: Iterable[Any], samples: int) -> list[Any]:
     kept: list[Any] = []
     for batch in batches:
         kept.append(batch)
-        samples -= batch_size(batch)
+        samples -= max(batch_size(batch), 1)
         if samples <= 0:
             break
     return kept
 
 
-def _taken(model: nn.Module, collections: list[Any]) -> list[Any]:
-    """Collections of batches if the network takes them, else the batches in them."""
-    try:
-        check_model_takes(model, collections[0])
-    except CalibrationError:
-        return [
-            batch for several in collections for batch in (several.values() if isinstance(several, dict) else several)
-        ]
-    return collections
+def as_taken(model: nn.Module, batches: list[Any]) -> list[Any]:
+    """Batches as the network takes them: where these are collections of batches that it does not take, what they hold.
+
+    Args:
+        model: The network.
+        batches: Batches, or collections of them, as training reads several loaders side by side.
+    """
+    first = batches[0]
+    several = isinstance(first, (dict, list, tuple)) and not any(isinstance(x, Tensor) for _, x in children(first))
+    if not several or takes(model, first):
+        return batches
+    return [batch for collection in batches for _, batch in children(collection)]
 
 
 def _to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:

@@ -44,6 +44,14 @@ def quiet_loss(pl_module: LightningModule, loss_fn: Loss | None = None) -> Loss:
     return loss
 
 
+def training_loss(pl_module: LightningModule, loss_fn: Loss | None = None) -> Loss | None:
+    """The module's loss if there is one, to see how it runs the module; ``None`` where there is none to be called."""
+    try:
+        return quiet_loss(pl_module, loss_fn)
+    except OptionError:
+        return None
+
+
 _REMEDY = "give loss_fn=, a function of (module, batch) that returns the loss, or define curvature_loss(self, batch)"
 
 

@@ -6,8 +6,10 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_caq.bridge import ranks
 from lightning_caq.bridge.calibration import training_batches
+from lightning_caq.bridge.loss import training_loss
 from lightning_caq.measures.measure import measure
 from lightning_caq.network.layers import find_layers
+from lightning_caq.network.prepare import prepare
 from lightning_caq.options import QuantizationOptions
 from lightning_caq.studies import EpochCurvature
 from lightning_caq.utilities.contexts import curvature_safe
@@ -60,7 +62,9 @@ def training_figures(trainer: Trainer, pl_module: LightningModule, options: Quan
     """
     sharing = ranks.sharing(trainer)
     with curvature_safe(pl_module), preserved(pl_module), sharing.agreed("monitoring"):
-        batches = training_batches(trainer, pl_module, options.curvature_samples, options.seed, whole=False)
+        data = training_batches(trainer, pl_module, options.curvature_samples, options.seed, whole=False)
+        loss = training_loss(pl_module)
+        batches = prepare(pl_module, data, options.curvature_samples, use=options.use, loss=loss)
         layers = find_layers(pl_module, batches[0], include=options.include, exclude=options.exclude)
         profile = measure(
             pl_module,

@@ -19,7 +19,13 @@ Run = Callable[[Any], Any]
 
 
 def find_axes(
-    run: Run, data: Any, passed: Callable[[Path], bool], failures: tuple[type[Exception], ...], *, random: bool = False
+    run: Run,
+    data: Any,
+    returned: Any,
+    passed: Callable[[Path], bool],
+    failures: tuple[type[Exception], ...],
+    *,
+    random: bool = False,
 ) -> tuple[dict[Path, int], dict[Path, int]] | None:
     """Where samples lie in a batch and in what a network returns for it.
 
@@ -29,6 +35,7 @@ def find_axes(
     Args:
         run: Runs the network on a batch.
         data: A batch.
+        returned: What the network returns for it.
         passed: Whether what lies at a path is passed to the network.
         failures: What the network may raise where a guess is wrong.
         random: Whether outputs cannot be compared, as the network draws random numbers.
@@ -38,13 +45,14 @@ def find_axes(
         be cut: outputs depend on other samples, or tensors belong together in another way, as nodes and edges do.
 
     Example:
-        >>> find_axes(lambda x: x.cumsum(0), torch.randn(5, 3), lambda path: True, (RuntimeError,))
+        >>> x, every = torch.randn(5, 3), lambda path: True
+        >>> find_axes(lambda x: x.cumsum(0), x, x.cumsum(0), every, (RuntimeError,))
         ({(): 1}, {(): 1})
-        >>> find_axes(lambda x: x - x.mean(), torch.randn(5, 3), lambda path: True, (RuntimeError,)) is None
+        >>> find_axes(lambda x: x - x.mean(), x, x - x.mean(), every, (RuntimeError,)) is None
         True
     """
     tensors = dict(named_tensors(data))
-    whole = dict(output_tensors(run(data)))
+    whole = dict(output_tensors(returned))
     for size, axes in _guesses({path: t for path, t in tensors.items() if t.ndim}, passed):
         if any(_may_point(t, size) for path, t in tensors.items() if passed(path) and path not in axes):
             continue

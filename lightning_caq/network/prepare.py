@@ -141,6 +141,20 @@ def _unscaled(head: Head) -> bool:
     return head.kind == "values" and head.std is None
 
 
+def takes(model: nn.Module, data: Any) -> bool:
+    """Whether a network can be run on a batch.
+
+    Example:
+        >>> takes(nn.Linear(2, 1), (torch.zeros(3, 2), "label")), takes(nn.Linear(2, 1), "text")
+        (True, False)
+    """
+    try:
+        _route(model, data, ModelUse(), Observation(), None)
+    except CalibrationError:
+        return False
+    return True
+
+
 def find_forward(
     model: nn.Module, data: Any, *, use: ModelUse, loss: Loss | None = None, task: bool = False
 ) -> Forward:
@@ -148,13 +162,13 @@ def find_forward(
     observed = _observed(model, data, loss)
     route, arguments = _route(model, data, use, observed, loss if task or not _has_forward(model) else None)
     run = _selecting(route, use.output)
-    forward = Forward(run, (), random=_is_random(model, run, data))
+    returned, random = _returned(model, run, data)
+    forward = Forward(run, (), random=random)
     passed = arguments.uses if arguments is not None else lambda path: True
     inputs, labels = tensors_by_use(data, passed)
     _check_inputs(inputs)
     with torch.no_grad():
-        axes = find_axes(lambda x: forward.raw(model, x), data, passed, FAILURES, random=forward.random)
-        returned = forward.raw(model, data)
+        axes = find_axes(lambda x: forward.raw(model, x), data, returned, passed, FAILURES, random=random)
     names = {p: arguments.name_of(p, model) for p in inputs} if arguments is not None else {}
     evidence = Evidence(observed.losses, inputs, labels, names, torchmetrics_of(model))
     heads, notes = _heads(model, data, returned, axes, use, evidence)
@@ -166,7 +180,7 @@ def find_forward(
         padding=input_padding(evidence),
         notes=tuple(notes) if axes else (*notes, _WHOLE),
     )
-    _check_outputs(model, Batch(data, forward))
+    _check_outputs(model, Batch(data, forward), returned)
     return _reaching(model, data, forward)
 
 
@@ -236,17 +250,18 @@ def _selecting(route: Route, output: Output) -> Route:
     return lambda model, data: output(route(model, data))
 
 
-def _is_random(model: nn.Module, run: Route, data: Any) -> bool:
-    """Whether two runs from other seeds differ."""
-    forward, found = Forward(run, ()), []
+def _returned(model: nn.Module, run: Route, data: Any) -> tuple[Any, bool]:
+    """What a network returns for a batch, and whether that differs from run to run, as it draws random numbers."""
+    returned = []
     for seed in (0, 1):
         with torch.no_grad(), seeded(seed):
             try:
-                found.append(output_tensors(forward.raw(model, data)))
+                returned.append(Forward(run, ()).raw(model, data))
             except FAILURES as error:
                 raise CalibrationError(cannot_take(model, data, error)) from error
-    return any(a.shape == b.shape and not torch.equal(a, b) and not torch.allclose(a, b, rtol=1e-4, equal_nan=True)
-               for (_, a), (_, b) in zip(*found, strict=False))  # fmt: skip
+    pairs = zip(*map(output_tensors, returned), strict=False)
+    random = any(a.shape != b.shape or not torch.allclose(a, b, rtol=1e-4, equal_nan=True) for (_, a), (_, b) in pairs)
+    return returned[0], random
 
 
 def _check_inputs(inputs: dict[Path, Tensor]) -> None:
@@ -283,10 +298,10 @@ def _heads(
     return tuple(heads), notes
 
 
-def _check_outputs(model: nn.Module, batch: Batch) -> None:
+def _check_outputs(model: nn.Module, batch: Batch, returned: Any) -> None:
     """Refuse outputs that are not finite, and those whose shape depends on the weights."""
     with torch.no_grad():
-        before = run_model(model, batch)
+        before = read_outputs(batch.forward.heads, returned, batch.size, batch.data)
         if not bool(torch.isfinite(before.values).all()):
             raise CalibrationError(
                 f"{type(model).__name__} returns NaN or infinite outputs on the first calibration batch; output, a "
