@@ -3,14 +3,13 @@
 import nets
 import torch
 
-from lightning_caq.network.batches import run_model
+from lightning_caq.network.forward import run_model
 from lightning_caq.network.layers import find_layers
 from lightning_caq.network.objective import make_objective
 
 
 def _task(net, batch):
-    output = run_model(net, batch)
-    return nets.task_loss(output.movedim(1, -1).flatten(0, -2) if output.ndim == 4 else output.flatten(0, -2))
+    return nets.task_loss(run_model(net, batch).values)
 
 
 class DenseCase:

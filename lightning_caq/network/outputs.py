@@ -249,7 +249,8 @@ def usual_class_axis(tensor: Tensor, sample_axis: int | None = 0) -> int | None:
 def default_heads(returned: Any, samples: int) -> tuple[Head, ...]:
     """What outputs mean if nothing is known but their shapes: scores of classes, or values where there is one column.
 
-    Samples are taken to lie along the first axis, or along the second of three, as (tokens, samples, classes).
+    Samples are taken to lie along the first axis, or along the second of three, as (tokens, samples, classes). Where they
+    lie along neither in any of the tensors, the batch is taken as one sample.
 
     Example:
         >>> [(h.kind, h.sample_axis) for h in default_heads((torch.zeros(6, 4, 3), torch.zeros(4, 1)), 4)]
@@ -265,7 +266,7 @@ def default_heads(returned: Any, samples: int) -> tuple[Head, ...]:
         classes = usual_class_axis(tensor, axis)
         columns = 1 if classes is None else tensor.shape[classes]
         heads.append(Head(path, "classes" if columns > 1 else "values", axis, classes))
-    return tuple(heads)
+    return tuple(heads) if heads or samples == 1 else default_heads(returned, 1)
 
 
 OutputFunction = Callable[[Any], Any]

@@ -191,15 +191,12 @@ _WHOLE = (
 
 
 def _has_forward(model: nn.Module) -> bool:
-    return "_forward_unimplemented" not in getattr(model.forward, "__name__", "") and not _is_bare(type(model))
-
-
-def _is_bare(kind: type) -> bool:
-    """Whether a LightningModule leaves ``forward`` as it is there: to the one of nn.Module, which raises."""
-    owner = next((base for base in kind.__mro__ if "forward" in vars(base)), None)
-    return (
-        owner is None or owner is nn.Module or (owner.__name__ == "LightningModule" and "lightning" in owner.__module__)
-    )
+    """Whether a module has a forward of its own, not that of nn.Module, which raises."""
+    if "forward" in vars(model):
+        return True
+    owner = next(base for base in type(model).__mro__ if "forward" in vars(base))
+    lightning = owner.__name__ == "LightningModule" and owner.__module__.startswith(("lightning.", "pytorch_lightning."))
+    return owner is not nn.Module and not lightning
 
 
 def _observed(model: nn.Module, data: Any, loss: Loss | None) -> Observation:

@@ -14,7 +14,7 @@ from lightning_caq.measures.hessian import subspace
 from lightning_caq.measures.hessian.validity import is_predicted
 from lightning_caq.measures.measure import measure
 from lightning_caq.measures.registry import available_measures
-from lightning_caq.network.batches import run_model
+from lightning_caq.network.forward import run_model
 from lightning_caq.network.layers import find_layers
 from lightning_caq.network.objective import make_objective
 from lightning_caq.profile import CurvatureProfile
@@ -37,7 +37,7 @@ def _rounded(case, row, bits):
 
 
 def _task(net, batch):
-    return nets.task_loss(run_model(net, batch))
+    return nets.task_loss(run_model(net, batch).values)
 
 
 def _check_against(profile, case, dense, matrix):

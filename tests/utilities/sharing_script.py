@@ -22,7 +22,7 @@ from lightning_caq.measures.hessian.hessian import Hessian
 from lightning_caq.measures.layer import kappa
 from lightning_caq.measures.measure import measure
 from lightning_caq.measures.registry import available_measures
-from lightning_caq.network.batches import run_model
+from lightning_caq.network.forward import run_model
 from lightning_caq.network.layers import find_layers
 from lightning_caq.network.objective import make_objective
 from lightning_caq.utilities.sharing import ALONE, Sharing, divided
@@ -49,7 +49,7 @@ def _batch(like: Any, size: int) -> Any:
 
 
 def task(net: Any, batch: Any) -> torch.Tensor:
-    return nets.task_loss(run_model(net, batch))
+    return nets.task_loss(run_model(net, batch).values)
 
 
 def profile(name: str, objective: str, sharing: Sharing = ALONE, **kwargs: Any) -> Any:
