@@ -176,8 +176,8 @@ class CurvatureQuantizationCallback(Callback):
             loss = quiet_loss(pl_module, self.loss_fn) if task else None
             seen = loss or training_loss(pl_module, self.loss_fn)
             taken = batch if task else as_taken(pl_module, [batch])[0]
-            for note in pipeline.check(pl_module, taken, self.options, loss_fn=loss, training_loss=seen):
-                rank_zero_info(f"caq: {note}")
+            progress = Progress(rank_zero_info)
+            pipeline.check(pl_module, taken, self.options, loss_fn=loss, training_loss=seen, progress=progress)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

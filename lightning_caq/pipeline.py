@@ -194,7 +194,8 @@ def check(
     *,
     loss_fn: Loss | None = None,
     training_loss: Loss | None = None,
-) -> tuple[str, ...]:
+    progress: Progress | None = None,
+) -> None:
     """Run one batch through everything that could refuse a network; it is left as it was.
 
     Args:
@@ -203,9 +204,7 @@ def check(
         options: What is going to be done.
         loss_fn: Loss of the network and a batch, for ``objective="task"``.
         training_loss: A loss that only tells how the module is run and what its outputs mean.
-
-    Returns:
-        What was found out about the network, for the user to read.
+        progress: Where to say what was found out about the network.
 
     Raises:
         OptionError: If an option does not go with the network.
@@ -213,8 +212,9 @@ def check(
         LayerError: If there is nothing to quantize.
         BudgetError: If the budget cannot be met.
     """
+    widths = stored_widths(model)
+    device = next((p.device for p in model.parameters()), None)
     with curvature_safe(model), preserved(model), InFloat32(model) as float32:
-        device = next((p.device for p in model.parameters()), None)
         samples = prepare(
             model,
             [batch],
@@ -225,8 +225,8 @@ def check(
             device=device,
             convert=float32.batch,
         )
-        steps = _Steps(options, loss_fn, None, ALONE, Progress())
-        network = steps.prepare(model, take_samples(samples, _CHECKED_SAMPLES))
+        steps = _Steps(options, loss_fn, None, ALONE, progress or Progress())
+        network = steps.prepare(model, take_samples(samples, _CHECKED_SAMPLES), widths)
         measure(
             model,
             network.reference.batches,
@@ -238,7 +238,6 @@ def check(
             eigenpairs=1,
             seed=options.seed,
         )
-        return samples[0].forward.notes
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_caq.errors import CalibrationError
 from lightning_caq.network.arguments import Arguments, possible_arguments
-from lightning_caq.network.outputs import Head, Mask, Outputs, default_heads, read_outputs
+from lightning_caq.network.outputs import Head, Mask, Outputs, default_heads, opened, read_outputs
 from lightning_caq.utilities.isolation import seeded
 from lightning_caq.utilities.structures import Path, describe, map_tensors, named_tensors, tensors
 from lightning_caq.utilities.unseen import gradients_through
@@ -49,7 +49,7 @@ class Forward:
         """What the network returns for a batch, as it is."""
         through = gradients_through() if self.through and torch.is_grad_enabled() else nullcontext()
         with quiet(model), seeded() if self.random else nullcontext(), through:
-            return self.route(model, data)
+            return opened(self.route(model, data))
 
     def size(self, data: Any) -> int:
         """Number of samples in a batch."""
@@ -174,7 +174,7 @@ def _run_unbound(model: nn.Module, batch: Any) -> tuple[Any, tuple[Head, ...], i
     """What a network returns for a batch of which nothing is known, what it means, and the number of samples."""
     args, kwargs = next(possible_arguments(model, batch)).of(batch)
     with quiet(model):
-        returned = model(*args, **kwargs)
+        returned = opened(model(*args, **kwargs))
     first = next(iter(tensors((args, kwargs))), None)
     samples = len(first) if first is not None and first.ndim else 1
     heads = default_heads(returned, samples)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_caq.utilities.structures import Path, named_tensors, path_name
+from lightning_caq.utilities.structures import Path, is_object, named_tensors, path_name
 
 Kind = Literal["classes", "values"]
 KINDS: tuple[Kind, ...] = ("classes", "values")
@@ -223,6 +223,17 @@ def divergence(target: Outputs, outputs: Outputs) -> Tensor:
     return losses[0] if len(losses) == 1 else torch.stack([x.to(losses[0].dtype) for x in losses]).sum()
 
 
+def opened(returned: Any) -> Any:
+    """What a network returned, an object of an unknown class as a dict of its attributes.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> opened(SimpleNamespace(logits=5)), opened((1, 2))
+        ({'logits': 5}, (1, 2))
+    """
+    return dict(vars(returned)) if is_object(returned) and hasattr(returned, "__dict__") else returned
+
+
 def output_tensors(returned: Any) -> list[tuple[Path, Tensor]]:
     """The tensors of what a network returned that can be outputs: floating-point ones that are no single number.
 
@@ -249,8 +260,8 @@ def usual_class_axis(tensor: Tensor, sample_axis: int | None = 0) -> int | None:
 def default_heads(returned: Any, samples: int) -> tuple[Head, ...]:
     """What outputs mean if nothing is known but their shapes: scores of classes, or values where there is one column.
 
-    Samples are taken to lie along the first axis, or along the second of three, as (tokens, samples, classes). Where they
-    lie along neither in any of the tensors, the batch is taken as one sample.
+    Samples are taken to lie along the first axis, or along the second of three, as (tokens, samples, classes). Where
+    they lie along neither in any of the tensors, the batch is taken as one sample.
 
     Example:
         >>> [(h.kind, h.sample_axis) for h in default_heads((torch.zeros(6, 4, 3), torch.zeros(4, 1)), 4)]
@@ -266,7 +277,9 @@ def default_heads(returned: Any, samples: int) -> tuple[Head, ...]:
         classes = usual_class_axis(tensor, axis)
         columns = 1 if classes is None else tensor.shape[classes]
         heads.append(Head(path, "classes" if columns > 1 else "values", axis, classes))
-    return tuple(heads) if heads or samples == 1 else default_heads(returned, 1)
+    if heads or samples == 1:
+        return tuple(heads)
+    return tuple(replace(head, sample_axis=None) for head in default_heads(returned, 1))
 
 
 OutputFunction = Callable[[Any], Any]

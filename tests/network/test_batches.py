@@ -9,10 +9,10 @@ from lightning_caq.network.batches import (
     batch_size,
     calibration_batches,
     check_model_takes,
-    describe,
-    run_model,
+    pick,
     take_samples,
 )
+from lightning_caq.utilities.structures import describe
 
 X = torch.arange(12.0).reshape(6, 2)
 
@@ -23,46 +23,6 @@ class Net(nn.Module):
     def __init__(self, forward):
         super().__init__()
         self.forward = forward
-
-
-class Named(nn.Module):
-    def forward(self, a, b=None, *, c=0.0):
-        return a * 1.0 if b is None else a + b + c
-
-
-class Output:
-    logits = X
-
-
-@every("batch", [X, (X, "label"), [X], [X, X, X]])
-def test_the_first_item_is_the_input(batch):
-    assert torch.equal(run_model(nn.Identity(), batch), X)
-
-
-def test_entries_of_a_dict_are_handed_to_their_arguments():
-    assert torch.equal(run_model(Named(), {"b": X, "a": 2 * X, "label": None}), 3 * X)
-    assert torch.equal(run_model(Named(), {"a": X}), X)
-    assert torch.equal(run_model(Named(), {"a": X, "b": X, "c": 1.0}), 2 * X + 1)
-
-
-def test_a_dict_that_does_not_name_the_arguments_is_one_argument():
-    net = Net(lambda batch: batch["image"])
-    assert torch.equal(run_model(net, {"image": X}), X)
-
-
-def test_a_forward_of_keywords_only():
-    assert torch.equal(run_model(Net(lambda *, image: image), {"image": X, "label": 1}), X)
-
-
-@every("output", [X, (X, None), [X], {"logits": X, "loss": None}, {"first": X}, Output()])
-def test_outputs(output):
-    assert torch.equal(run_model(Net(lambda x: output), X), X)
-
-
-@every("output", [None, "text", X.long(), (), {}, torch.tensor(1.0), {"logits": None}])
-def test_outputs_without_a_tensor(output):
-    with pytest.raises(CalibrationError, match=r"returned no floating-point tensor for a batch of float32\[6, 2\]"):
-        run_model(Net(lambda x: output), X)
 
 
 @every(
@@ -174,8 +134,6 @@ def test_tensors_of_inference_mode_become_normal():
         ({"x": X}, "got one dict"),
         ([X, X[:0]], "Calibration batch 1 holds no samples"),
         (["text"], "Calibration batch 0 holds no samples: str"),
-        ([X, X / 0], "Calibration batch 1 holds NaN or infinite values"),
-        ([(X, torch.tensor([float("nan")] * 6))], "Calibration batch 0 holds NaN"),
     ],
 )
 def test_bad_batches(batches, message):
@@ -183,5 +141,7 @@ def test_bad_batches(batches, message):
         calibration_batches(batches, 100)
 
 
-def test_descriptions():
-    assert describe({"x": X, "y": (X.long(), 3)}) == "dict(x: float32[6, 2], y: tuple(int64[6, 2], int))"
+def test_picking_takes_samples_several_times_and_in_any_order():
+    picked = pick((X, torch.arange(6), "text"), [5, 0, 5])
+    assert picked[0][:, 0].tolist() == [10, 0, 10]
+    assert picked[1].tolist() == [5, 0, 5]

@@ -7,11 +7,11 @@ from every import every
 from scipy import stats
 from torch import nn
 
-from lightning_caq.errors import CalibrationError
-from lightning_caq.measures.gram.output_rows import choose_rows, sample_axis, take_rows
+from lightning_caq.measures.gram.output_rows import choose_rows
 from lightning_caq.measures.gram.spectrum import gram_spectrum
 from lightning_caq.measures.measure import differentiable
 from lightning_caq.network.layers import find_layers
+from lightning_caq.network.prepare import ModelUse, prepare
 
 SEEDS = 250
 
@@ -104,21 +104,33 @@ def test_outputs_without_any_curvature():
     assert all(row.weight * (1 - row.weight) == 0 for row in choice.rows)
 
 
-@every(("batch", "outputs"), [(3, lambda x: x.mean(0)), (3, lambda x: x.flatten()[:7].reshape(1, 7))])
-def test_outputs_without_samples_are_refused(batch, outputs):
+def test_outputs_without_samples_are_those_of_one_sample():
     class Net(nn.Module):
         def forward(self, x):
-            return outputs(x)
+            return (x - x.std()).mean(0)
 
-    with pytest.raises(CalibrationError, match="samples must lie along the first axis"):
-        choose_rows(Net(), [torch.randn(batch, 4, 5)], 0.0, 10)
+    batches = prepare(Net(), [torch.randn(3, 4, 5), torch.randn(3, 4, 5)], 10)
+    choice = choose_rows(Net(), batches, 0.0, 99)
+    assert {(row.batch, row.sample) for row in choice.rows} == {(0, 0), (1, 0)}
+    assert sum(row.weight for row in choice.rows) == pytest.approx(1)  # of two batches, each with four rows of p
 
 
-def test_the_axis_of_samples_is_known_even_where_sizes_agree():
-    class Turned(nn.Module):
-        def forward(self, x):
-            return x.transpose(0, 1)
+def test_values_have_a_row_for_each_column_and_positions_that_are_masked_have_none():
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
 
-    square = torch.randn(4, 4, 3)
-    assert (sample_axis(nn.Identity(), square), sample_axis(Turned(), square)) == (0, 1)
-    assert take_rows((square, torch.arange(4)), [2, 2])[1].tolist() == [2, 2]
+    class Net(nn.Module):
+        def forward(self, x, attention_mask):
+            return x
+
+    data = [{"x": torch.randn(2, 3, 2), "attention_mask": mask}]
+    batches = prepare(Net(), data, 10, use=ModelUse(output="values"))
+    rows = choose_rows(Net(), batches, 0.0, 99).rows
+    assert [(row.sample, row.position, row.cls) for row in rows] == [
+        (0, 0, 0),
+        (0, 0, 1),
+        (0, 1, 0),
+        (0, 1, 1),
+        (1, 0, 0),
+        (1, 0, 1),
+    ]
+    assert [row.weight for row in rows] == [0.125] * 4 + [0.25] * 2  # mean over columns, positions and samples

@@ -5,11 +5,12 @@ import pytest
 import torch
 from every import every
 
+from lightning_caq.measures.gram.layer_calls import find_layout
 from lightning_caq.measures.gram.output_rows import choose_rows
 from lightning_caq.measures.gram.spectrum import gram_spectrum
-from lightning_caq.measures.gram.weight_rows import _sample_axes
 from lightning_caq.measures.measure import differentiable
 from lightning_caq.network.layers import find_layers
+from lightning_caq.network.prepare import ModelUse, prepare
 
 K = 4
 
@@ -184,7 +185,8 @@ def test_samples_are_found_wherever_they_lie():
     for flat, axes in ((False, [1, 1, 1]), (True, None)):
         net = _TokensFirst(flat)
         watched = {id(net.get_submodule(layer.name)): layer for layer in find_layers(net, x)}
-        assert _sample_axes(net, watched, x, axis=1) == axes
+        layout = find_layout(net, watched, x)
+        assert (layout and layout.axes) == axes
 
 
 @every("flat", [False, True])
@@ -193,6 +195,7 @@ def test_tokens_before_samples_against_the_dense_matrix(flat, tokens):
     net = _TokensFirst(flat).double()
     batches = [torch.randn(4, tokens, 3, dtype=torch.float64), torch.randn(3, tokens, 3, dtype=torch.float64)]
     case = nets.Case(net, batches)
+    batches = prepare(net, batches, 7, use=ModelUse(output="classes"))
     layers = find_layers(net, batches[0])
     dense = nets.Dense(net, [layer.name for layer in layers])
     matrix = nets.gauss_newton(case, dense)

@@ -51,10 +51,6 @@ class Setup:
             assert operator.layer_quadratics(parts) == pytest.approx(forms, rel=1e-8)
 
 
-def _rows(outputs):
-    return outputs.movedim(1, -1).flatten(0, -2) if outputs.ndim == 4 else outputs.flatten(0, -2)
-
-
 @every("name", nets.CASES)
 @every("graph_memory", [0, 2**30])
 def test_distill_is_the_hessian_and_the_gram_route(name, graph_memory):
@@ -87,7 +83,7 @@ def test_cross_entropy_with_labels_and_squared_error(name):
             setup.net,
             setup.layers,
             setup.batches,
-            lambda z, batch, loss=loss, known=known: loss(_rows(z), known[number[id(batch)]]),
+            lambda z, batch, loss=loss, known=known: loss(z.reshape(-1, columns), known[number[id(batch)]]),
         )
         setup.check(operator, setup.matrix([lambda z, y=y, loss=loss: loss(z, y) for y in known]))
 
