@@ -181,11 +181,12 @@ class _TokensFirst(torch.nn.Module):
 
 def test_samples_are_found_wherever_they_lie():
     """Along the second axis inside this network; where tokens and samples share an axis, nowhere."""
-    x = torch.randn(1, 4, 3)
+    x = torch.randn(3, 4, 3)
     for flat, axes in ((False, [1, 1, 1]), (True, None)):
         net = _TokensFirst(flat)
         watched = {id(net.get_submodule(layer.name)): layer for layer in find_layers(net, x)}
-        layout = find_layout(net, watched, x)
+        (batch,) = prepare(net, [x], 3, use=ModelUse(output="classes"))
+        layout = find_layout(net, watched, batch)
         assert (layout and layout.axes) == axes
 
 
