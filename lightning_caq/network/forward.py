@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,6 +31,7 @@ class Forward:
         heads: What its outputs mean.
         axes: Where samples lie in each tensor of a batch; tensors that are not named are the same for all samples.
         cuttable: Whether samples can be taken out of a batch; if not, a batch is one sample.
+        inputs: Where the tensors lie that the network is given.
         padding: What tells which positions of the inputs are padding.
         through: Whether gradients pass where the network cuts them off, by ``no_grad`` or ``detach``.
         random: Whether the network draws random numbers: each run then starts from the same seed.
@@ -40,6 +42,7 @@ class Forward:
     heads: tuple[Head, ...]
     axes: Mapping[Path, int] = field(default_factory=dict)
     cuttable: bool = True
+    inputs: frozenset[Path] = frozenset()
     padding: Mask | None = None
     through: bool = False
     random: bool = False
@@ -201,19 +204,38 @@ def arguments_route(arguments: Arguments) -> Route:
     return route
 
 
+_quiet_lock = threading.Lock()
+_quiet: dict[int, tuple[int, dict[str, Any]]] = {}  # of a module how often it is quiet, and what it had of its own
+_LOGGING = ("log", "log_dict")
+
+
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Let ``self.log`` of a LightningModule do nothing: outside of its loops it is an error or a warning."""
-    names = ("log", "log_dict")
+    """Let ``self.log`` of a LightningModule do nothing: outside of its loops it is an error or a warning.
+
+    Passes that wait in threads of their own hold it open beside each other, and end in any order.
+    """
     loud = [m for m in model.modules() if hasattr(type(m), "log_dict") and hasattr(type(m), "training_step")]
-    with ExitStack() as stack:
-        for attributes in map(vars, loud):
-            for name in names:
-                own = {name: attributes[name]} if name in attributes else {}
-                attributes[name] = _nothing
-                stack.callback(attributes.update, own)
-                stack.callback(attributes.pop, name)
+    with _quiet_lock:
+        for module in loud:
+            attributes = vars(module)
+            count, own = _quiet.get(
+                id(module), (0, {name: attributes[name] for name in _LOGGING if name in attributes})
+            )
+            _quiet[id(module)] = count + 1, own
+            attributes.update(dict.fromkeys(_LOGGING, _nothing))
+    try:
         yield
+    finally:
+        with _quiet_lock:
+            for module in loud:
+                count, own = _quiet.pop(id(module))
+                if count > 1:
+                    _quiet[id(module)] = count - 1, own
+                    continue
+                for name in _LOGGING:
+                    vars(module).pop(name, None)
+                vars(module).update(own)
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
