@@ -27,7 +27,7 @@ from lightning_caq.network.deployed import find_deployed, stored_widths
 from lightning_caq.network.float_notes import float_notes
 from lightning_caq.network.float_outputs import Reference, make_reference
 from lightning_caq.network.forward import Batch
-from lightning_caq.network.layers import Layer, find_layers
+from lightning_caq.network.layers import Layer, chosen_layers, find_layers
 from lightning_caq.network.objective import Loss, Objective, objective_from
 from lightning_caq.network.prepare import prepare
 from lightning_caq.notes import Note
@@ -153,6 +153,7 @@ def run(
         raise LayerError(
             f"{type(model).__name__} is quantized already; build it anew, with its float weights, to quantize it again."
         )
+    chosen_layers(model, options.include, options.exclude)  # refuses what has none, and weights that are not finite
     widths = stored_widths(model)
     device = next((p.device for p in model.parameters()), None)
     # A data loader draws from the global random state as it is read, so that belongs to what is preserved.
@@ -212,6 +213,7 @@ def check(
         LayerError: If there is nothing to quantize.
         BudgetError: If the budget cannot be met.
     """
+    chosen_layers(model, options.include, options.exclude)  # refuses what has none, and weights that are not finite
     widths = stored_widths(model)
     device = next((p.device for p in model.parameters()), None)
     with curvature_safe(model), preserved(model), InFloat32(model) as float32:
@@ -225,8 +227,11 @@ def check(
             device=device,
             convert=float32.batch,
         )
-        steps = _Steps(options, loss_fn, None, ALONE, progress or Progress())
+        steps = _Steps(options, loss_fn, None, ALONE, Progress())
         network = steps.prepare(model, take_samples(samples, _CHECKED_SAMPLES), widths)
+        for note in network.notes:
+            if progress is not None and note.severity != "warning":  # those are brought by the run itself
+                progress.tell(note)
         measure(
             model,
             network.reference.batches,

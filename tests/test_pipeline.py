@@ -219,7 +219,7 @@ def test_progress_is_told(net):
     lines = []
     quantize(net, nets.image_batches(), avg_bits=3, compare=(), say=lines.append, **FAST)
     assert all(line.startswith("caq: ") for line in lines)
-    assert "classes" in lines[0]  # what the outputs are taken for
+    assert "Output 'output' of shape [40, 4] is taken as classes" in lines[0]
     assert "3 layers, 776 weights, 96 samples, cet with avg_bits=3: about" in lines[1]
     assert len(lines) > 4
 

@@ -61,15 +61,16 @@ def training_figures(trainer: Trainer, pl_module: LightningModule, options: Quan
         ``<measure>/<layer>`` to value.
     """
     sharing = ranks.sharing(trainer)
-    with (
-        curvature_safe(pl_module),
-        preserved(pl_module),
-        sharing.agreed("monitoring"),
-        InFloat32(pl_module) as float32,
-    ):
+    with sharing.agreed("monitoring"), curvature_safe(pl_module), preserved(pl_module), InFloat32(pl_module) as float32:
         data = training_batches(trainer, pl_module, options.curvature_samples, options.seed, whole=False)
-        loss = training_loss(pl_module)
-        batches = prepare(pl_module, data, options.curvature_samples, use=options.use, loss=loss, convert=float32.batch)
+        batches = prepare(
+            pl_module,
+            data,
+            options.curvature_samples,
+            use=options.use,
+            loss=training_loss(pl_module),
+            convert=float32.batch,
+        )
         layers = find_layers(pl_module, batches[0], include=options.include, exclude=options.exclude)
         profile = measure(
             pl_module,

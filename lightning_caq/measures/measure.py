@@ -18,7 +18,7 @@ from lightning_caq.measures.cost import Extent, estimate_seconds
 from lightning_caq.measures.measurement import Measurement
 from lightning_caq.measures.registry import Measure, required_measures, total_cost
 from lightning_caq.network.batches import batch_size, take_samples
-from lightning_caq.network.layers import Layer, find_layers, layer_weight
+from lightning_caq.network.layers import Layer, chosen_layers, find_layers, layer_weight
 from lightning_caq.network.meaning import Output
 from lightning_caq.network.objective import Loss, make_objective
 from lightning_caq.network.prepare import ForwardFunction, ModelUse, prepare
@@ -98,6 +98,8 @@ def measure(
         raise OptionError(f"time_budget={time_budget!r} is not allowed; give a number of seconds above 0.")
     progress = progress or Progress()
     start = time.perf_counter()
+    if layers is None:
+        chosen_layers(model)  # refuses what has none, and weights that are not finite
     with sharing.agreed("measuring"), curvature_safe(model), preserved(model), InFloat32(model) as float32:
         device = next((p.device for p in model.parameters()), None)
         chosen: list[Any] = prepare(

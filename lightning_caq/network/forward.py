@@ -32,6 +32,7 @@ class Forward:
         heads: What its outputs mean.
         axes: Where samples lie in each tensor of a batch; tensors that are not named are the same for all samples.
         cuttable: Whether samples can be taken out of a batch; if not, a batch is one sample.
+        inputs: Where the tensors lie that the network is given.
         padding: What tells which positions of the inputs are padding.
         through: Whether gradients pass where the network cuts them off, by ``no_grad`` or ``detach``.
         random: Whether the network draws random numbers: each run then starts from the same seed.
@@ -42,6 +43,7 @@ class Forward:
     heads: tuple[Head, ...]
     axes: Mapping[Path, int] = field(default_factory=dict)
     cuttable: bool = True
+    inputs: frozenset[Path] = frozenset()
     padding: Mask | None = None
     through: bool = False
     random: bool = False

@@ -191,14 +191,7 @@ def find_layers(
         >>> [(x.name, x.kind, x.weights, x.macs) for x in find_layers(net, torch.zeros(3, 4))]
         [('0', 'linear', 32, 32), ('2', 'linear', 16, 16)]
     """
-    chosen = chosen_layers(model, include, exclude)
-    for layer in chosen:
-        weight = layer_weight(model, layer)
-        if not bool(torch.isfinite(weight).all()):
-            raise LayerError(
-                f"Layer '{layer.name}' holds NaN or infinite weights; only finite weights can be quantized."
-            )
-    return _in_execution_order(model, chosen, batch)
+    return _in_execution_order(model, chosen_layers(model, include, exclude), batch)
 
 
 def chosen_layers(
@@ -212,7 +205,8 @@ def chosen_layers(
         exclude: Shell patterns of those to leave out.
 
     Raises:
-        LayerError: If there is no layer to quantize, or a lazy one is not initialised.
+        LayerError: If there is no layer to quantize, a lazy one is not initialised, or a weight holds NaN or infinite
+            values.
         OptionError: If a pattern matches no layer.
 
     Example:
@@ -224,7 +218,13 @@ def chosen_layers(
     if not every:
         known = ", ".join(kind.__name__ for kind in KINDS)
         raise LayerError(f"{type(model).__name__} has no layer that can be quantized; known kinds are {known}.")
-    return _select(every, include, exclude)
+    chosen = _select(every, include, exclude)
+    for layer in chosen:
+        if not bool(torch.isfinite(layer_weight(model, layer)).all()):
+            raise LayerError(
+                f"Layer '{layer.name}' holds NaN or infinite weights; only finite weights can be quantized."
+            )
+    return chosen
 
 
 def kind_of(module: nn.Module) -> str | None:

@@ -29,7 +29,7 @@ from lightning_caq.network.meaning import (
 from lightning_caq.network.observe import Loss, Observation, loss_route, observe
 from lightning_caq.network.outputs import KINDS, Head, output_tensors, read_outputs
 from lightning_caq.utilities.isolation import seeded
-from lightning_caq.utilities.structures import Path, describe
+from lightning_caq.utilities.structures import Path, describe, named_tensors
 
 ForwardFunction = Callable[[nn.Module, Any], Any]
 """What a user runs a module by: a function of the module and a batch that returns its outputs."""
@@ -131,6 +131,8 @@ def prepare(
         bind=lambda batch: find_forward(model, batch, use=use, loss=loss, task=task),
     )
     forward = collected[0].forward
+    for index, batch in enumerate(collected):
+        _check_inputs(batch, index)
     if any(_unscaled(head) for head in forward.heads) or len(forward.heads) > 1:
         forward = replace(forward, heads=scaled(model, collected, forward.heads))
         collected = [replace(batch, forward=forward) for batch in collected]
@@ -166,7 +168,6 @@ def find_forward(
     forward = Forward(run, (), random=random)
     passed = arguments.uses if arguments is not None else lambda path: True
     inputs, labels = tensors_by_use(data, passed)
-    _check_inputs(inputs)
     with torch.no_grad():
         axes = find_axes(lambda x: forward.raw(model, x), data, returned, passed, FAILURES, random=random)
     names = {p: arguments.name_of(p, model) for p in inputs} if arguments is not None else {}
@@ -177,6 +178,7 @@ def find_forward(
         heads=heads,
         axes=axes[0] if axes else {},
         cuttable=axes is not None,
+        inputs=frozenset(inputs),
         padding=input_padding(evidence),
         notes=tuple(notes) if axes else (*notes, _WHOLE),
     )
@@ -263,10 +265,15 @@ def _returned(model: nn.Module, run: Route, data: Any) -> tuple[Any, bool]:
     return returned[0], not all(same)
 
 
-def _check_inputs(inputs: dict[Path, Tensor]) -> None:
-    for tensor in inputs.values():
-        if tensor.is_floating_point() and bool((tensor.isnan() | tensor.isposinf()).any()):
-            raise CalibrationError(f"The first calibration batch holds NaN or infinite values: {describe(tensor)}.")
+def _check_inputs(batch: Batch, index: int) -> None:
+    """Refuse NaN and infinite inputs; −∞ is what masks hold. Labels are not looked at."""
+    for path, tensor in named_tensors(batch.data):
+        if path not in batch.forward.inputs or not tensor.is_floating_point():
+            continue
+        if bool((tensor.isnan() | tensor.isposinf()).any()):
+            raise CalibrationError(
+                f"Calibration batch {index} holds NaN or infinite values: {describe(batch.data)}; leave such samples out."
+            )
 
 
 def _heads(
@@ -367,6 +374,8 @@ def _unseen(model: nn.Module, batch: Batch) -> list[str]:
     def hook(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
         called.add(names[id(module)])
 
+    if not layers:
+        return []
     weights = [layer_weight(model, layer) for layer in layers]
     watched = [m for m in model.modules() if id(m) in names]
     with requiring_gradients(weights), watching(watched, hook), torch.enable_grad():
