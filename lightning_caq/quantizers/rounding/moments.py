@@ -122,7 +122,9 @@ def damped(curvature: Tensor, share: float = _DAMPING) -> Tensor:
     """
     h = curvature.double()
     mean = h.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    return h + torch.eye(h.shape[-1], dtype=h.dtype, device=h.device) * torch.where(mean > _LEAST_MEAN, share * mean, 1.0)
+    return h + torch.eye(h.shape[-1], dtype=h.dtype, device=h.device) * torch.where(
+        mean > _LEAST_MEAN, share * mean, 1.0
+    )
 
 
 def _flat(columns: Tensor) -> Tensor:
