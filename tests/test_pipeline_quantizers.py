@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_caq import export_onnx, load_quantized, quantize, save_quantized
 from lightning_caq.errors import ExportError, OptionError
+from lightning_caq.export.packed_modules import Packed
 from lightning_caq.options import QuantizationOptions
 from lightning_caq.plan import QuantizationPlan
 from lightning_caq.quantizers.fake_quant.state import rounding_state
@@ -68,7 +69,7 @@ def test_size_is_that_of_the_file(done, tmp_path):
     size = sum(
         x.numel() * x.element_size()
         for module in loaded.modules()
-        if hasattr(module, "layout")
+        if isinstance(module, Packed)
         for x in module._buffers.values()
     )
     assert result.plan.bytes == size

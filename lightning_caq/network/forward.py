@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -203,17 +204,41 @@ def arguments_route(arguments: Arguments) -> Route:
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Let ``self.log`` of a LightningModule do nothing: outside of its loops it is an error or a warning."""
-    names = ("log", "log_dict")
+    """Let ``self.log`` of a LightningModule do nothing: outside of its loops it is an error or a warning.
+
+    Passes that wait for each other are open at once and may end in any order: the last one brings logging back.
+    """
     loud = [m for m in model.modules() if hasattr(type(m), "log_dict") and hasattr(type(m), "training_step")]
-    with ExitStack() as stack:
-        for attributes in map(vars, loud):
-            for name in names:
-                own = {name: attributes[name]} if name in attributes else {}
-                attributes[name] = _nothing
-                stack.callback(attributes.update, own)
-                stack.callback(attributes.pop, name)
+    for module in loud:
+        attributes = vars(module)
+        if module not in _silences:
+            _silences[module] = _Silence({name: attributes[name] for name in _LOGGING if name in attributes})
+            attributes.update(dict.fromkeys(_LOGGING, _nothing))
+        _silences[module].passes += 1
+    try:
         yield
+    finally:
+        for module in loud:
+            _silences[module].passes -= 1
+            if not _silences[module].passes:
+                own = _silences.pop(module).own
+                for name in _LOGGING:
+                    del vars(module)[name]
+                vars(module).update(own)
+
+
+_LOGGING = ("log", "log_dict")
+
+
+@dataclass
+class _Silence:
+    """How many passes keep a module quiet, and the attributes of its own that they hide."""
+
+    own: dict[str, Any]
+    passes: int = 0
+
+
+_silences: WeakKeyDictionary[nn.Module, _Silence] = WeakKeyDictionary()
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
