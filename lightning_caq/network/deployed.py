@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -153,7 +154,7 @@ def stored_widths(model: nn.Module) -> dict[int, int]:
         >>> set(stored_widths(nn.Linear(2, 2).bfloat16()).values())
         {16}
     """
-    return {id(parameter): 8 * parameter.element_size() for parameter in model.parameters()}
+    return {id(p): 8 * p.element_size() for p in model.parameters() if not is_lazy(p)}
 
 
 def reached(model: nn.Module, batches: Sequence[Any]) -> set[int]:

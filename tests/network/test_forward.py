@@ -107,3 +107,23 @@ def test_logging_inside_forward_is_quiet_and_comes_back():
     assert not {"log", "log_dict"} & set(vars(net[0]))
     net(X)
     assert Logging.calls == 2
+
+
+def test_logging_comes_back_when_passes_end_in_any_order():
+    class Module(nn.Module):
+        def training_step(self): ...
+
+        def log(self): ...
+
+        def log_dict(self): ...
+
+    module = Module()
+    module.log_dict = own = lambda: 1
+    first, second = quiet(module), quiet(module)
+    first.__enter__(), second.__enter__()
+    assert module.log("x", 1) is None
+    first.__exit__(None, None, None)
+    assert module.log_dict({"x": 1}) is None
+    second.__exit__(None, None, None)
+    assert module.log_dict is own
+    assert "log" not in vars(module)

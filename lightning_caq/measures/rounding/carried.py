@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_caq.network.batches import batch_size, take_samples
@@ -128,9 +129,15 @@ def carried_errors(
         first += count
     samples = sum(map(batch_size, batches))
     return CarriedErrors(
-        {name: {b: torch.cat(rows) for b, rows in by_bits.items()} for name, by_bits in components.items()},
+        {name: {b: _one_below_another(rows) for b, rows in by_bits.items()} for name, by_bits in components.items()},
         {name: {b: (total / samples) ** 0.5 for b, total in by_bits.items()} for name, by_bits in squares.items()},
     )
+
+
+def _one_below_another(parts: Sequence[Tensor]) -> Tensor:
+    """Components of all samples; samples with fewer outputs than others, such as short sequences, have zeros behind."""
+    most = max(part.shape[1] for part in parts)
+    return torch.cat([F.pad(part, (0, most - part.shape[1])) for part in parts])
 
 
 def _shifted(layer: Layer, error: Tensor, shift: Tensor | None) -> Tensor:
