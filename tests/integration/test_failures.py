@@ -42,11 +42,11 @@ def raises(error: BaseException) -> Any:
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 PLACES = {  # what breaks, and how
     "reading data": ("lightning_caq.callback.training_batches", RuntimeError("a worker died")),
-    "measuring": ("lightning_caq.pipeline.measure", RuntimeError("out of memory")),
+    "allocating": ("lightning_caq.pipeline.rounded_loss", RuntimeError("out of memory")),
     "rounding": ("lightning_caq.selection.candidate.round_layer", RuntimeError("no")),
     "swapping": ("lightning_caq.plan.swap", RuntimeError("no")),
     "a full disk": ("lightning_caq.reporting.files.os.replace", FULL),
-    "Ctrl-C while measuring": ("lightning_caq.pipeline.measure", KeyboardInterrupt()),
+    "Ctrl-C while allocating": ("lightning_caq.pipeline.rounded_loss", KeyboardInterrupt()),
     "Ctrl-C while rounding": ("lightning_caq.selection.candidate.round_layer", KeyboardInterrupt()),
     "Ctrl-C while writing": ("lightning_caq.bridge.outputs.write_outputs", KeyboardInterrupt()),
 }
