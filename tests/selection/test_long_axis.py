@@ -121,4 +121,4 @@ def test_a_run_with_task_is_repeatable(trained):
 def test_too_many_eigenvectors_are_refused_before_any_work(trained, monkeypatch):
     monkeypatch.setattr(eigenvectors, "LARGEST", 4 * 10 * sum(p.numel() for p in trained.parameters()))
     with pytest.raises(OptionError, match=r"eigenpairs=64 holds .* or fewer"):
-        quantize(copy.deepcopy(trained), [X], avg_bits=3, say=pytest.fail, **OPTIONS)
+        quantize(copy.deepcopy(trained), [X], avg_bits=3, **OPTIONS)
