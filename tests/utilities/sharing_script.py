@@ -102,7 +102,7 @@ def failing(rank: int, calls: int) -> Callable[..., torch.Tensor]:
 
 # What is asked for, and which call of the loss fails: ahead of the first step, and in the middle of three steps.
 FAILURES = {
-    "start": ({"kappa"}, 1),
+    "start": ({"kappa"}, 2),  # the first call only looks at how the loss runs the network
     "slopes": ({"gradient_norm"}, 4),
     "Hessian": ({"subspace"}, 4),
     "rounded": ({"loss_change"}, 11),

@@ -69,7 +69,7 @@ def test_float32_and_back_returns_the_very_values():
     before, parameter = module.weight.detach().clone(), module.weight
     with InFloat32(module) as float32:
         assert module.weight.dtype == torch.float32
-        assert float32.batches([torch.ones(2, 3).bfloat16()])[0].dtype == torch.float32
+        assert float32.batch(torch.ones(2, 3).bfloat16()).dtype == torch.float32
         assert float32.outside(lambda m: {"same": float(torch.equal(m.weight, before))})(module) == {"same": 1.0}
         with torch.no_grad():
             module.bias.zero_()
@@ -82,7 +82,7 @@ def test_double_precision_stays():
     module = nn.Linear(3, 3).double()
     with InFloat32(module) as float32:
         assert module.weight.dtype == torch.float64
-        assert float32.batches([torch.ones(2, 3).double()])[0].dtype == torch.float64
+        assert float32.batch(torch.ones(2, 3).double()).dtype == torch.float64
 
 
 def test_seeded_restores_the_random_states_after_an_error():

@@ -45,6 +45,8 @@ def unaccounted(model: nn.Module, layers: Sequence[Layer], sample: Any) -> set[s
         >>> unaccounted(net, layers, torch.ones(1, 2))
         {'1'}
     """
+    if not layers:  # a process may have none of its own
+        return set()
     watched = {id(m): layer for layer in layers for m in layer_modules(model, layer)}
     weights = [layer_weight(model, layer) for layer in layers]
     with requiring_gradients(weights):
