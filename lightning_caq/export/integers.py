@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,7 @@ class Integers:
     doubled: bool
 
 
-def to_integers(weight: Tensor, grid: Grid) -> Integers:
+def to_integers(weight: Tensor, grid: Grid, types: Collection[str] = tuple(TYPES)) -> Integers:
     """A weight on a grid as integers.
 
     Runtimes want whole zero points inside the range of the type. Where a zero point lies half-way between two codes,
@@ -44,9 +45,10 @@ def to_integers(weight: Tensor, grid: Grid) -> Integers:
     Args:
         weight: The weight.
         grid: Its grid, with one scale in all or one for each place along one dimension.
+        types: The types that may be used.
 
     Raises:
-        ExportError: If scales vary along more than one dimension.
+        ExportError: If scales vary along more than one dimension, or no type is large enough.
 
     Example:
         >>> grid = Grid(2, torch.tensor([[0.5]]), torch.tensor([[1.5]]))
@@ -62,10 +64,13 @@ def to_integers(weight: Tensor, grid: Grid) -> Integers:
     zero = (grid.zero_point * factor).to(torch.int32)
     low, high = zero.clamp(max=0), zero.maximum((factor * grid.top).to(torch.int32))
     span = int((high - low).max())
+    type_ = next((name for name, largest in TYPES.items() if name in types and span <= largest), None)
+    if type_ is None:
+        raise ExportError(f"Weights that take {span + 1} integers need uint16, which ONNX has from opset 21 on.")
     values = grid.codes(weight.detach()).to(torch.int32) * factor - low
     shape = grid.scale.numel() if axes else ()
     return Integers(
-        type=next(name for name, largest in TYPES.items() if span <= largest),
+        type=type_,
         values=values,
         scale=(grid.scale / factor).reshape(shape),
         zero_point=(zero - low).reshape(shape),

@@ -8,14 +8,12 @@ place.
 
 from __future__ import annotations
 
-import inspect
 import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,8 +24,10 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from lightning_caq.errors import ExportError
-from lightning_caq.export.integers import Integers, to_integers
-from lightning_caq.export.onnx_graph import DOMAIN, ROUND_INPUT, dequantize_input, quantize_rounded
+from lightning_caq.export.integers import TYPES, Integers, to_integers
+from lightning_caq.export.onnx_check import FLIPS, Reference, checked, largest
+from lightning_caq.export.onnx_graph import DOMAIN, ROUND_INPUT, dequantize_input, name_dimensions, quantize_rounded
+from lightning_caq.export.onnx_inputs import DynamicShapes, ExampleInputs, check_shapes, read_example
 from lightning_caq.export.packed_modules import check_quantized
 from lightning_caq.quantizers.fake_quant.modules import FakeQuant, quantized_weight
 from lightning_caq.quantizers.fake_quant.state import rounding_state
@@ -36,13 +36,9 @@ from lightning_caq.quantizers.grids.affine import Grid
 from lightning_caq.utilities.isolation import preserved
 from lightning_caq.utilities.structures import describe
 
-OPSET = 21  # the first with 4-bit types
+OPSET = 21  # the first with 4-bit and 16-bit types
+_OPSETS = range(18, 24)  # what torch's exporter writes and onnxruntime reads
 _PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-# Largest difference from PyTorch's outputs, relative to the largest of them: sums in another order, no more.
-_TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-# Where inputs are rounded, a value half-way between two codes, up to such differences, may fall to either side. Few do:
-# what that changes has to stay below this part of what the rounding of all inputs changes.
-_FLIPS = 0.5
 
 
 @dataclass(frozen=True)
@@ -52,40 +48,56 @@ class OnnxExport:
     Attributes:
         path: The file.
         types: Integer type of every quantized weight by state-dict key, such as ``{"conv1.weight": "uint4"}``.
-        notes: What was stored wider than its bit-width, and why.
-        difference: Largest difference between ONNX Runtime's and PyTorch's outputs for the example input.
+        notes: What was stored wider than its bit-width, and why; which sizes could not be checked; where ONNX
+            Runtime's defaults compute otherwise.
+        differences: Largest difference between ONNX Runtime's and PyTorch's values by output.
     """
 
     path: Path
     types: dict[str, str]
     notes: tuple[str, ...]
-    difference: float
+    differences: dict[str, float]
+
+    @property
+    def difference(self) -> float:
+        """The largest difference of all outputs."""
+        return max(self.differences.values(), default=0.0)
 
 
 def export_onnx(
-    model: nn.Module, path: str | Path, example_input: Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+    model: nn.Module,
+    path: str | Path,
+    example_input: Any,
+    *,
+    dynamic_shapes: DynamicShapes | None = None,
+    opset: int = OPSET,
 ) -> OnnxExport:
-    """Write a quantized network as ONNX (opset 21) with integer weights, and check it in ONNX Runtime.
+    """Write a quantized network as ONNX with integer weights, and check every output in ONNX Runtime.
 
     Weights are uint4 or uint8 with one scale and zero point a channel (DequantizeLinear); other bit-widths are stored
     in the next larger type that holds them. Dequantized weights equal PyTorch's to the last bit. Inputs that are
     rounded pass through QuantizeLinear and DequantizeLinear in uint8, after a Clip if their grid has fewer codes. The
-    network is exported in eval mode; the first dimension of every input may vary where the network allows it.
+    network is exported in eval mode.
 
     Args:
         model: The quantized network; left as it was.
         path: The file, such as ``net.onnx``.
-        example_input: An input: a tensor, a tuple of positional arguments, or a dict of keyword arguments of
-            ``forward``. Outputs are compared on it.
+        example_input: An input: a tensor, a tuple of positional arguments, or a dict: of keyword arguments of
+            ``forward``, or its one argument. Arguments may be tuples and dicts of tensors. Outputs are compared on it.
+        dynamic_shapes: Which dimensions may vary: input to dimension to a name, such as ``{"x": {0: "batch", 1:
+            "length"}}``; those of one name vary together. Inputs go by the parameters of ``forward`` and by the keys of
+            dicts. Outputs are compared at twice the size too. By default the first dimension of every input varies
+            where the network allows it.
+        opset: Version of ONNX's operators, 18 to 23. Before 21 there are no types of 4 and 16 bits: weights are uint8.
 
     Returns:
-        The path, the types, and notes on what was widened.
+        The path, the types, notes on what was widened, and the differences.
 
     Raises:
         LayerError: If the network is not quantized.
         ExportError: If packages of the extra ``onnx`` are missing, the network cannot take the example or holds an
-            operator that ONNX or ONNX Runtime lacks, or the outputs differ by more than rounding; no file is then
-            written.
+            operator that ONNX or ONNX Runtime lacks, a dimension cannot vary, or the outputs differ by more than
+            rounding; no file is then written.
 
     Example:
         >>> import pytest, tempfile
@@ -103,26 +115,38 @@ def export_onnx(
         torch.onnx, "ops"
     ):
         raise ExportError("Rounded activations are exported by torch 2.8 and later; install a newer torch.")
-    args, kwargs, names = _arguments(model, example_input)
+    if opset not in _OPSETS:
+        raise ExportError(f"opset={opset!r} is not allowed; give a number from {_OPSETS[0]} to {_OPSETS[-1]}.")
+    example = read_example(model, example_input)
+    check_shapes(example, dynamic_shapes)
     weights = _weights(model, modules)
-    integers = {key: to_integers(quantized_weight(module), _affine(key, module)) for key, module in weights.items()}
+    types = ("uint8",) if opset < OPSET else tuple(TYPES)
+    integers = {k: to_integers(quantized_weight(module), _affine(k, module), types) for k, module in weights.items()}
     with preserved(model), torch.no_grad():
-        output = _output(model, args, kwargs)
-        expected = _tensors(output)
-        with _inputs_kept(modules):
-            kept = _tensors(_output(model, args, kwargs))
-        flips = [_FLIPS * _largest(a - b) for a, b in zip(expected, kept, strict=True)]
+        references = [_reference(model, modules, example)]
+        notes = []
+        if dynamic_shapes:
+            try:
+                references.append(_reference(model, modules, example.enlarged(dynamic_shapes)))
+            except ExportError:
+                notes.append("The network cannot take inputs twice as large: only the size of the example was checked.")
         with _opened(modules):
-            proto = _traced(model, weights, args, kwargs, names, _output_names(output, len(expected)))
+            proto = _traced(model, weights, example, references[0].names, dynamic_shapes, opset)
+    name_dimensions(proto.graph, dynamic_shapes or {})
     for key, stored in integers.items():
         dequantize_input(proto.graph, key, stored)
     quantize_rounded(proto)
-    payload, difference = _checked(proto, [*args, *kwargs.values()], expected, flips)
+    check = checked(proto, references)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(payload)
-    notes = _notes({key: rounding_state(module).bits for key, module in weights.items()}, integers)
-    return OnnxExport(path, {key: stored.type for key, stored in integers.items()}, notes, difference)
+    path.write_bytes(check.payload)
+    widened = _notes({key: rounding_state(module).bits for key, module in weights.items()}, integers)
+    return OnnxExport(
+        path=path,
+        types={key: stored.type for key, stored in integers.items()},
+        notes=(*widened, *notes, *check.notes),
+        differences=check.differences,
+    )
 
 
 class _Opened(nn.Module):
@@ -132,7 +156,7 @@ class _Opened(nn.Module):
         super().__init__()
         self.model, self.keys = model, tuple(keys)
 
-    def forward(self, weights: list[Tensor], args: list[Tensor], kwargs: dict[str, Tensor]) -> Any:
+    def forward(self, weights: list[Tensor], args: list[Any], kwargs: dict[str, Any]) -> Any:
         return functional_call(self.model, dict(zip(self.keys, weights, strict=True)), tuple(args), kwargs)
 
 
@@ -204,36 +228,25 @@ def _inputs_kept(modules: Mapping[str, FakeQuant]) -> Iterator[None]:
             rounding_state(module).input_grid = grids[name]
 
 
-def _tensors(output: Any) -> list[Tensor]:
-    return [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+def _reference(model: nn.Module, modules: Mapping[str, FakeQuant], inputs: ExampleInputs) -> Reference:
+    """What the fake-quant network gives, and how far off a value may be that falls to another code."""
+    output = _output(model, inputs)
+    outputs = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+    with _inputs_kept(modules):
+        kept = [x for x in tree_leaves(_output(model, inputs)) if isinstance(x, Tensor)]
+    flips = [FLIPS * largest(a.double() - b.double()) for a, b in zip(outputs, kept, strict=True)]
+    names = _output_names(output, len(outputs))
+    return Reference(inputs=inputs.named, names=names, outputs=outputs, flips=flips)
 
 
-def _largest(values: Tensor) -> float:
-    return float(values.detach().abs().max()) if values.numel() else 0.0
-
-
-def _arguments(
-    model: nn.Module, example: Tensor | Sequence[Tensor] | Mapping[str, Tensor]
-) -> tuple[list[Tensor], dict[str, Tensor], list[str]]:
-    """Positional arguments, keyword arguments and the names of all of them."""
-    kwargs = dict(example) if isinstance(example, Mapping) else {}
-    args: list[Any] = [] if kwargs else [example] if isinstance(example, Tensor) else list(example)
-    if not all(isinstance(x, Tensor) for x in (*args, *kwargs.values())):
-        raise ExportError("example_input must be a tensor, a tuple of tensors or a dict of tensors.")
-    positional = [
-        p.name for p in inspect.signature(model.forward).parameters.values() if p.kind is not p.VAR_POSITIONAL
-    ]
-    names = [positional[i] if i < len(positional) else f"input_{i}" for i in range(len(args))]
-    return args, kwargs, [*names, *kwargs]
-
-
-def _output(model: nn.Module, args: list[Tensor], kwargs: dict[str, Tensor]) -> Any:
+def _output(model: nn.Module, inputs: ExampleInputs) -> Any:
     try:
-        return model(*args, **kwargs)
-    except (TypeError, ValueError, RuntimeError, LookupError) as error:
+        return model(*inputs.args, **inputs.kwargs)
+    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
         raise ExportError(
-            f"{type(model).__name__} cannot take example_input, {describe(kwargs or args)} ({type(error).__name__}: "
-            f"{error}); it must be a tensor, a tuple of forward's arguments, or a dict of them by name."
+            f"{type(model).__name__} cannot take example_input, {describe(inputs.example)} "
+            f"({type(error).__name__}: {error}); it must be a tensor, a tuple of forward's arguments, or a dict of "
+            "them by name."
         ) from error
 
 
@@ -246,29 +259,32 @@ def _output_names(output: Any, count: int) -> list[str]:
 def _traced(
     model: nn.Module,
     weights: Mapping[str, FakeQuant],
-    args: list[Tensor],
-    kwargs: dict[str, Tensor],
-    inputs: Sequence[str],
+    example: ExampleInputs,
     outputs: Sequence[str],
+    dynamic: DynamicShapes | None,
+    opset: int,
 ) -> Any:
     """The graph, with the quantized weights as its first inputs."""
-    vary = {0: torch.export.Dim.AUTO}
-    shapes = {
-        "weights": [{} for _ in weights],
-        "args": [vary if x.ndim else {} for x in args],
-        "kwargs": {name: vary if x.ndim else {} for name, x in kwargs.items()},
-    }
+    dims = {title: torch.export.Dim(title) for axes in (dynamic or {}).values() for title in axes.values()}
+
+    def shape(name: str, tensor: Tensor) -> dict[int, Any]:
+        if dynamic is None:
+            return {0: torch.export.Dim.AUTO} if tensor.ndim else {}
+        return {axis: dims[title] for axis, title in dynamic.get(name, {}).items()}
+
+    args, kwargs = example.with_tensors(shape)
+    shapes = {"weights": [{} for _ in weights], "args": list(args), "kwargs": kwargs}
     values = [module.weight.detach() for module in weights.values()]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter's own deprecations; what matters is checked afterwards
             program = torch.onnx.export(
                 _Opened(model, list(weights)).eval(),
-                kwargs={"weights": values, "args": args, "kwargs": kwargs},
+                kwargs={"weights": values, "args": list(example.args), "kwargs": example.kwargs},
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=opset,
                 dynamic_shapes=shapes,
-                input_names=[*weights, *inputs],
+                input_names=[*weights, *example.named],
                 output_names=list(outputs),
                 verbose=False,
             )
@@ -289,35 +305,6 @@ def _reason(error: BaseException) -> str:
     if operator:
         return f"ONNX has no counterpart for the operator {operator[1]}. Replace it, or leave it out of the network."
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
-
-
-def _checked(
-    proto: Any, inputs: Sequence[Tensor], expected: Sequence[Tensor], flips: Sequence[float]
-) -> tuple[bytes, float]:
-    """The bytes of a graph that gives the expected outputs in ONNX Runtime, and the largest difference."""
-    onnx, onnxruntime = import_module("onnx"), import_module("onnxruntime")
-    payload = proto.SerializeToString()
-    try:
-        onnx.checker.check_model(payload, full_check=True)
-        session = onnxruntime.InferenceSession(payload, providers=["CPUExecutionProvider"])
-        names = [x.name for x in session.get_inputs()]
-        outputs = session.run(None, {name: x.cpu().numpy() for name, x in zip(names, inputs, strict=True)})
-    except Exception as error:  # ONNX Runtime's exceptions share no other base
-        raise ExportError(
-            f"ONNX Runtime cannot run the exported network: {str(error).strip().splitlines()[0]}"
-        ) from error
-    largest = 0.0
-    for result, wanted, flip in zip(outputs, expected, flips, strict=True):
-        want = wanted.detach().cpu().double()
-        difference = _largest(torch.from_numpy(result).double() - want)
-        allowed = _TOLERANCES.get(wanted.dtype, 0.0) * _largest(want) + flip
-        if not difference <= allowed:
-            raise ExportError(
-                f"ONNX Runtime's outputs differ from PyTorch's by {difference:.3g}; rounding explains {allowed:.3g}. "
-                "The network was not written."
-            )
-        largest = max(largest, difference)
-    return payload, largest
 
 
 def _notes(bits: Mapping[str, int], integers: Mapping[str, Integers]) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
@@ -9,10 +10,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_caq.errors import ExportError
 from lightning_caq.export.integers import Integers
 from lightning_caq.quantizers.grids.activations import InputGrid
 
 DOMAIN, ROUND_INPUT = "lightning_caq", "RoundInput"
+
+
+def name_dimensions(graph: Any, dimensions: Mapping[str, Mapping[int, str]]) -> None:
+    """Give dimensions of inputs, and wherever else they occur, the names that the user gave them.
+
+    Args:
+        graph: The ``onnx.GraphProto``, changed in place.
+        dimensions: Input to dimension to name.
+
+    Raises:
+        ExportError: If the graph fixes one of them.
+    """
+    inputs = {x.name: x.type.tensor_type.shape.dim for x in graph.input}
+    names: dict[str, str] = {}
+    for name, axes in dimensions.items():
+        for axis, title in axes.items():
+            if inputs[name][axis].HasField("dim_value"):
+                raise ExportError(
+                    f"Dimension {axis} of the input {name!r} cannot vary: the network fixes it at "
+                    f"{inputs[name][axis].dim_value}. Leave it out of dynamic_shapes."
+                )
+            names[inputs[name][axis].dim_param] = title
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in names:
+                dim.dim_param = names[dim.dim_param]
 
 
 def dequantize_input(graph: Any, name: str, stored: Integers) -> None:

@@ -41,7 +41,9 @@ def from_matrix(layer: Layer, matrix: Tensor) -> Tensor:
     return matrix.reshape(layer.shape)
 
 
-def columns(layer: Layer, module: Any, inputs: Tensor, chosen: Tensor | None = None) -> Tensor:
+def columns(
+    layer: Layer, module: Any, inputs: Tensor, chosen: Tensor | None = None, size: Sequence[int] | None = None
+) -> Tensor:
     """The columns a layer multiplies, shape (samples, groups, columns, positions).
 
     Args:
@@ -49,6 +51,7 @@ def columns(layer: Layer, module: Any, inputs: Tensor, chosen: Tensor | None = N
         module: Its module, which is asked what operator it applies to what.
         inputs: Its input, samples first.
         chosen: Which positions of each sample to give, shape (samples, positions); all by default.
+        size: Size of its output past the channels, where a transposed convolution was asked for one.
 
     Returns:
         Columns such that ``to_matrix(layer, weight) @ columns`` is the output without bias, group by group.
@@ -61,7 +64,7 @@ def columns(layer: Layer, module: Any, inputs: Tensor, chosen: Tensor | None = N
         >>> torch.allclose(y.reshape(5, 4, 6, 6), conv(x), atol=1e-5)
         True
     """
-    call = operator_call(module, inputs)
+    call = operator_call(module, inputs, size)
     inputs = call.inputs
     if layer.kind == "linear":
         vectors = inputs.reshape(len(inputs), 1, -1, inputs.shape[-1]).transpose(2, 3)

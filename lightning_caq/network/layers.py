@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -139,8 +140,31 @@ def requiring_gradients(weights: Sequence[nn.Parameter]) -> Iterator[None]:
             weight.requires_grad_(flag)
 
 
-def apply_weight(module: nn.Module, weight: Tensor, inputs: Tensor) -> Tensor:
+def size_arguments(module: nn.Module, size: Sequence[int] | None) -> dict[str, list[int]]:
+    """How a module is told the size of its output: a transposed convolution can give several for one input.
+
+    Args:
+        module: The module.
+        size: Size of its output past the channels, of a call that is known.
+
+    Example:
+        >>> size_arguments(nn.ConvTranspose1d(1, 1, 2, 2), (9,)), size_arguments(nn.Conv1d(1, 1, 2), (9,))
+        ({'output_size': [9]}, {})
+    """
+    if size is None or not isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        return {}
+    takes = "output_size" in inspect.signature(module.forward).parameters
+    return {"output_size": list(size)} if takes else {}
+
+
+def apply_weight(module: nn.Module, weight: Tensor, inputs: Tensor, size: Sequence[int] | None = None) -> Tensor:
     """What a layer gives with another weight and no bias, past its hooks: a linear map in the weight and in the input.
+
+    Args:
+        module: The layer.
+        weight: The weight to use.
+        inputs: Its input.
+        size: Size of its output past the channels, where a transposed convolution was asked for one.
 
     Example:
         >>> fc = nn.Linear(2, 1)
@@ -154,7 +178,7 @@ def apply_weight(module: nn.Module, weight: Tensor, inputs: Tensor) -> Tensor:
         replaced["bias"] = torch.zeros_like(bias)
     try:
         module._parameters = replaced
-        output: Tensor = module.forward(inputs)
+        output: Tensor = module.forward(inputs, **size_arguments(module, size))
     finally:
         module._parameters = parameters
     return output

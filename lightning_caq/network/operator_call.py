@@ -6,7 +6,7 @@ those of EfficientNet do, carry ``padding=0`` and hand a padded input on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from lightning_caq.network.layers import size_arguments
 
 _PLAIN = {F.conv1d, F.conv2d, F.conv3d}
 _TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
@@ -44,12 +46,13 @@ class OperatorCall:
     output_padding: tuple[int, ...] = ()
 
 
-def operator_call(module: Any, inputs: Tensor) -> OperatorCall:
+def operator_call(module: Any, inputs: Tensor, size: Sequence[int] | None = None) -> OperatorCall:
     """The operator that a module applies its weight with, and what it is given; the operator itself is not run.
 
     Args:
         module: A linear layer or a convolution, of a subclass perhaps.
         inputs: The module's input.
+        size: Size of its output past the channels, where a transposed convolution was asked for one.
 
     Returns:
         The first call in the module's ``forward`` of an operator of its kind with a weight of its shape. Where there is
@@ -62,8 +65,8 @@ def operator_call(module: Any, inputs: Tensor) -> OperatorCall:
         (torch.Size([2, 1, 7, 7]), ((0, 0), (0, 0)))
     """
     kind = next(kind for kind in _KINDS if isinstance(module, kind))
-    for forward in (module.forward, lambda x: kind.forward(module, x)):
-        call = _intercepted(forward, module, inputs)
+    for forward in (module.forward, lambda x, **options: kind.forward(module, x, **options)):
+        call = _intercepted(forward, module, inputs, size_arguments(module, size))
         if call is not None:
             return call
     raise AssertionError(f"{kind.__name__} applies no operator")
@@ -94,10 +97,12 @@ class _Interception(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _intercepted(forward: Callable[..., Any], module: Any, inputs: Tensor) -> OperatorCall | None:
+def _intercepted(
+    forward: Callable[..., Any], module: Any, inputs: Tensor, options: Mapping[str, Any]
+) -> OperatorCall | None:
     try:
         with _Interception(module.weight.shape):
-            forward(inputs)
+            forward(inputs, **options)
     except _Intercepted as found:
         return found.call
     return None

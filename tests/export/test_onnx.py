@@ -187,13 +187,13 @@ def test_networks_that_onnx_cannot_hold(make, match, tmp_path):
 def test_outputs_that_differ(tmp_path, monkeypatch):
     net, to_integers = _swapped(nn.Sequential(nn.Linear(5, 4)), (3,)), onnx_export.to_integers
 
-    def wrong(weight, grid):
+    def wrong(weight, grid, types):
         stored = to_integers(weight, grid)
         stored.scale.mul_(1.001)
         return stored
 
     monkeypatch.setattr(onnx_export, "to_integers", wrong)
-    with pytest.raises(ExportError, match=r"differ from PyTorch's by .*; rounding explains"):
+    with pytest.raises(ExportError, match=r"differs from PyTorch's by .*; rounding explains"):
         export_onnx(net, tmp_path / "net.onnx", torch.randn(2, 5))
     assert not (tmp_path / "net.onnx").exists()
 
@@ -264,7 +264,7 @@ def test_tokens_are_not_rounded(tmp_path):
 def test_rounding_of_inputs_that_is_lost(tmp_path, monkeypatch):
     net = _with_inputs(_swapped(nn.Sequential(nn.Linear(9, 4)), (4,)), {"0": InputGrid(2, 1.0, 1)})
     monkeypatch.setattr(onnx_export.InputGrid, "nearest", lambda grid, values: values.float().round())
-    with pytest.raises(ExportError, match="differ from PyTorch's"):
+    with pytest.raises(ExportError, match="differs from PyTorch's"):
         export_onnx(net, tmp_path / "net.onnx", 5 * torch.randn(16, 9))
 
 

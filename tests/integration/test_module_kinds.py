@@ -90,6 +90,38 @@ def test_a_unet_is_read_as_classes_at_every_pixel():
     assert any("class" in note for note in result.report.notes), result.report.notes
 
 
+def test_a_unet_that_asks_for_the_size_of_its_skip():
+    class Asking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.middle = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1)
+            self.up, self.leave = nn.ConvTranspose2d(8, 6, 2, 2), nn.Conv2d(12, 3, 1)
+
+        def forward(self, images: Tensor) -> Tensor:
+            skip = F.relu(self.enter(images))
+            deep = F.relu(self.middle(F.max_pool2d(skip, 2)))
+            return self.leave(torch.cat([skip, self.up(deep, output_size=skip.shape[-2:])], 1))
+
+    for size in (8, 9):
+        quantized(Asking(), [torch.randn(8, 3, size, size) for _ in range(4)])
+
+
+def test_the_head_of_torchvisions_ssdlite():
+    ssdlite = pytest.importorskip("torchvision.models.detection.ssdlite")
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.down = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
+            self.head = ssdlite.SSDLiteHead([8, 8], [2, 2], 3, nn.BatchNorm2d)
+
+        def forward(self, images: Tensor) -> dict[str, Tensor]:
+            low = F.relu6(self.stem(images))
+            return self.head([low, F.relu6(self.down(low))])
+
+    quantized(Net(), [torch.randn(8, 3, 12, 12) for _ in range(4)])
+
+
 def test_an_autoencoder_is_read_as_values():
     net = nn.Sequential(nn.Linear(12, 6), nn.Tanh(), nn.Linear(6, 12))
     result = quantized(net, [torch.randn(16, 12) for _ in range(4)], loss_fn=lambda m, x: F.mse_loss(m(x), x))

@@ -7,7 +7,7 @@ from every import every
 from torch import nn
 
 from lightning_caq.network.layer_matrix import columns, count_positions, from_matrix, to_matrix
-from lightning_caq.network.layers import quantizable_layers
+from lightning_caq.network.layers import apply_weight, quantizable_layers
 
 
 def _linear():
@@ -107,6 +107,18 @@ def test_subclasses_multiply_what_their_operator_is_given():
             found, expected = found.transpose(2, 3).reshape(3, -1), expected.reshape(3, -1)
         torch.testing.assert_close(found.reshape(expected.shape), expected)
         assert count_positions(layer, module, x) == columns(layer, module, x).shape[-1]
+
+
+def test_a_transposed_convolution_gives_the_size_it_is_asked_for():
+    module = nn.ConvTranspose2d(4, 6, 3, stride=(2, 3), padding=1, groups=2).double()
+    (layer,), x = quantizable_layers(nn.Sequential(module)), torch.randn(2, 4, 5, 4, dtype=torch.float64)
+    for size in ((9, 10), (10, 12)):
+        with torch.no_grad():
+            expected = module(x, size) - module.bias[:, None, None]
+            found = to_matrix(layer, module.weight) @ columns(layer, module, x, size=size)
+            applied = apply_weight(module, module.weight, x, size)
+        torch.testing.assert_close(found.reshape(expected.shape), expected)
+        torch.testing.assert_close(applied, expected)
 
 
 def test_a_weight_that_is_computed_from_the_parameter():

@@ -137,7 +137,7 @@ def call_factors(layer: Layer, module: nn.Module, inputs: Tensor, gradient: Tens
         outs = gradient.reshape(len(gradient), 1, -1, gradient.shape[-1]).transpose(2, 3)
     else:
         outs = gradient.flatten(2).reshape(len(gradient), layer.groups, -1, gradient[0, 0].numel())
-    return _by_row(outs, rows), _by_row(columns(layer, module, inputs), rows)
+    return _by_row(outs, rows), _by_row(columns(layer, module, inputs, size=gradient.shape[2:]), rows)
 
 
 def _by_row(parts: Tensor, rows: int) -> Tensor:

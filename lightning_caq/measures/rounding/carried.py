@@ -109,8 +109,10 @@ def carried_errors(
         count = batch_size(batch)
         us = {
             (layer.name, b): [
-                _shifted(layer, apply_weight(module, delta, z).detach(), shifts.get(layer.name, {}).get(b))
-                for module, z, _ in calls[layer.name]
+                _shifted(
+                    layer, apply_weight(module, delta, z, zero.shape[2:]).detach(), shifts.get(layer.name, {}).get(b)
+                )
+                for module, z, zero in calls[layer.name]
             ]
             for layer in layers
             for b, delta in deltas[layer.name].items()
