@@ -272,8 +272,7 @@ def _check_inputs(batch: Batch, index: int) -> None:
             continue
         if bool((tensor.isnan() | tensor.isposinf()).any()):
             raise CalibrationError(
-                f"Calibration batch {index} holds NaN or infinite values: {describe(batch.data)}; leave such samples "
-                "out."
+                f"Calibration batch {index} holds NaN or infinite values: {describe(batch.data)}; leave them out."
             )
 
 
