@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_caq.network.forward import run_model
+from lightning_caq.network.padding import padding_of, padding_zeroed, without_padding
 
 Hook = Callable[[nn.Module, Tensor, Tensor], Tensor | None]
 
@@ -41,6 +42,13 @@ def watching(modules: Iterable[nn.Module], hook: Hook) -> Iterator[None]:
             handle.remove()
 
 
+def _shown(module: nn.Module, tensor: Tensor, keep: Tensor | None) -> Tensor:
+    return tensor
+
+
+_PADDING = {"shown": _shown, "dropped": without_padding, "zeroed": padding_zeroed}
+
+
 class _Seen(Exception):
     """Raised inside a forward pass once everything has been seen."""
 
@@ -52,6 +60,7 @@ def visit_modules(
     visit: Callable[[nn.Module, Tensor, Tensor], None],
     *,
     calls: int | None = None,
+    padding: Literal["shown", "dropped", "zeroed"] = "shown",
 ) -> None:
     """Run batches without gradients and show every call of the modules.
 
@@ -61,6 +70,7 @@ def visit_modules(
         batches: The batches to run.
         visit: Called with the module, its first argument and its output.
         calls: How many calls to see in each batch; what follows in the network is then not run. By default all runs.
+        padding: What is done to the vectors of positions that a batch's padding mask leaves out.
 
     Example:
         >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
@@ -69,17 +79,21 @@ def visit_modules(
         (3, 4) (3, 2)
     """
     left = 0
+    keep: Tensor | None = None
+    treat = {"shown": lambda module, tensor, keep: tensor, "dropped": without_padding, "zeroed": padding_zeroed}[
+        padding
+    ]
 
     def hook(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
         nonlocal left
-        visit(module, inputs, output)
+        visit(module, treat(module, inputs, keep), treat(module, output, keep))
         left -= 1
         if left == 0:
             raise _Seen
 
     with watching(modules, hook), torch.no_grad():
         for batch in batches:
-            left = calls if calls is not None else -1
+            left, keep = calls if calls is not None else -1, padding_of(batch)
             try:
                 run_model(model, batch)
             except _Seen:

@@ -17,7 +17,7 @@ def visit_layers(
     batches: Iterable[Any],
     visit: Callable[[Layer, nn.Module, Tensor], None],
 ) -> None:
-    """Run batches without gradients and show every call of the layers.
+    """Run batches without gradients and show every call of the layers, zeros in place of padding.
 
     Args:
         model: The network, in eval mode.
@@ -33,4 +33,8 @@ def visit_layers(
         fc (3, 2)
     """
     layer_of = {module: layer for layer in layers for module in layer_modules(model, layer)}
-    visit_modules(model, layer_of, batches, lambda module, inputs, _: visit(layer_of[module], module, inputs))
+
+    def show(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
+        visit(layer_of[module], module, inputs)
+
+    visit_modules(model, layer_of, batches, show, padding="zeroed")

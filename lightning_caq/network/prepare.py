@@ -35,7 +35,7 @@ ForwardFunction = Callable[[nn.Module, Any], Any]
 """What a user runs a module by: a function of the module and a batch that returns its outputs."""
 
 _SCALED_APART = 32  # columns of values; more are one field, such as the pixels of an image
-_NOISE = 0.02  # of a weight, to see whether shapes of outputs depend on it
+_NOISE = 0.1  # of a weight, about what 3 bits make, to see whether shapes of outputs depend on it
 
 
 @dataclass(frozen=True)
@@ -272,8 +272,7 @@ def _check_inputs(batch: Batch, index: int) -> None:
             continue
         if bool((tensor.isnan() | tensor.isposinf()).any()):
             raise CalibrationError(
-                f"Calibration batch {index} holds NaN or infinite values: {describe(batch.data)}; leave such samples "
-                "out."
+                f"Calibration batch {index} holds NaN or infinite values: {describe(batch.data)}; leave them out."
             )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_caq.network.forward import run_model
+from lightning_caq.network.padding import padding_of, without_padding
 from lightning_caq.utilities.memory import release_memory
 
 _local = threading.local()
@@ -32,17 +33,23 @@ class Call:
         module: The module.
         args: Its arguments by place.
         kwargs: Its arguments by keyword.
+        keep: Which positions of the batch are no padding, shape (samples, positions); ``None`` where all are none.
     """
 
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    keep: Tensor | None = None
 
     @property
     def inputs(self) -> Tensor:
         """The first argument."""
         first: Tensor = self.args[0] if self.args else next(iter(self.kwargs.values()))
         return first
+
+    def shown(self, tensor: Tensor) -> Tensor:
+        """An input or output of the module without the vectors of padding."""
+        return without_padding(self.module, tensor, self.keep)
 
     def output(self) -> Tensor:
         """What the module gives as it is now; the call itself still waits."""
@@ -113,7 +120,7 @@ class SteppedPasses:
         """Hook: one of these passes waits; calls by others, such as an evaluation in between, do not."""
         running: _Pass | None = getattr(_local, "running", None)
         if running in self._passes:
-            running.wait(Call(module, args, kwargs))
+            running.wait(Call(module, args, kwargs, running.keep))
 
 
 class _ClosedError(BaseException):
@@ -125,6 +132,7 @@ class _Pass:
 
     def __init__(self, model: nn.Module, batch: Any) -> None:
         self._model, self._batch = model, batch
+        self.keep = padding_of(batch)
         self._thread: threading.Thread | None = None
         self._call: Call | None = None
         self._error: BaseException | None = None

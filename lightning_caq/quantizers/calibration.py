@@ -76,7 +76,7 @@ def sample_inputs(model: nn.Module, layers: Sequence[Layer], batches: Sequence[A
         def visit(module: nn.Module, inputs: Tensor, output: Tensor, size: int = batch_size(batch)) -> None:
             samples[names[id(module)]].add(inputs, size)
 
-        visit_modules(model, watched, [batch], visit, calls=sum(layer.calls for layer in layers))
+        visit_modules(model, watched, [batch], visit, calls=sum(x.calls for x in layers), padding="dropped")
     return {name: torch.cat(sample.values) for name, sample in samples.items() if sample.values}
 
 
@@ -146,5 +146,5 @@ def input_grid(layer: Layer, calls: Iterable[Sequence[Call]], sizes: Sequence[in
     sample = _Sample(layer, sum(sizes))
     for size, batch_calls in zip(sizes, calls, strict=True):
         for call in batch_calls:
-            sample.add(call.inputs, size)
+            sample.add(call.shown(call.inputs), size)
     return {layer.name: fit_input_grid(torch.cat(sample.values), bits)} if sample.values else {}

@@ -84,7 +84,7 @@ def measure_moments(model: nn.Module, modules: Mapping[str, nn.Module], batches:
     def visit(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
         moments.setdefault(names[id(module)], Moments()).add(*_seen(module, inputs, lambda: output))
 
-    visit_modules(model, modules.values(), batches, visit)
+    visit_modules(model, modules.values(), batches, visit, padding="dropped")
     return moments
 
 
@@ -121,7 +121,8 @@ def move_statistics(
             after = Moments()
             for calls in passes.calls([module], before.calls // len(batches)):
                 for call in calls:
-                    after.add(*_seen(module, call.inputs, call.output))
+                    values, axis = _seen(module, call.inputs, call.output)
+                    after.add(call.shown(values), axis)
             shift = after.mean - before.mean
             if _is_batchnorm(module):
                 ratio = torch.where(before.var > 0, after.var / before.var.clamp_min(1e-30), 1.0)

@@ -73,5 +73,5 @@ def bias_corrections(
             error = apply_weight(module, delta, summed).movedim(layer.channel_axis, 0).flatten(1).double().sum(1)
             sums[b] = sums[b] + error if b in sums else error
 
-    visit_modules(model, owners, batches, visit)
+    visit_modules(model, owners, batches, visit, padding="dropped")
     return {name: {b: -total / counts[name] for b, total in sums.items()} for name, sums in totals.items()}

@@ -16,6 +16,7 @@ from lightning_caq.network.forward import run_model
 from lightning_caq.network.hooks import watching
 from lightning_caq.network.layer_matrix import along_channels
 from lightning_caq.network.layers import Layer, apply_weight, layer_modules
+from lightning_caq.network.padding import padding_of, padding_zeroed
 from lightning_caq.sizes import W, Width
 from lightning_caq.utilities.seeding import generator
 
@@ -150,11 +151,12 @@ def _run(model: nn.Module, layers: Sequence[Layer], batch: Any) -> tuple[Calls, 
     """The output of a batch, and every call of the layers: module, input, and a zero added to its output."""
     names = {id(module): layer.name for layer in layers for module in layer_modules(model, layer)}
     calls: Calls = {layer.name: [] for layer in layers}
+    keep = padding_of(batch)
 
     def hook(module: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
         # Gradients by this zero exist whether or not a weight or the input has one, and after changes in place.
         zero = torch.zeros_like(output, requires_grad=True)
-        calls[names[id(module)]].append((module, inputs.detach().clone(), zero))
+        calls[names[id(module)]].append((module, padding_zeroed(module, inputs, keep).detach().clone(), zero))
         return output + zero
 
     with torch.enable_grad(), watching([m for m in model.modules() if id(m) in names], hook):

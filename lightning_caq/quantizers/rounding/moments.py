@@ -66,9 +66,10 @@ def input_moments(layer: Layer, passes: PairedPasses) -> InputMoments | None:
         if [call.inputs.shape for call in before] != [call.inputs.shape for call in now]:
             before = now  # a network that routes its samples by their values: they cannot be told apart
         for call, float_call in zip(now, before, strict=True):
-            positions = count_positions(layer, call.module, call.inputs)
+            inputs_now, inputs_before = call.shown(call.inputs), float_call.shown(float_call.inputs)
+            positions = count_positions(layer, call.module, inputs_now)
             size = layer.weights * layer.groups // layer.channels * min(positions, wanted)
-            splits = (x.inputs.split(max(1, _CHUNK_NUMBERS // size)) for x in (call, float_call))
+            splits = (x.split(max(1, _CHUNK_NUMBERS // size)) for x in (inputs_now, inputs_before))
             for inputs, float_inputs in zip(*splits, strict=True):
                 # Other positions of each sample: an image's border and middle then count alike.
                 chosen = torch.rand(len(inputs), positions, generator=draws).argsort(1)[:, :wanted].to(inputs.device)
