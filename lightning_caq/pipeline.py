@@ -279,7 +279,7 @@ class _Network:
 class _Evaluation:
     """What is found out about the network that was selected, with the float one at hand."""
 
-    tightness: Tightness
+    tightness: Tightness | None
     studies: Studies
 
 
@@ -406,6 +406,8 @@ class _Steps:
     def evaluate(self, network: _Network, chooser: Chooser, maker: CandidateMaker, selection: Selection) -> _Evaluation:
         """Compare what was predicted with what is observed."""
         plan, studies = selection.chosen.plan, Studies()
+        if not plan.widths:
+            return _Evaluation(None, studies)
         with self.progress.step("tightness of the prediction"):
             _, reference = network.on(TIGHTNESS_SAMPLES)
             errors = tightness(network.model, network.layers, reference, chooser.profile, plan.widths)

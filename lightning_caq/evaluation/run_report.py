@@ -24,7 +24,7 @@ def run_report(
     profile: CurvatureProfile,
     selection: Selection,
     float_metrics: Mapping[str, float],
-    tightness: Tightness,
+    tightness: Tightness | None,
     studies: Studies,
     seconds: Mapping[str, float],
     notes: Sequence[Note] = (),
@@ -38,7 +38,7 @@ def run_report(
         profile: What was measured of them.
         selection: The networks that were made.
         float_metrics: Metrics of the float network by name.
-        tightness: Predicted and observed output errors.
+        tightness: Predicted and observed output errors; ``None`` where there are no bit-widths to predict for.
         studies: What else was computed to understand the result.
         seconds: Step to the seconds it took.
         notes: What the reader should know, ahead of the notes on measuring and on the networks.
@@ -55,7 +55,9 @@ def run_report(
             **{v: Size(plan.avg_bits, plan.ratio, plan.bytes, plan.memory_ratio) for v, plan in plans.items()},
         },
         metrics={f"{variant}/{name}": x for variant, values in metrics.items() for name, x in values.items()},
-        predicted_loss={v: x for v, plan in plans.items() if (x := profile.predicted_loss(plan.widths)) is not None},
+        predicted_loss={
+            v: x for v, plan in plans.items() if plan.widths and (x := profile.predicted_loss(plan.widths)) is not None
+        },
         options=options.to_dict(),
         versions=versions(),
         seconds=dict(seconds),

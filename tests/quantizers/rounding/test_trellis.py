@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lightning_caq.quantizers.packing.contexts import NEXT_STATE, MatrixForm
 from lightning_caq.quantizers.packing.entropy import encode
+from lightning_caq.quantizers.packing.trellis_codes import trellis_codes, trellis_values
 from lightning_caq.quantizers.rounding.rate import round_rate
-from lightning_caq.quantizers.rounding.trellis import SCALAR_STEP, round_trellis, trellis_codes, trellis_values
+from lightning_caq.quantizers.rounding.trellis import SCALAR_STEP, round_trellis
 
 
 def paths(codes: tuple[int, ...]) -> list[int]:
