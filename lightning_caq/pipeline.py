@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_caq.allocation.budget import MaxDrop, check_budget
+from lightning_caq.allocation.budget import MaxDrop, check_budget, check_coded_budget
 from lightning_caq.allocation.choose import Chooser
 from lightning_caq.allocation.mixed import MIXED, input_candidates
 from lightning_caq.errors import BudgetError, LayerError
@@ -42,7 +42,8 @@ from lightning_caq.reporting.html import write_html
 from lightning_caq.selection.candidate import CandidateMaker, prepare_candidates
 from lightning_caq.selection.long_axis import prepare_long_axis
 from lightning_caq.selection.select import Selection, Selector
-from lightning_caq.sizes import LayerSizes
+from lightning_caq.selection.steps import StepSearch
+from lightning_caq.sizes import STEPPED, LayerSizes
 from lightning_caq.studies import Studies, Tightness
 from lightning_caq.utilities.contexts import Evaluate, InFloat32, curvature_safe
 from lightning_caq.utilities.isolation import preserved
@@ -306,10 +307,13 @@ class _Steps:
             )
         for note in notes:
             self.progress.tell(note)
-        sizes = replace(deployed.sizes, quantizer=options.quantizer)
+        sizes = replace(deployed.sizes, quantizer=STEPPED if options.coding == "entropy" else options.quantizer)
         input_bits = input_candidates(len(layers), options.bits, options.activation_bits)
         sizes, most = (replace(sizes, activation_bits=tuple(row[i] for row in input_bits)) for i in (0, -1))
-        check_budget(options.budget, sizes, options.bits, most)
+        if options.coding == "fixed":
+            check_budget(options.budget, sizes, options.bits, most)
+        else:
+            check_coded_budget(options.budget, sizes)
         if options.rounding == "long_axis":
             check_memory(layers, options.eigenpairs)
         start = time.perf_counter()
@@ -401,6 +405,7 @@ class _Steps:
             options=self.options,
             progress=self.progress,
             float_metrics=float_metrics,
+            steps=StepSearch(maker, chooser.profile, self.options.bits) if self.options.coding == "entropy" else None,
         ).select()
 
     def evaluate(self, network: _Network, chooser: Chooser, maker: CandidateMaker, selection: Selection) -> _Evaluation:

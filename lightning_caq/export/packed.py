@@ -22,7 +22,7 @@ from lightning_caq.export.packed_modules import (
     packed_weight,
 )
 from lightning_caq.export.packed_table import PackedTable
-from lightning_caq.export.sealed import read_sealed, write_sealed
+from lightning_caq.export.sealed import read_sealed, sealed, write_sealed
 from lightning_caq.network.layers import kind_of
 from lightning_caq.quantizers.fake_quant.modules import on_grid
 from lightning_caq.quantizers.fake_quant.state import rounding_state
@@ -73,6 +73,24 @@ def save_quantized(model: nn.Module, path: str | Path) -> Path:
         >>> torch.equal(load_quantized(fresh, path)(x), net(x))
         True
     """
+    return write_sealed(path, VERSION, *_contents(model))
+
+
+def quantized_bytes(model: nn.Module) -> int:
+    """Bytes of the file that ``save_quantized`` would write.
+
+    Example:
+        >>> from lightning_caq import quantize
+        >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        >>> _ = quantize(net, [torch.randn(64, 8)], avg_bits=3)
+        >>> quantized_bytes(net) > 8 * 16 * 3 / 8
+        True
+    """
+    return len(sealed(VERSION, *_contents(model)))
+
+
+def _contents(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Description and tensors of a quantized network."""
     modules = check_quantized(model)
     state = _state(model)
     tied = _tied(state)
@@ -95,7 +113,7 @@ def save_quantized(model: nn.Module, path: str | Path) -> Path:
         layer = _Layer(
             key=key,
             modules=tuple(tied_modules),
-            bits=packed.bits,
+            bits=packed.bits if isinstance(packed.bits, int) else round(packed.bits, 3),
             shape=packed.shape,
             dtype=dtype,
             input_grid=inputs,
@@ -107,7 +125,7 @@ def save_quantized(model: nn.Module, path: str | Path) -> Path:
         tensors |= {f"{key}.{part}": getattr(packed, part) for part in packed.parts}
     tensors |= coded_tensors([x for x in weights if isinstance(x, CodedWeight)])
     description = {"network": type(model).__name__, "layers": [asdict(x) for x in layers], "tied": tied}
-    return write_sealed(path, VERSION, description, tensors)
+    return description, tensors
 
 
 def load_quantized(model: nn.Module, path: str | Path, *, packed: bool = False) -> nn.Module:
