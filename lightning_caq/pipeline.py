@@ -16,6 +16,7 @@ from lightning_caq.allocation.choose import Chooser
 from lightning_caq.allocation.mixed import MIXED, input_candidates
 from lightning_caq.errors import BudgetError, LayerError
 from lightning_caq.evaluation.explain_run import explain
+from lightning_caq.evaluation.rate_limit import plan_limit
 from lightning_caq.evaluation.run_report import run_report
 from lightning_caq.evaluation.same_metrics import WatchedEvaluation, same_metrics_note
 from lightning_caq.evaluation.tightness import tightness
@@ -44,7 +45,7 @@ from lightning_caq.selection.long_axis import prepare_long_axis
 from lightning_caq.selection.select import Selection, Selector
 from lightning_caq.selection.steps import StepSearch
 from lightning_caq.sizes import STEPPED, LayerSizes
-from lightning_caq.studies import Studies, Tightness
+from lightning_caq.studies import RateLimit, Studies, Tightness
 from lightning_caq.utilities.contexts import Evaluate, InFloat32, curvature_safe
 from lightning_caq.utilities.isolation import preserved
 from lightning_caq.utilities.keywords import known_keywords, takes_fields_of
@@ -282,6 +283,7 @@ class _Evaluation:
 
     tightness: Tightness | None
     studies: Studies
+    limit: RateLimit | None = None
 
 
 @dataclass(frozen=True)
@@ -412,7 +414,7 @@ class _Steps:
         """Compare what was predicted with what is observed."""
         plan, studies = selection.chosen.plan, Studies()
         if not plan.widths:
-            return _Evaluation(None, studies)
+            return _Evaluation(None, studies, plan_limit(network.model, plan))
         with self.progress.step("tightness of the prediction"):
             _, reference = network.on(TIGHTNESS_SAMPLES)
             errors = tightness(network.model, network.layers, reference, chooser.profile, plan.widths)
@@ -440,6 +442,7 @@ class _Steps:
             float_metrics=float_metrics,
             tightness=evaluation.tightness,
             studies=evaluation.studies,
+            limit=evaluation.limit,
             seconds=self.progress.seconds,
             notes=self._notes(network, float_metrics, selection),
         )

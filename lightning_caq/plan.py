@@ -40,6 +40,8 @@ class LayerPlan:
         grid: Bit-width, scales and zero points, a codebook, or a step.
         codes: Codes of the weights in the shape of the weight, uint8; int32 where they have no bit-width.
         input_grid: Grid that the layer's input is rounded to, or ``None``.
+        distortion: Where codes were entropy-coded, the mean squared error of a weight by which they are compared with
+            the limit, see ``rate_limit``; it is not saved.
     """
 
     name: str
@@ -47,6 +49,7 @@ class LayerPlan:
     grid: Values
     codes: Tensor
     input_grid: InputGrid | None = None
+    distortion: float | None = None
 
     @property
     def values(self) -> Tensor:

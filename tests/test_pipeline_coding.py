@@ -14,6 +14,7 @@ from lightning_caq.errors import BudgetError, LayerError, OptionError, PlanError
 from lightning_caq.export.packed import load_quantized, save_quantized
 from lightning_caq.plan import QuantizationPlan
 from lightning_caq.quantizers.grids.stepped import SteppedGrid
+from lightning_caq.report import QuantizationReport
 
 
 def network() -> nn.Sequential:
@@ -132,3 +133,15 @@ def test_what_has_no_meaning_without_widths_is_refused_before_any_work() -> None
     with pytest.raises(BudgetError, match="small"):
         quantize(net, [images()], **QUICK, max_bytes=400)
     assert all(torch.equal(x, before[name]) for name, x in net.state_dict().items())
+
+
+def test_the_report_says_how_far_from_the_limit_the_codes_are() -> None:
+    net = network()
+    report = quantize(net, [images()], **QUICK, avg_bits=2.5).report
+    limit = report.rate_limit
+    assert limit is not None
+    assert [x.name for x in limit.layers] == ["0", "3", "5", "9"]
+    assert limit.bits == pytest.approx(report.sizes["quantized"].avg_bits)
+    assert 0 < limit.gap < 1
+    assert any("Shannon" in note for note in report.notes)
+    assert QuantizationReport.from_json(report.to_json()) == report

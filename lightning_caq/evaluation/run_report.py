@@ -13,7 +13,7 @@ from lightning_caq.profile import CurvatureProfile
 from lightning_caq.report import LayerRow, QuantizationReport, Size
 from lightning_caq.selection.select import Selection
 from lightning_caq.sizes import FLOAT_BITS, LayerSizes
-from lightning_caq.studies import Studies, Tightness
+from lightning_caq.studies import RateLimit, Studies, Tightness
 
 
 def run_report(
@@ -26,6 +26,7 @@ def run_report(
     float_metrics: Mapping[str, float],
     tightness: Tightness | None,
     studies: Studies,
+    limit: RateLimit | None = None,
     seconds: Mapping[str, float],
     notes: Sequence[Note] = (),
 ) -> QuantizationReport:
@@ -40,6 +41,7 @@ def run_report(
         float_metrics: Metrics of the float network by name.
         tightness: Predicted and observed output errors; ``None`` where there are no bit-widths to predict for.
         studies: What else was computed to understand the result.
+        limit: Bits of entropy-coded layers beside their limit.
         seconds: Step to the seconds it took.
         notes: What the reader should know, ahead of the notes on measuring and on the networks.
     """
@@ -61,8 +63,9 @@ def run_report(
         options=options.to_dict(),
         versions=versions(),
         seconds=dict(seconds),
-        notes=(*notes, *_sampling_note(profile), *selection.notes),
+        notes=(*notes, *_sampling_note(profile), *selection.notes, *_limit_note(limit)),
         tightness=tightness,
+        rate_limit=limit,
         studies=studies,
     )
 
@@ -102,6 +105,17 @@ def _rows(layers: Sequence[Layer], profile: CurvatureProfile, selection: Selecti
             },
         )
         for layer in layers
+    )
+
+
+def _limit_note(limit: RateLimit | None) -> tuple[Note, ...]:
+    if limit is None:
+        return ()
+    return (
+        Note(
+            f"Codes take {limit.bits:.2f} bits a weight; no code of weights with these densities takes fewer than "
+            f"{limit.limit:.2f} at this error (Shannon's lower bound), a gap of {limit.gap:.2f}."
+        ),
     )
 
 

@@ -160,10 +160,10 @@ class CandidateMaker:
             for index, (layer, step) in enumerate(zip(self.layers, choice.steps, strict=True)):
                 if choice.inputs:
                     passes.round_inputs(layer, choice.inputs[index])
-                grid, codes = self.steps.round(self.model, layer, step, passes)
+                grid, codes, distortion = self.steps.round(self.model, layer, step, passes)
                 with torch.no_grad():
                     layer_weight(self.model, layer).copy_(grid.values(codes))
-                plans.append(LayerPlan(layer.name, layer.modules, grid, codes))
+                plans.append(LayerPlan(layer.name, layer.modules, grid, codes, distortion=distortion))
         return plans, passes.inputs
 
     def _round(self, choice: Choice) -> Rounded:

@@ -112,6 +112,29 @@ def refit_step(matrices: Tensor, codes: Tensor, curvature: Tensor | None, step: 
     return best if best > 0 else step
 
 
+def distortion(matrices: Tensor, values: Tensor, curvature: Tensor | None) -> float:
+    """Mean squared error of a weight, had each an error of its own that no other takes over.
+
+    Error feedback leaves the output error Σ_j d_j D_j, d_j what column j's error costs after those behind it took over
+    what they can. At the best rate d_j D_j is the same for all columns, so that D has the geometric mean (mean of
+    e H eᵀ a weight) / d̄.
+
+    Args:
+        matrices: The weight, shape (groups, outputs, columns).
+        values: What it was rounded to.
+        curvature: E[z zᵀ], or ``None``, where it is the plain mean.
+
+    Example:
+        >>> distortion(torch.zeros(1, 1, 2), torch.tensor([[[0.0, 2.0]]]), None)
+        2.0
+    """
+    e = (values - matrices).double()
+    if curvature is None:
+        return float(e.square().mean())
+    costs = inverse_factors(curvature).diagonal(dim1=1, dim2=2).double().log().mean().mul(-2).exp()
+    return float(((e @ damped(curvature)) * e).sum() / costs / max(e.numel(), 1))
+
+
 def _feedback(matrix: Tensor, factor: Tensor, weight: Tensor, prices: Tensor) -> Tensor:
     """Codes of one group; the matrix has shape (outputs, columns)."""
     w = matrix.T.contiguous()  # columns become rows: what the loop touches then lies together in memory

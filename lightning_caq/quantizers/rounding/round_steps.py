@@ -12,7 +12,7 @@ from lightning_caq.network.layers import Layer, layer_weight
 from lightning_caq.quantizers.grids.stepped import SteppedGrid
 from lightning_caq.quantizers.rounding.moments import input_moments
 from lightning_caq.quantizers.rounding.passes import PairedPasses
-from lightning_caq.quantizers.rounding.rate import refit_step, round_rate
+from lightning_caq.quantizers.rounding.rate import distortion, refit_step, round_rate
 from lightning_caq.quantizers.rounding.round_layer import corrected_weight
 from lightning_caq.quantizers.rounding.trellis import SCALAR_STEP, round_trellis
 
@@ -31,7 +31,9 @@ class StepRounding:
     looks: bool = True
     trellis: bool = True
 
-    def round(self, model: nn.Module, layer: Layer, step: float, passes: PairedPasses) -> tuple[SteppedGrid, Tensor]:
+    def round(
+        self, model: nn.Module, layer: Layer, step: float, passes: PairedPasses
+    ) -> tuple[SteppedGrid, Tensor, float]:
         """Values and codes of one layer; the network is left as it is.
 
         Args:
@@ -41,7 +43,8 @@ class StepRounding:
             passes: The calibration batches in the network as it is and in the float one.
 
         Returns:
-            The values, whose step is refitted to the codes, and codes, int32 in the shape of the weight.
+            The values, whose step is refitted to the codes; codes, int32 in the shape of the weight; and the mean
+            squared error of a weight, see ``rate.distortion``.
         """
         weight = layer_weight(model, layer).detach()
         moments = input_moments(layer, passes) if self.looks else None
@@ -59,4 +62,5 @@ class StepRounding:
             torch.full(shape, step, dtype=torch.float32, device=weight.device),
             transposed=layer.groups if layer.transposed else 0,
         )
-        return grid, from_matrix(layer, codes.to(torch.int32)).contiguous()
+        error = distortion(matrices, step * codes, curvature)
+        return grid, from_matrix(layer, codes.to(torch.int32)).contiguous(), error
