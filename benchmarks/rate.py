@@ -97,72 +97,81 @@ def measure(name: str, ratios: Sequence[float], args: argparse.Namespace) -> Ite
     """All rows of one network, the float one first."""
     train, test = load_cifar10(args.data)
     network = load_network(name, args.data) if name in BLOCKS else trained(name, train)
-    outputs = predict(network, test)
+    case = Case(name, network, test, predict(network, test))
     weights = sum(p.numel() for p in network.parameters() if p.ndim > 1)
     yield Row(name, FLOAT, "", 1.0, 4 * weights, 0.0, 0.0, None, accuracy(network, test), None, 0, 0.0)
     for seed in range(args.seeds):
         calibration = train.sample(SAMPLES, seed)
         for ratio in ratios:
-            fixed = quantized(name, network, ratio, calibration, test, outputs, seed, "fixed", "cet", None)
+            fixed = case.quantized(calibration, seed, coding="fixed", method="cet", ratio=ratio)
             if fixed is not None:
                 yield fixed[0]
             for method in args.method:
                 per_image = None if fixed is None else fixed[1]
-                coded = quantized(name, network, ratio, calibration, test, outputs, seed, "entropy", method, per_image)
+                coded = case.quantized(
+                    calibration, seed, coding="entropy", method=method, ratio=ratio, fixed_errors=per_image
+                )
                 if coded is not None:
                     yield coded[0]
 
 
-def quantized(
-    name: str,
-    network: nn.Module,
-    ratio: float,
-    calibration: Images,
-    test: Images,
-    outputs: Tensor,
-    seed: int,
-    coding: str,
-    method: str,
-    fixed: Tensor | None,
-) -> tuple[Row, Tensor] | None:
-    """A row and the error of each test image; nothing where the ratio cannot be met."""
-    start = time.perf_counter()
-    try:
-        result = quantize(
-            network,
-            calibration.batches(64),
-            method=method,
-            ratio=ratio,
+@dataclass(frozen=True)
+class Case:
+    """A float network, the test images and its outputs on them."""
+
+    name: str
+    network: nn.Module
+    test: Images
+    outputs: Tensor
+
+    def quantized(
+        self,
+        calibration: Images,
+        seed: int,
+        *,
+        coding: str,
+        method: str,
+        ratio: float,
+        fixed_errors: Tensor | None = None,
+    ) -> tuple[Row, Tensor] | None:
+        """A row and the error of each test image; nothing where the ratio cannot be met."""
+        start = time.perf_counter()
+        try:
+            result = quantize(
+                self.network,
+                calibration.batches(64),
+                method=method,
+                ratio=ratio,
+                coding=coding,
+                bits=WIDTHS,
+                compare=(),
+                guard=False,
+                seed=seed,
+                inplace=False,
+            )
+        except CAQError as error:
+            print(f"{self.name}, {coding}, {ratio:g}x: {error}", file=sys.stderr)
+            return None
+        seconds = time.perf_counter() - start
+        made, outputs = predict(result.model, self.test), self.outputs
+        errors = (made - outputs).square().sum(1)
+        log, log_made = outputs.log_softmax(1), made.log_softmax(1)
+        limit = result.report.rate_limit
+        row = Row(
+            model=self.name,
             coding=coding,
-            bits=WIDTHS,
-            compare=(),
-            guard=False,
+            method=method,
+            ratio=result.plan.ratio,
+            bytes=result.plan.bytes,
+            kl=float((log.exp() * (log - log_made)).sum(1).mean()),
+            output_error=math.sqrt(float(errors.mean() / outputs.square().sum(1).mean())),
+            log_error_ratio=None if fixed_errors is None else float((errors / fixed_errors).log().mean() / 2),
+            accuracy=accuracy(result.model, self.test),
+            gap_bits=None if limit is None else limit.gap,
             seed=seed,
-            inplace=False,
+            seconds=seconds,
         )
-    except CAQError as error:
-        print(f"{name}, {coding}, {ratio:g}x: {error}", file=sys.stderr)
-        return None
-    seconds = time.perf_counter() - start
-    made = predict(result.model, test)
-    errors = (made - outputs).square().sum(1)
-    log, log_made = outputs.log_softmax(1), made.log_softmax(1)
-    limit = result.report.rate_limit
-    row = Row(
-        model=name,
-        coding=coding,
-        method=method,
-        ratio=result.plan.ratio,
-        bytes=result.plan.bytes,
-        kl=float((log.exp() * (log - log_made)).sum(1).mean()),
-        output_error=math.sqrt(float(errors.mean() / outputs.square().sum(1).mean())),
-        log_error_ratio=None if fixed is None else float((errors / fixed).log().mean() / 2),
-        accuracy=accuracy(result.model, test),
-        gap_bits=None if limit is None else limit.gap,
-        seed=seed,
-        seconds=seconds,
-    )
-    return row, errors
+        return row, errors
 
 
 def predict(model: nn.Module, images: Images) -> Tensor:
@@ -179,9 +188,9 @@ def as_text(rows: Sequence[Row], command: str) -> str:
     cells = [[*key[:3], *means(group)] for key, group in groups.items()]
     seeds = 1 + max(row.seed for row in rows)
     notes = (
-        f"Test figures on 1,000 images, means over {seeds} calibration seeds of {SAMPLES} images; all bytes of weights, "
-        "steps and scales counted. ln ratio: mean over images of the logarithm of the error over that of fixed widths "
-        f"at the same ratio.\n{machine()}\nCommand: {command}"
+        f"Test figures on 1,000 images, means over {seeds} calibration seeds of {SAMPLES} images; all bytes of "
+        "weights, steps and scales counted. ln ratio: mean over images of the logarithm of the error over that of "
+        f"fixed widths at the same ratio.\n{machine()}\nCommand: {command}"
     )
     return f"{text_table(header, cells)}\n\n{notes}"
 

@@ -1,4 +1,4 @@
-"""Two networks whose layers are unlike each other, trained here on 2,000 images: a MobileNet-like one, a transformer."""
+"""Two networks whose layers are unlike each other, trained on 2,000 images: a MobileNet-like one, a transformer."""
 
 from __future__ import annotations
 

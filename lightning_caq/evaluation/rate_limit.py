@@ -3,8 +3,8 @@
 Shannon's lower bound on rate at squared error D, with the density p of the weights: R(D) ≥ h(p) − ½ log₂(2πe D), and no
 less than 0 (Shannon 1959; tight at high rate, Linkov 1965). Of a layer the error is the one that counts at its output,
 per column what no later column takes over: error feedback makes it e H eᵀ, whose share of a weight is D times the
-geometric mean of H's conditional variances d_j; the bound is taken at D = (mean of e H eᵀ a weight) / d̄. At one bit and
-below the bound lies under what can be reached.
+geometric mean of H's conditional variances d_j; the bound is taken at D = (mean of e H eᵀ a weight) / d̄. At one bit
+and below the bound lies under what can be reached.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_caq.plan import QuantizationPlan
 from lightning_caq.studies import LayerRate, RateLimit
@@ -97,5 +97,12 @@ def plan_limit(model: nn.Module, plan: QuantizationPlan) -> RateLimit | None:
     layers = [x for x in plan.layers if x.distortion is not None]
     if not layers:
         return None
-    weights = {x.name: model.get_submodule(x.name).weight.detach().float().cpu().numpy() for x in layers}  # type: ignore[operator]
+    weights = {x.name: _weight(model, x.name) for x in layers}
     return rate_limit(weights, {x.name: x.distortion or 0.0 for x in layers}, plan.bits)
+
+
+def _weight(model: nn.Module, name: str) -> NDArray[np.float32]:
+    weight = model.get_submodule(name).weight
+    assert isinstance(weight, Tensor)
+    values: NDArray[np.float32] = weight.detach().float().cpu().numpy()
+    return values
