@@ -134,7 +134,7 @@ def as_text(rows: Sequence[Row], rounds: int, command: str) -> str:
     ]
     notes = (
         f"{rows[0].matrices} matrices of {rows[0].rows:,} by {COLUMNS} independent codes; bits a "
-        f"code, and millions of codes a second of processor time, fastest of {rounds} rounds on one core.\n{machine()}\n"
+        f"code, and millions of codes a second of processor time, fastest of {rounds} rounds.\n{machine()}\n"
         f"Command: {command}"
     )
     return f"{text_table(header, cells)}\n\n{notes}"

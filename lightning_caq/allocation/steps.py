@@ -12,7 +12,7 @@ best shows in the output error at equal bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +27,7 @@ EXPONENTS = (0.0, 0.25, 0.5)
 
 _SEARCHES = 12
 _ROOM = 0.005  # part of the bytes that a budget may be left short of
+_GRAIN = 8  # bytes; streams come in words of four
 _FARTHEST = 4.0  # octaves that one guess may go
 
 
@@ -119,8 +120,9 @@ def equal_slope(
 def search_multiplier(coded_bytes: Callable[[float], int], target: float, *, start: float, weights: int) -> float:
     """A multiplier whose bytes are within a budget and nearly use it up.
 
-    Halving the multiplier costs at most one bit a weight, and about one where codes are large; the slope between the
-    two nearest guesses says how much here.
+    False position between the nearest multipliers on either side, in octaves, where bytes are nearly linear; before
+    there are two sides, by the slope that codes of such a size have, at most one bit a weight and octave. Bytes are not
+    quite monotone, since every multiplier is a rounding of its own.
 
     Args:
         coded_bytes: Bytes that the codes take with a multiplier, falling as it grows but for noise.
@@ -140,34 +142,35 @@ def search_multiplier(coded_bytes: Callable[[float], int], target: float, *, sta
         ...     tried.append(m)
         ...     return int(1000 * max(3 - np.log2(m), 0) / 8)
         >>> m = search_multiplier(coded, 250, start=4.0, weights=1000)
-        >>> 248 < coded(m) <= 250, len(tried) < 6
+        >>> 242 <= coded(m) <= 250, len(tried) < 6
         (True, True)
     """
-    tried: list[tuple[float, int]] = []
-    multiplier, aim = start, target * (1 - _ROOM / 2)
+    room = max(_ROOM * target, _GRAIN)
+    tried: dict[float, int] = {}
+    multiplier = start
     for _ in range(_SEARCHES):
-        size = coded_bytes(multiplier)
-        tried.append((multiplier, size))
-        if target * (1 - _ROOM) <= size <= target:
+        tried[multiplier] = coded_bytes(multiplier)
+        if target - room <= tried[multiplier] <= target:
             break
-        multiplier = _next(tried, aim, weights)
-    within = [pair for pair in tried if pair[1] <= target]
+        multiplier = _next(tried, target, target - room / 2, weights)
+    within = {m: size for m, size in tried.items() if size <= target}
     if not within:
-        least = min(size for _, size in tried)
         raise BudgetError(
-            f"The codes cannot be made as small as {target:,.0f} bytes: with the largest step that was tried they take "
-            f"{least:,}. Ask for less compression."
+            f"The codes cannot be made as small as {max(target, 0):,.0f} bytes: with the largest step that was tried "
+            f"they take {min(tried.values()):,}. Ask for less compression."
         )
-    return max(within, key=lambda pair: pair[1])[0]
+    return max(within, key=lambda m: within[m])
 
 
-def _next(tried: Sequence[tuple[float, int]], aim: float, weights: int) -> float:
-    """The multiplier to try next: on the line through the two guesses nearest to the aim, in octaves."""
-    near = sorted(tried, key=lambda pair: abs(pair[1] - aim))
-    multiplier, size = near[0]
-    slope = weights / 8 * min(1.0, max(8 * size / weights / 2, 0.05))  # bytes an octave, before two are known
-    if len(near) > 1 and near[1][0] != multiplier:
-        measured = (near[1][1] - size) / np.log2(multiplier / near[1][0])
-        slope = measured if measured > 0.01 * slope else slope
-    octaves = float(np.clip((size - aim) / slope, -_FARTHEST, _FARTHEST))
-    return float(multiplier * 2.0**octaves)
+def _next(tried: Mapping[float, int], target: float, aim: float, weights: int) -> float:
+    """The multiplier to try next."""
+    low = max((m for m, size in tried.items() if size > target), default=None)  # too many bytes
+    high = min((m for m, size in tried.items() if size <= target and m > (low or 0.0)), default=None)
+    if low is None or high is None:
+        edge, sign = (low, 1.0) if low is not None else (min(tried), -1.0)
+        size = tried[edge]
+        slope = weights / 8 * min(1.0, max(4 * size / weights, 0.05))  # bytes an octave
+        least = 0.005 * 2.0 ** len(tried)  # noise must not hold the search where it is
+        return float(edge * 2.0 ** (sign * min(max(abs(size - aim) / slope, least), _FARTHEST)))
+    share = (tried[low] - aim) / max(tried[low] - tried[high], 1)
+    return float(low * (high / low) ** min(max(share, 0.1), 0.9))

@@ -48,7 +48,7 @@ class Quantizer:
 
     def fit(
         self, weight: Tensor, bits: Width, channel_shape: tuple[int, ...], importance: Tensor | None = None
-    ) -> Values:
+    ) -> Grid | Codebook:
         """The values for a weight.
 
         Args:
