@@ -118,7 +118,7 @@ class Selector:
         if smallest_passing(passes, low, high, self.options.max_evaluations) is None:
             least = min(self._drop(candidate, budget) for candidate in tried.values())
             raise BudgetError(
-                f"{budget} cannot be met: even with {high:g} bits a weight {budget.monitor} drops by {least:.4g}; "
+                f"{budget} cannot be met: even with every layer at {high:g} bits {budget.monitor} drops by {least:.4g}; "
                 "allow a larger drop or add larger bit-widths."
             )
         good = [candidate for candidate in tried.values() if self._drop(candidate, budget) <= budget.value]
