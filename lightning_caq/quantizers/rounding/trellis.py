@@ -71,14 +71,14 @@ def _viterbi(x: Tensor, factors: Tensor, weight: Tensor, prices: Tensor) -> tupl
     groups, outputs, columns = x.shape
     lanes = _Lanes(groups * outputs, prices)
     paths = x.movedim(2, 0).reshape(columns, -1, 1).repeat(1, 1, STATES).view(columns, -1)
-    froms = torch.empty(columns, groups * outputs, STATES, dtype=torch.uint8, device=x.device)
+    origins = torch.empty(columns, groups * outputs, STATES, dtype=torch.uint8, device=x.device)
     codes = torch.empty(columns, groups * outputs, STATES, dtype=torch.int32, device=x.device)
     for start in range(0, columns, _BLOCK):
         stop = min(start + _BLOCK, columns)
         block, ancestors = paths[start:stop].clone(), torch.arange(paths.shape[1], device=x.device)
         for j in range(start, stop):
             cost = weight[:, j].repeat_interleave(outputs)[:, None, None]
-            froms[j], codes[j], errors, parents = lanes.step(block[j - start], cost)
+            origins[j], codes[j], errors, parents = lanes.step(block[j - start], cost)
             block, ancestors = block.index_select(1, parents), ancestors[parents]
             errors = errors.view(groups, -1) / factors[:, j, j, None]
             ahead = block[j - start + 1 :].view(stop - j - 1, groups, outputs * STATES)
@@ -92,7 +92,7 @@ def _viterbi(x: Tensor, factors: Tensor, weight: Tensor, prices: Tensor) -> tupl
             )
             for g in range(groups):
                 ahead[:, g] -= factors[g, start:stop, stop:].T @ passed[:, g]
-    found, odd = _trace(lanes.total.argmin(1), froms, codes)
+    found, odd = _trace(lanes.total.argmin(1), origins, codes)
     shape = (columns, groups, outputs)
     found, odd = found.view(shape).movedim(0, 2), odd.view(shape).movedim(0, 2)
     return 2 * found - odd * found.sign(), found, odd
@@ -147,12 +147,12 @@ class _Lanes:
         return origin.to(torch.uint8), codes.int(), errors.flatten(), (origin + self._base).flatten()
 
 
-def _trace(state: Tensor, froms: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+def _trace(state: Tensor, origins: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and quantizers of the best ways, walked back from their last states; shape (columns, rows)."""
     best = torch.empty(codes.shape[:2], device=codes.device)
     odd = torch.empty(codes.shape[:2], device=codes.device)
     for j in reversed(range(len(codes))):
         best[j] = codes[j].gather(1, state[:, None])[:, 0].float()
-        state = froms[j].gather(1, state[:, None])[:, 0].long()
+        state = origins[j].gather(1, state[:, None])[:, 0].long()
         odd[j] = state & 1
     return best, odd
