@@ -90,8 +90,8 @@ def _from_multiples(weight: Tensor, grid: SteppedGrid, types: Collection[str]) -
     kind = next((name for name, largest in TYPES.items() if name in types and span <= largest), None)
     if kind is None:
         raise ExportError(
-            f"An entropy-coded weight spans {span} steps, more than {', '.join(types)} hold; export with a later opset if "
-            "uint16 is not among these, or quantize with coding='fixed'."
+            f"An entropy-coded weight spans {span} steps, more than {', '.join(types)} hold; export with a later opset "
+            "if uint16 is not among these, or quantize with coding='fixed'."
         )
     values, zero = (multiples - low).to(torch.int32), torch.tensor(-low, dtype=torch.int32, device=weight.device)
     return Integers(type=kind, values=values, scale=grid.step.reshape(()), zero_point=zero, axis=0, doubled=False)

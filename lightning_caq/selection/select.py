@@ -118,8 +118,8 @@ class Selector:
         if smallest_passing(passes, low, high, self.options.max_evaluations) is None:
             least = min(self._drop(candidate, budget) for candidate in tried.values())
             raise BudgetError(
-                f"{budget} cannot be met: even with every layer at {high:g} bits {budget.monitor} drops by {least:.4g}; "
-                "allow a larger drop or add larger bit-widths."
+                f"{budget} cannot be met: even with every layer at {high:g} bits {budget.monitor} drops by "
+                f"{least:.4g}; allow a larger drop or add larger bit-widths."
             )
         good = [candidate for candidate in tried.values() if self._drop(candidate, budget) <= budget.value]
         return min(good, key=lambda candidate: candidate.plan.avg_bits), len(tried)
