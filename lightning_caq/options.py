@@ -12,12 +12,14 @@ from lightning_caq.allocation.choose import check_separable, composing_method
 from lightning_caq.allocation.methods import available_methods, get_method
 from lightning_caq.allocation.mixed import MIXED, check_mixed
 from lightning_caq.allocation.mixed import NEEDS as OF_MIXED
+from lightning_caq.allocation.steps import check_continuous
 from lightning_caq.errors import BudgetError, OptionError
 from lightning_caq.network.meaning import Output
 from lightning_caq.network.prepare import ForwardFunction, ModelUse
 
 _HOLD_ZERO = ("affine", "codebook")  # quantizers that can have the value zero
 ALWAYS = frozenset({"kappa", "lipschitz", "inputs"})  # what reports show, whatever the method
+_FEWEST = 0.25  # average bits that a search goes down to where codes are entropy-coded
 # What the figures of a study show.
 STUDIED = frozenset({"amplification", "output_error", "subspace", "loss_change", "density"})
 
@@ -32,6 +34,7 @@ class QuantizationOptions:
         ratio: Budget: float32 size over quantized size, scales and zero points counted.
         bops: Budget: billions of bit operations a sample, alone or together with ``avg_bits`` or ``ratio``.
         error: Budget: predicted output error as a part of the output; the smallest network within it is made.
+        max_bytes: Budget: bytes of the file that ``save_quantized`` writes; for ``coding="entropy"``.
         max_drop: Budget: how much worse the metric ``monitor`` may get; the smallest network within it is looked for.
         monitor: The metric that ``max_drop`` watches, by the name it is logged under.
         monitor_mode: Whether a good network has a large metric (``"max"``) or a small one (``"min"``).
@@ -39,6 +42,9 @@ class QuantizationOptions:
         activation_bits: Bits of every quantized layer's input, 2 to 8; the first layer's input has 8, words of
             embeddings are left. ``None`` leaves inputs in float32. ``"mixed"`` chooses those of each layer, of ``bits``
             from 2 up, together with those of its weights within ``bops``.
+        coding: ``"fixed"`` gives every layer a bit-width, for runtimes that want integers; ``"entropy"`` gives it a
+            step, and codes without bounds that are entropy-coded, for the smallest file: bits are then fractional, and
+            sizes are those of the coded bytes. Methods give sensitivities to it, ``bits`` are where they are measured.
         bits: Candidate bit-widths, from 1 to 8.
         granularity: What gets bits of its own: a whole ``"layer"``, or a ``"channel_group"``, up to 16 groups of
             output channels in each layer. Groups take a method whose costs were measured of them, such as ``"cet"``.
@@ -89,11 +95,13 @@ class QuantizationOptions:
     ratio: float | None = None
     bops: float | None = None
     error: float | None = None
+    max_bytes: float | None = None
     max_drop: float | None = None
     monitor: str | None = None
     monitor_mode: Literal["max", "min"] = "max"
     max_evaluations: int = 8
     activation_bits: int | Literal["mixed"] | None = None
+    coding: Literal["fixed", "entropy"] = "fixed"
     bits: Sequence[int] = (2, 3, 4, 5, 6, 8)
     granularity: Literal["layer", "channel_group"] = "layer"
     rounding: Literal["nearest", "error_feedback", "long_axis"] = "error_feedback"
@@ -140,6 +148,7 @@ class QuantizationOptions:
             raise OptionError(f"seed={self.seed!r} is not allowed; give a whole number from 0 up.")
         _ = self.use
         self._check_inputs()
+        self._check_coding()
         seconds = self.time_budget
         if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, Real) or not seconds > 0):
             raise OptionError(f"time_budget={seconds!r} is not allowed; give a number of seconds above 0.")
@@ -151,7 +160,7 @@ class QuantizationOptions:
     def _check_reach(self) -> None:
         """Refuse budgets that no network can meet, and those that the method does not know."""
         budget, least = self.budget, min(self.bits)
-        if self.ratio is not None and self.ratio > 32 / least:
+        if self.coding == "fixed" and self.ratio is not None and self.ratio > 32 / least:
             raise BudgetError(
                 f"ratio={self.ratio:g} cannot be reached with bits={self.bits}: weights of {least} bits are at most "
                 f"{32 / least:g} times smaller. Ask for less, or add smaller bit-widths."
@@ -186,6 +195,33 @@ class QuantizationOptions:
                     f"itself. Leave {name}={default!r}."
                 )
 
+    def _check_coding(self) -> None:
+        if self.coding == "fixed":
+            if self.max_bytes is not None:
+                raise OptionError(
+                    f"max_bytes={self.max_bytes!r} is for coding='entropy', which counts coded bytes; give that, or "
+                    "avg_bits or ratio."
+                )
+            return
+        for name, allowed in (
+            ("granularity", "layer"),
+            ("quantizer", "affine"),
+            ("range", "mse"),
+            ("symmetry", "asymmetric"),
+            ("study", False),
+            ("bops", None),
+            ("error", None),
+        ):
+            if getattr(self, name) != allowed:
+                raise OptionError(
+                    f"{name}={getattr(self, name)!r} is for bit-widths, and coding='entropy' has steps; leave "
+                    f"{name}={allowed!r}, or give coding='fixed'."
+                )
+        if self.rounding == "long_axis":
+            raise OptionError("rounding='long_axis' is for coding='fixed'; give 'error_feedback' or 'nearest'.")
+        for name in self.methods:
+            check_continuous(name)
+
     def _check_inputs(self) -> None:
         a = self.activation_bits
         if a != MIXED:
@@ -218,7 +254,8 @@ class QuantizationOptions:
     def budget(self) -> Budget:
         """The one budget that was given."""
         return make_budget(
-            bits=self.bits,
+            bits=self.bits if self.coding == "fixed" else (),
+            max_bytes=self.max_bytes,
             avg_bits=self.avg_bits,
             ratio=self.ratio,
             bops=self.bops,
@@ -226,6 +263,11 @@ class QuantizationOptions:
             max_drop=self.max_drop,
             monitor=self.monitor,
         )
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        """The fewest and the most average bits that weights may have."""
+        return (min(self.bits), max(self.bits)) if self.coding == "fixed" else (_FEWEST, max(self.bits))
 
     @property
     def use(self) -> ModelUse:
@@ -238,7 +280,8 @@ class QuantizationOptions:
         groups = {"channel_groups"} if self.granularity == "channel_group" else set()
         studied = STUDIED if self.study else frozenset()
         inputs = OF_MIXED if self.activation_bits == MIXED else frozenset()
-        return ALWAYS.union(groups, studied, inputs, *(get_method(name).needs for name in self.methods))
+        errors = {"rounding_error"} if self.coding == "entropy" else set()
+        return ALWAYS.union(errors, groups, studied, inputs, *(get_method(name).needs for name in self.methods))
 
     @property
     def methods(self) -> tuple[str, ...]:

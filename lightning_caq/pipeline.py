@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from lightning_caq.allocation.budget import MaxDrop, check_budget
+from lightning_caq.allocation.budget import MaxDrop, check_budget, check_coded_budget
 from lightning_caq.allocation.choose import Chooser
 from lightning_caq.allocation.mixed import MIXED, input_candidates
 from lightning_caq.errors import BudgetError, LayerError
 from lightning_caq.evaluation.explain_run import explain
+from lightning_caq.evaluation.rate_limit import plan_limit
 from lightning_caq.evaluation.run_report import run_report
 from lightning_caq.evaluation.same_metrics import WatchedEvaluation, same_metrics_note
 from lightning_caq.evaluation.tightness import tightness
@@ -42,8 +43,9 @@ from lightning_caq.reporting.html import write_html
 from lightning_caq.selection.candidate import CandidateMaker, prepare_candidates
 from lightning_caq.selection.long_axis import prepare_long_axis
 from lightning_caq.selection.select import Selection, Selector
-from lightning_caq.sizes import LayerSizes
-from lightning_caq.studies import Studies, Tightness
+from lightning_caq.selection.steps import StepSearch
+from lightning_caq.sizes import STEPPED, LayerSizes
+from lightning_caq.studies import RateLimit, Studies, Tightness
 from lightning_caq.utilities.contexts import Evaluate, InFloat32, curvature_safe
 from lightning_caq.utilities.isolation import preserved
 from lightning_caq.utilities.keywords import known_keywords, takes_fields_of
@@ -279,8 +281,9 @@ class _Network:
 class _Evaluation:
     """What is found out about the network that was selected, with the float one at hand."""
 
-    tightness: Tightness
+    tightness: Tightness | None
     studies: Studies
+    limit: RateLimit | None = None
 
 
 @dataclass(frozen=True)
@@ -306,10 +309,13 @@ class _Steps:
             )
         for note in notes:
             self.progress.tell(note)
-        sizes = replace(deployed.sizes, quantizer=options.quantizer)
+        sizes = replace(deployed.sizes, quantizer=STEPPED if options.coding == "entropy" else options.quantizer)
         input_bits = input_candidates(len(layers), options.bits, options.activation_bits)
         sizes, most = (replace(sizes, activation_bits=tuple(row[i] for row in input_bits)) for i in (0, -1))
-        check_budget(options.budget, sizes, options.bits, most)
+        if options.coding == "fixed":
+            check_budget(options.budget, sizes, options.bits, most)
+        else:
+            check_coded_budget(options.budget, sizes)
         if options.rounding == "long_axis":
             check_memory(layers, options.eigenpairs)
         start = time.perf_counter()
@@ -401,11 +407,14 @@ class _Steps:
             options=self.options,
             progress=self.progress,
             float_metrics=float_metrics,
+            steps=StepSearch(maker, chooser.profile, self.options.bits) if self.options.coding == "entropy" else None,
         ).select()
 
     def evaluate(self, network: _Network, chooser: Chooser, maker: CandidateMaker, selection: Selection) -> _Evaluation:
         """Compare what was predicted with what is observed."""
         plan, studies = selection.chosen.plan, Studies()
+        if not plan.widths:
+            return _Evaluation(None, studies, plan_limit(network.model, plan))
         with self.progress.step("tightness of the prediction"):
             _, reference = network.on(TIGHTNESS_SAMPLES)
             errors = tightness(network.model, network.layers, reference, chooser.profile, plan.widths)
@@ -433,6 +442,7 @@ class _Steps:
             float_metrics=float_metrics,
             tightness=evaluation.tightness,
             studies=evaluation.studies,
+            limit=evaluation.limit,
             seconds=self.progress.seconds,
             notes=self._notes(network, float_metrics, selection),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from lightning_caq.quantizers.fake_quant.modules import FakeQuant, on_grid
 from lightning_caq.quantizers.fake_quant.state import rounding_state
 from lightning_caq.quantizers.fake_quant.swap import swap
 from lightning_caq.quantizers.grids.activations import InputGrid
+from lightning_caq.quantizers.grids.stepped import SteppedGrid
 from lightning_caq.quantizers.grids.values import STORED, Values, from_numbers, numbers
+from lightning_caq.quantizers.packing.coded import layer_bits
 from lightning_caq.quantizers.packing.codes import pack_codes, unpack_codes
 from lightning_caq.sizes import LayerSizes, Width, average_bits, code_bytes
 from lightning_caq.utilities.fingerprint import fingerprint
@@ -35,9 +37,11 @@ class LayerPlan:
     Attributes:
         name: Module name of the layer.
         modules: Every module name under which the weight is reached.
-        grid: Bit-width, scales and zero points, or a codebook.
-        codes: Codes of the weights, uint8 in the shape of the weight.
+        grid: Bit-width, scales and zero points, a codebook, or a step.
+        codes: Codes of the weights in the shape of the weight, uint8; int32 where they have no bit-width.
         input_grid: Grid that the layer's input is rounded to, or ``None``.
+        distortion: Where codes were entropy-coded, the mean squared error of a weight by which they are compared with
+            the limit, see ``rate_limit``; it is not saved.
     """
 
     name: str
@@ -45,6 +49,7 @@ class LayerPlan:
     grid: Values
     codes: Tensor
     input_grid: InputGrid | None = None
+    distortion: float | None = None
 
     @property
     def values(self) -> Tensor:
@@ -55,6 +60,14 @@ class LayerPlan:
     def scales(self) -> int:
         """Number of scales, or of the numbers that a table is made of."""
         return next(iter(numbers(self.grid).values())).numel()
+
+
+def coded(layers: Sequence[LayerPlan]) -> tuple[LayerPlan, ...]:
+    """Layers whose entropy-coded ones know how many bits their codes take once coded together."""
+    grids = {x.name: x.grid for x in layers if isinstance(x.grid, SteppedGrid)}
+    codes = [x.codes for x in layers if x.name in grids]
+    bits = dict(zip(grids, layer_bits(codes, [grid.transposed for grid in grids.values()]), strict=True))
+    return tuple(replace(x, grid=replace(grids[x.name], bits=bits[x.name])) if x.name in bits else x for x in layers)
 
 
 @dataclass(frozen=True, repr=False)
@@ -87,13 +100,13 @@ class QuantizationPlan:
 
     @property
     def widths(self) -> dict[str, Width]:
-        """Layer name to bit-width, or to the bit-width of each of its channels where these differ."""
-        return {layer.name: layer.grid.width for layer in self.layers}
+        """Layer name to bit-width, or to that of each of its channels; without entropy-coded layers."""
+        return {layer.name: layer.grid.width for layer in self.layers if not isinstance(layer.grid, SteppedGrid)}
 
     @property
     def bits(self) -> dict[str, int | float]:
-        """Layer name to bit-width; to their average where its channels differ."""
-        return {name: average_bits(width) for name, width in self.widths.items()}
+        """Layer name to bit-width; to the average where its channels differ or its codes are entropy-coded."""
+        return {layer.name: average_bits(layer.grid.width) for layer in self.layers}
 
     @property
     def activation_bits(self) -> dict[str, int]:
@@ -122,7 +135,7 @@ class QuantizationPlan:
         They are those of the file that ``save_quantized`` writes: the weights of each layer begin with a new byte, and
         so do those of each bit-width in it.
         """
-        weights = sum(code_bytes(w, n) for n, w in zip(self.sizes.weights, self.widths.values(), strict=True))
+        weights = sum(code_bytes(x.grid.width, n) for n, x in zip(self.sizes.weights, self.layers, strict=True))
         values = self.sizes.overhead + self.sizes.tables(list(self.bits.values()))
         return weights + values // 8 + self.sizes.unquantized_bits // 8
 
@@ -184,10 +197,10 @@ class QuantizationPlan:
                 grid, input_grid = _learned(model, layer)
                 codes = grid.codes(weight)
                 weight.copy_(grid.values(codes))
-                codes = codes.to("cpu", torch.uint8)
+                codes = codes.to("cpu", layer.codes.dtype)
                 layers.append(replace(layer, grid=grid.to("cpu"), codes=codes, input_grid=input_grid))
         repairs = {name: tensor.detach().cpu().clone() for name, tensor in _entries(model, self.repairs)}
-        return replace(self, layers=tuple(layers), repairs=repairs, fingerprint=self._fingerprint_of(model))
+        return replace(self, layers=coded(layers), repairs=repairs, fingerprint=self._fingerprint_of(model))
 
     def cpu(self) -> QuantizationPlan:
         """The plan with its tensors on the CPU."""
@@ -339,6 +352,7 @@ def _describe(layer: LayerPlan) -> dict[str, Any]:
         "bits": layer.grid.bits,
         "quantizer": layer.grid.quantizer,
         "shape": list(layer.codes.shape),
+        "transposed": layer.grid.transposed if isinstance(layer.grid, SteppedGrid) else 0,
         "input": None if layer.input_grid is None else asdict(layer.input_grid),
     }
 
@@ -347,7 +361,8 @@ def _layer(described: Mapping[str, Any], tensors: Mapping[str, Tensor], version:
     """A layer from its description and its tensors."""
     name = described["name"]
     parts = {part: tensors[f"{part}/{name}"] for part in STORED if f"{part}/{name}" in tensors}
-    grid = from_numbers(described.get("quantizer", "affine"), described["bits"], parts)
+    quantizer, transposed = described.get("quantizer", "affine"), described.get("transposed", 0)
+    grid = from_numbers(quantizer, described["bits"], parts, transposed)
     codes = tensors[f"codes/{name}"]
     return LayerPlan(
         name,

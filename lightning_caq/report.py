@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lightning_caq.notes import Note
-from lightning_caq.studies import Studies, Tightness
+from lightning_caq.studies import LayerRate, RateLimit, Studies, Tightness
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class QuantizationReport:
             Each is a ``Note``, a string with a ``severity``.
         tightness: What composition predicted of the output error for the plan's bits with nearest rounding, beside the
             error that was observed; ``None`` if it was not measured.
+        rate_limit: Bits of entropy-coded layers beside Shannon's lower bound; ``None`` for fixed widths.
         studies: What was computed for the sake of understanding the result.
     """
 
@@ -86,6 +87,7 @@ class QuantizationReport:
     seconds: dict[str, float] = field(default_factory=dict)
     notes: tuple[Note, ...] = ()
     tightness: Tightness | None = None
+    rate_limit: RateLimit | None = None
     studies: Studies = field(default_factory=Studies)
 
     def __post_init__(self) -> None:
@@ -115,6 +117,8 @@ class QuantizationReport:
         data["sizes"] = {name: Size(**size) for name, size in data["sizes"].items()}
         if data.get("tightness") is not None:
             data["tightness"] = Tightness(**data["tightness"])
+        if data.get("rate_limit") is not None:
+            data["rate_limit"] = RateLimit(tuple(LayerRate(**row) for row in data["rate_limit"]["layers"]))
         if "studies" in data:
             data["studies"] = Studies.from_dict(data["studies"])
         # Notes of earlier versions are strings.

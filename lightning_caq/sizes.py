@@ -14,6 +14,7 @@ W = TypeVar("W", bound=Width)
 WIDTH_BITS = 3  # a width of 1 to 8 bits less one
 TERM_BITS = 2  # of a term of a series
 PER_LAYER = ("codebook", "dorefa")  # one basis a layer; the others have one a channel
+STEPPED = "stepped"  # one step a layer
 CODEBOOKS = ("codebook", "lq_nets", "abc_net", "series", "dorefa")
 GIGA = 10**9
 ZERO_POINT_BITS = 16
@@ -21,27 +22,29 @@ SCALE_BITS = 32
 FLOAT_BITS = 32
 
 
-def average_bits(width: Width) -> int | float:
+def average_bits(width: Width | float) -> int | float:
     """Bits a weight on average; every channel has as many weights.
 
     Example:
         >>> average_bits(3), average_bits((2, 2, 4, 2))
         (3, 2.5)
     """
-    return width if isinstance(width, int) else sum(width) / len(width)
+    return sum(width) / len(width) if isinstance(width, tuple) else width
 
 
-def code_bytes(width: Width, weights: int) -> int:
+def code_bytes(width: Width | float, weights: int) -> int:
     """Bytes of a layer's codes: channels of one width lie together, and each width begins with a new byte.
 
     Args:
-        width: The layer's bits.
+        width: The layer's bits; an average where its codes are entropy-coded.
         weights: Number of its weights.
 
     Example:
         >>> code_bytes(3, 9), code_bytes((2, 4, 2), 9)
         (4, 4)
     """
+    if isinstance(width, float):
+        return round(weights * width / 8)
     if isinstance(width, int):
         return -(-weights * width // 8)
     channel_weights = weights // len(width)
@@ -184,6 +187,8 @@ def stored_numbers(quantizer: str, bits: int, channels: int) -> int:
         >>> stored_numbers("lq_nets", 3, channels=16), stored_numbers("codebook", 3, channels=16)
         (48, 8)
     """
+    if quantizer == STEPPED:
+        return 1
     if quantizer == "codebook":
         numbers = 1 << bits
     elif quantizer == "dorefa":

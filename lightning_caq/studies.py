@@ -2,9 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerRate:
+    """One layer's rate and its limit.
+
+    Attributes:
+        name: The layer.
+        weights: Number of weights.
+        bits: Bits a weight that are stored.
+        limit: Bits a weight of Shannon's lower bound at the layer's distortion.
+        distortion: Mean squared error a weight that it is taken at.
+    """
+
+    name: str
+    weights: int
+    bits: float
+    limit: float
+    distortion: float
+
+    @property
+    def gap(self) -> float:
+        """Bits a weight above the limit."""
+        return self.bits - self.limit
+
+
+@dataclass(frozen=True)
+class RateLimit:
+    """A network's rate and its limit.
+
+    Attributes:
+        layers: One entry a layer, in order of execution.
+    """
+
+    layers: tuple[LayerRate, ...]
+
+    @property
+    def bits(self) -> float:
+        """Bits a weight that are stored."""
+        return self._mean([x.bits for x in self.layers])
+
+    @property
+    def limit(self) -> float:
+        """Bits a weight of the bound."""
+        return self._mean([x.limit for x in self.layers])
+
+    @property
+    def gap(self) -> float:
+        """Bits a weight above the bound."""
+        return self.bits - self.limit
+
+    def _mean(self, values: Sequence[float]) -> float:
+        total = sum(x.weights for x in self.layers)
+        return sum(x.weights * value for x, value in zip(self.layers, values, strict=True)) / max(total, 1)
 
 
 @dataclass(frozen=True)

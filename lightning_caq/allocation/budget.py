@@ -132,9 +132,30 @@ class MaxDrop:
         return ()
 
 
-Budget = AvgBits | Ratio | Bops | SizeAndBops | ErrorBudget | MaxDrop
+@dataclass(frozen=True)
+class MaxBytes:
+    """A file of at most this many bytes, all of it counted; for entropy-coded weights."""
 
-_EXAMPLES = {"avg_bits": "3.0", "ratio": "10", "bops": "1.5", "error": "0.01", "max_drop": "0.005"}
+    value: float
+
+    def __str__(self) -> str:
+        return f"max_bytes={self.value:.0f}"
+
+    def constraints(self, sizes: LayerSizes, bits: Sequence[int]) -> tuple[Constraint, ...]:
+        """None: real bytes are counted in a search."""
+        return ()
+
+
+Budget = MaxBytes | AvgBits | Ratio | Bops | SizeAndBops | ErrorBudget | MaxDrop
+
+_EXAMPLES = {
+    "max_bytes": "200_000",
+    "avg_bits": "3.0",
+    "ratio": "10",
+    "bops": "1.5",
+    "error": "0.01",
+    "max_drop": "0.005",
+}
 
 
 def make_budget(
@@ -146,17 +167,19 @@ def make_budget(
     error: float | None = None,
     max_drop: float | None = None,
     monitor: str | None = None,
+    max_bytes: float | None = None,
 ) -> Budget:
     """Build the budget the user gave: one of all, or ``bops`` together with ``avg_bits`` or ``ratio``.
 
     Args:
-        bits: The candidate bit-widths.
+        bits: The candidate bit-widths; none where codes are entropy-coded.
         avg_bits: Average bits a weight, between the smallest and the largest of ``bits``.
         ratio: Compression ratio, above 1.
         bops: Bit operations of one sample, in billions, above 0.
         error: Output error as a part of the output, above 0.
         max_drop: Drop of the validation metric ``monitor``, from 0 up.
         monitor: The metric's name, with ``max_drop`` and only with it.
+        max_bytes: Bytes of the file.
 
     Returns:
         The budget.
@@ -170,7 +193,14 @@ def make_budget(
         >>> str(make_budget(avg_bits=3.0, bops=1.5, bits=(2, 4, 8)))
         'avg_bits=3, bops=1.5'
     """
-    every = {"avg_bits": avg_bits, "ratio": ratio, "bops": bops, "error": error, "max_drop": max_drop}
+    every = {
+        "max_bytes": max_bytes,
+        "avg_bits": avg_bits,
+        "ratio": ratio,
+        "bops": bops,
+        "error": error,
+        "max_drop": max_drop,
+    }
     given = {name: value for name, value in every.items() if value is not None}
     _check_number_of_budgets(given)
     for name, value in given.items():
@@ -187,6 +217,8 @@ def make_budget(
         return MaxDrop(
             _in_range("max_drop", max_drop, max_drop >= 0, "a drop; choose a finite value from 0 up"), monitor
         )
+    if max_bytes is not None:
+        return MaxBytes(_in_range("max_bytes", max_bytes, max_bytes >= 1, "a size; choose a number of bytes"))
     size = _size_budget(avg_bits, ratio, bits)
     if bops is None:
         assert size is not None
@@ -202,13 +234,15 @@ def _check_number_of_budgets(given: Mapping[str, float]) -> None:
     counts = {0: "no budget", 2: f"two budgets ({listed})"}
     what = counts.get(len(given), f"{len(given)} budgets ({listed})")
     raise BudgetError(
-        f"Got {what}; give exactly one of avg_bits (such as 3.0) or ratio (such as 10), error (such as 0.01) or "
-        "max_drop (such as 0.005); bops (such as 1.5) goes alone or with avg_bits or ratio."
+        f"Got {what}; give exactly one of avg_bits (such as 3.0), ratio (such as 10), max_bytes (such as 200_000), "
+        "error (such as 0.01) or max_drop (such as 0.005); bops (such as 1.5) goes alone or with avg_bits or ratio."
     )
 
 
 def _size_budget(avg_bits: float | None, ratio: float | None, bits: Sequence[int]) -> AvgBits | Ratio | None:
     if avg_bits is not None:
+        if not bits:
+            return AvgBits(_in_range("avg_bits", avg_bits, 0 < avg_bits <= 16, "an average; choose a value up to 16"))
         if not min(bits) <= avg_bits <= max(bits):
             raise BudgetError(
                 f"avg_bits={avg_bits:g} cannot be met with bits={tuple(bits)}; "
@@ -266,6 +300,25 @@ def check_budget(budget: Budget, sizes: LayerSizes, bits: Sequence[int], most: L
             raise BudgetError(
                 f"{budget} is already met with every layer at {max(bits)} bits (ratio={sizes.ratio(largest):.4g}); "
                 f"ask for more compression or add larger bit-widths."
+            )
+
+
+def check_coded_budget(budget: Budget, sizes: LayerSizes) -> None:
+    """Check that entropy-coded weights could meet a budget at all.
+
+    Raises:
+        BudgetError: If what is not coded is too large by itself.
+
+    Example:
+        >>> check_coded_budget(Ratio(20.0), LayerSizes((1000,), (1,), quantizer="stepped"))
+    """
+    if isinstance(budget, Ratio):
+        left = FLOAT_BITS * sizes.unquantized + sizes.tables([0] * len(sizes.weights))
+        most = FLOAT_BITS * (sum(sizes.weights) + sizes.unquantized) / left
+        if budget.value >= most:
+            raise BudgetError(
+                f"{budget} cannot be met: weights that stay in float32 and steps alone allow ratios below {most:.4g}; "
+                "ask for less compression, or quantize more layers."
             )
 
 

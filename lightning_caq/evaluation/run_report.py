@@ -13,7 +13,7 @@ from lightning_caq.profile import CurvatureProfile
 from lightning_caq.report import LayerRow, QuantizationReport, Size
 from lightning_caq.selection.select import Selection
 from lightning_caq.sizes import FLOAT_BITS, LayerSizes
-from lightning_caq.studies import Studies, Tightness
+from lightning_caq.studies import RateLimit, Studies, Tightness
 
 
 def run_report(
@@ -24,8 +24,9 @@ def run_report(
     profile: CurvatureProfile,
     selection: Selection,
     float_metrics: Mapping[str, float],
-    tightness: Tightness,
+    tightness: Tightness | None,
     studies: Studies,
+    limit: RateLimit | None = None,
     seconds: Mapping[str, float],
     notes: Sequence[Note] = (),
 ) -> QuantizationReport:
@@ -38,8 +39,9 @@ def run_report(
         profile: What was measured of them.
         selection: The networks that were made.
         float_metrics: Metrics of the float network by name.
-        tightness: Predicted and observed output errors.
+        tightness: Predicted and observed output errors; ``None`` where there are no bit-widths to predict for.
         studies: What else was computed to understand the result.
+        limit: Bits of entropy-coded layers beside their limit.
         seconds: Step to the seconds it took.
         notes: What the reader should know, ahead of the notes on measuring and on the networks.
     """
@@ -55,12 +57,15 @@ def run_report(
             **{v: Size(plan.avg_bits, plan.ratio, plan.bytes, plan.memory_ratio) for v, plan in plans.items()},
         },
         metrics={f"{variant}/{name}": x for variant, values in metrics.items() for name, x in values.items()},
-        predicted_loss={v: x for v, plan in plans.items() if (x := profile.predicted_loss(plan.widths)) is not None},
+        predicted_loss={
+            v: x for v, plan in plans.items() if plan.widths and (x := profile.predicted_loss(plan.widths)) is not None
+        },
         options=options.to_dict(),
         versions=versions(),
         seconds=dict(seconds),
-        notes=(*notes, *_sampling_note(profile), *selection.notes),
+        notes=(*notes, *_sampling_note(profile), *selection.notes, *_limit_note(limit)),
         tightness=tightness,
+        rate_limit=limit,
         studies=studies,
     )
 
@@ -100,6 +105,17 @@ def _rows(layers: Sequence[Layer], profile: CurvatureProfile, selection: Selecti
             },
         )
         for layer in layers
+    )
+
+
+def _limit_note(limit: RateLimit | None) -> tuple[Note, ...]:
+    if limit is None:
+        return ()
+    return (
+        Note(
+            f"Codes take {limit.bits:.2f} bits a weight; no code of weights with these densities takes fewer than "
+            f"{limit.limit:.2f} at this error (Shannon's lower bound), a gap of {limit.gap:.2f}."
+        ),
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_caq.errors import ExportError
 from lightning_caq.quantizers.grids.affine import Grid
+from lightning_caq.quantizers.grids.stepped import SteppedGrid
 
 TYPES = {"uint4": 15, "uint8": 255, "uint16": 65535}  # ONNX's unsigned types and the largest number of each
 
@@ -35,7 +36,7 @@ class Integers:
     doubled: bool
 
 
-def to_integers(weight: Tensor, grid: Grid, types: Collection[str] = tuple(TYPES)) -> Integers:
+def to_integers(weight: Tensor, grid: Grid | SteppedGrid, types: Collection[str] = tuple(TYPES)) -> Integers:
     """A weight on a grid as integers.
 
     Runtimes want whole zero points inside the range of the type. Where a zero point lies half-way between two codes,
@@ -56,6 +57,8 @@ def to_integers(weight: Tensor, grid: Grid, types: Collection[str] = tuple(TYPES
         >>> x.type, x.values, x.zero_point, x.scale
         ('uint4', tensor([[0, 4]], dtype=torch.int32), tensor(3, dtype=torch.int32), tensor(0.2500))
     """
+    if isinstance(grid, SteppedGrid):
+        return _from_multiples(weight, grid, types)
     axes = [d for d, size in enumerate(grid.scale.shape) if size > 1]
     if len(axes) > 1:
         raise ExportError(f"Scales of shape {list(grid.scale.shape)} vary along several dimensions; ONNX allows one.")
@@ -77,3 +80,18 @@ def to_integers(weight: Tensor, grid: Grid, types: Collection[str] = tuple(TYPES
         axis=axes[0] if axes else 0,
         doubled=doubled,
     )
+
+
+def _from_multiples(weight: Tensor, grid: SteppedGrid, types: Collection[str]) -> Integers:
+    """A weight whose values are multiples of one step; the smallest of them, or zero, becomes number 0."""
+    multiples = grid.codes(weight.detach()).to(torch.int64)
+    low = int(multiples.amin().clamp(max=0))
+    span = int(multiples.amax().clamp(min=0)) - low
+    kind = next((name for name, largest in TYPES.items() if name in types and span <= largest), None)
+    if kind is None:
+        raise ExportError(
+            f"An entropy-coded weight spans {span} steps, more than {', '.join(types)} hold; export with a later opset "
+            "if uint16 is not among these, or quantize with coding='fixed'."
+        )
+    values, zero = (multiples - low).to(torch.int32), torch.tensor(-low, dtype=torch.int32, device=weight.device)
+    return Integers(type=kind, values=values, scale=grid.step.reshape(()), zero_point=zero, axis=0, doubled=False)

@@ -33,6 +33,7 @@ from lightning_caq.quantizers.fake_quant.modules import FakeQuant, quantized_wei
 from lightning_caq.quantizers.fake_quant.state import rounding_state
 from lightning_caq.quantizers.grids.activations import InputGrid, change_first
 from lightning_caq.quantizers.grids.affine import Grid
+from lightning_caq.quantizers.grids.stepped import SteppedGrid
 from lightning_caq.utilities.isolation import preserved
 from lightning_caq.utilities.structures import describe
 
@@ -171,10 +172,10 @@ def _weights(model: nn.Module, modules: Mapping[str, FakeQuant]) -> dict[str, Fa
     return weights
 
 
-def _affine(key: str, module: FakeQuant) -> Grid:
-    """The grid of a module, which must be an affine one."""
+def _affine(key: str, module: FakeQuant) -> Grid | SteppedGrid:
+    """The grid of a module, whose values must be evenly spaced."""
     grid = rounding_state(module).grid
-    if not isinstance(grid, Grid):
+    if not isinstance(grid, (Grid, SteppedGrid)):
         raise ExportError(
             f"'{key}' was quantized by {grid.quantizer!r}, whose values are not evenly spaced: ONNX's DequantizeLinear "
             "cannot hold them. Quantize with quantizer='affine', or use save_quantized."
@@ -307,11 +308,11 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
 
 
-def _notes(bits: Mapping[str, int], integers: Mapping[str, Integers]) -> tuple[str, ...]:
+def _notes(bits: Mapping[str, int | float], integers: Mapping[str, Integers]) -> tuple[str, ...]:
     """One line for every kind of widening, with the number of weights it befell."""
     kinds = Counter((bits[key], x.type, x.doubled) for key, x in integers.items() if x.type != f"uint{bits[key]}")
     why = "; codes are doubled, since zero points lie half-way between two"
     return tuple(
-        f"{count} weight{'s' * (count > 1)} of {b} bits stored as {kind}{why * doubled}."
+        f"{count} weight{'s' * (count > 1)} of {b:.3g} bits stored as {kind}{why * doubled}."
         for (b, kind, doubled), count in sorted(kinds.items())
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,24 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_caq.errors import LayerError, OptionError, PlanError
-from lightning_caq.export.packed_modules import AnyPacked, check_quantized, pack_modules, pack_weight, packed_weight
+from lightning_caq.export.coded_weights import CodedWeight, coded_tensors, coded_weights
+from lightning_caq.export.packed_modules import (
+    AnyPacked,
+    PackedWeight,
+    check_quantized,
+    pack_modules,
+    pack_weight,
+    packed_weight,
+)
 from lightning_caq.export.packed_table import PackedTable
-from lightning_caq.export.sealed import read_sealed, write_sealed
+from lightning_caq.export.sealed import read_sealed, sealed, write_sealed
 from lightning_caq.network.layers import kind_of
 from lightning_caq.quantizers.fake_quant.modules import on_grid
 from lightning_caq.quantizers.fake_quant.state import rounding_state
 from lightning_caq.quantizers.fake_quant.swap import restore_modules, swap
 from lightning_caq.quantizers.grids.activations import InputGrid
 from lightning_caq.quantizers.grids.levels import levels
+from lightning_caq.quantizers.grids.stepped import SteppedGrid
 from lightning_caq.quantizers.grids.values import QUANTIZERS
 from lightning_caq.sizes import Width, code_bytes
 
@@ -40,7 +49,8 @@ def save_quantized(model: nn.Module, path: str | Path) -> Path:
     The file holds, for every quantized weight, ⌈n b / 8⌉ bytes of codes, a float32 scale and a 16-bit zero point a
     channel (and three bits where channels differ in their bits), or the float32 numbers that its table is made of;
     every other parameter and buffer of the state dict as it is; and in its header the bit-widths, the grids of inputs
-    and a fingerprint of the whole file. Tied weights are stored once. Nothing is pickled.
+    and a fingerprint of the whole file. Entropy-coded weights are one stream, and a step each. Tied weights are stored
+    once. Nothing is pickled.
 
     Args:
         model: The quantized network.
@@ -63,6 +73,24 @@ def save_quantized(model: nn.Module, path: str | Path) -> Path:
         >>> torch.equal(load_quantized(fresh, path)(x), net(x))
         True
     """
+    return write_sealed(path, VERSION, *_contents(model))
+
+
+def quantized_bytes(model: nn.Module) -> int:
+    """Bytes of the file that ``save_quantized`` would write.
+
+    Example:
+        >>> from lightning_caq import quantize
+        >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        >>> _ = quantize(net, [torch.randn(64, 8)], avg_bits=3)
+        >>> quantized_bytes(net) > 8 * 16 * 3 / 8
+        True
+    """
+    return len(sealed(VERSION, *_contents(model)))
+
+
+def _contents(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Description and tensors of a quantized network."""
     modules = check_quantized(model)
     state = _state(model)
     tied = _tied(state)
@@ -76,16 +104,28 @@ def save_quantized(model: nn.Module, path: str | Path) -> Path:
             )
         key = f"{name}.weight".lstrip(".")
         names.setdefault(tied.get(key, key), []).append(name)
-    layers, tensors = [], {key: x for key, x in state.items() if key not in tied and key not in names}
+    layers, weights, tensors = [], [], {key: x for key, x in state.items() if key not in tied and key not in names}
     for key, tied_modules in names.items():
         module = modules[tied_modules[0]]
         rounding, dtype = rounding_state(module), str(module.weight.dtype)
         packed, inputs = pack_weight(module.weight, rounding.grid), rounding.input_grid
-        layer = _Layer(key, tuple(tied_modules), packed.bits, packed.shape, dtype, inputs, packed.quantizer)
+        transposed = packed.grid.transposed if isinstance(packed, CodedWeight) else 0
+        layer = _Layer(
+            key=key,
+            modules=tuple(tied_modules),
+            bits=packed.bits if isinstance(packed.bits, int) else round(packed.bits, 3),
+            shape=packed.shape,
+            dtype=dtype,
+            input_grid=inputs,
+            quantizer=packed.quantizer,
+            transposed=transposed,
+        )
         layers.append(layer)
+        weights.append(packed)
         tensors |= {f"{key}.{part}": getattr(packed, part) for part in packed.parts}
+    tensors |= coded_tensors([x for x in weights if isinstance(x, CodedWeight)])
     description = {"network": type(model).__name__, "layers": [asdict(x) for x in layers], "tied": tied}
-    return write_sealed(path, VERSION, description, tensors)
+    return description, tensors
 
 
 def load_quantized(model: nn.Module, path: str | Path, *, packed: bool = False) -> nn.Module:
@@ -97,21 +137,28 @@ def load_quantized(model: nn.Module, path: str | Path, *, packed: bool = False) 
         model: A network of the same architecture, plain or quantized, on any device; its weights do not matter.
         path: The file.
         packed: Keep the weights packed in memory too and unpack them in every forward pass: less memory, more time, for
-            inference only. By default the network becomes the fake-quant one that was saved.
+            inference only, and not for entropy-coded weights, which are decoded once. By default the network becomes
+            the fake-quant one that was saved.
 
     Returns:
         The network that was given.
 
     Raises:
         PlanError: If the file is missing, truncated, changed, of a newer format or of another network.
+        LayerError: If the weights are entropy-coded and shall stay packed.
     """
     description, tensors = read_sealed(path, VERSION)
     try:
         layers = [_Layer.read(x) for x in description["layers"]]
-        weights = {x.key: _take(tensors, x) for x in layers}
+        weights = _take_all(tensors, layers)
         tied = dict(description["tied"])
     except (KeyError, TypeError, ValueError, OptionError) as error:
         raise PlanError(f"{path} is damaged: {type(error).__name__} {error}. Save it again.") from error
+    if packed and any(x.quantizer == SteppedGrid.quantizer for x in layers):
+        raise LayerError(
+            f"The weights in {path} are entropy-coded: they are decoded once, as a whole, and cannot stay packed in "
+            "memory. Load them with packed=False, or quantize with coding='fixed'."
+        )
     live = _checked(model, layers, tied, tensors, path)
     weights = {key: weight.to(live[key].device) for key, weight in weights.items()}
     restore_modules(model)
@@ -133,11 +180,12 @@ class _Layer:
 
     key: str
     modules: tuple[str, ...]
-    bits: int
+    bits: int | float
     shape: tuple[int, ...]
     dtype: str
     input_grid: InputGrid | None = None
     quantizer: str = "affine"
+    transposed: int = 0
 
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> _Layer:
@@ -149,14 +197,29 @@ class _Layer:
         )
 
 
-def _take(tensors: dict[str, Tensor], layer: _Layer) -> AnyPacked:
+def _take_all(tensors: dict[str, Tensor], layers: Sequence[_Layer]) -> dict[str, AnyPacked]:
+    """Take the tensors of all layers out of the file's; state-dict key to packed weight."""
+    coded = [x for x in layers if x.quantizer == SteppedGrid.quantizer]
+    weights: dict[str, AnyPacked] = {x.key: _take(tensors, x) for x in layers if x not in coded}
+    if coded:
+        found = coded_weights(
+            tensors,
+            shapes=[x.shape for x in coded],
+            bits=[x.bits for x in coded],
+            transposed=[x.transposed for x in coded],
+        )
+        weights |= {x.key: weight for x, weight in zip(coded, found, strict=True)}
+    return weights
+
+
+def _take(tensors: dict[str, Tensor], layer: _Layer) -> PackedWeight | PackedTable:
     """Take the tensors of a layer out of the file's."""
     if layer.quantizer not in QUANTIZERS:
         raise TypeError(f"'{layer.key}' was quantized by {layer.quantizer!r}, which is not known")
     names = [part for part in _TYPES if f"{layer.key}.{part}" in tensors]
     parts = {part: tensors.pop(f"{layer.key}.{part}") for part in names}
     try:
-        packed = packed_weight(layer.quantizer, layer.bits, layer.shape, parts)
+        packed = packed_weight(layer.quantizer, int(layer.bits), layer.shape, parts)
     except KeyError as error:
         raise KeyError(f"{layer.key}.{error.args[0]}") from error
     count = int(torch.Size(layer.shape).numel())

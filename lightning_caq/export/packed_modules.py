@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_caq.errors import LayerError
+from lightning_caq.export.coded_weights import CodedWeight
 from lightning_caq.export.packed_table import PackedTable
 from lightning_caq.quantizers.fake_quant.modules import FakeQuant
 from lightning_caq.quantizers.fake_quant.state import PREFIX
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules
 from lightning_caq.quantizers.grids.activations import InputGrid, change_first
 from lightning_caq.quantizers.grids.affine import Grid
+from lightning_caq.quantizers.grids.stepped import SteppedGrid
 from lightning_caq.quantizers.grids.values import Values
 from lightning_caq.quantizers.packing.channel_packing import pack_widths, unpack_widths
 from lightning_caq.quantizers.packing.codes import pack_codes, unpack_codes
@@ -90,15 +92,19 @@ class PackedWeight:
         return replace(self, **{part: getattr(self, part).to(device) for part in self.parts})
 
 
-AnyPacked = PackedWeight | PackedTable
+AnyPacked = PackedWeight | PackedTable | CodedWeight
 
 
 def pack_weight(weight: Tensor, values: Values) -> AnyPacked:
     """A weight, packed with what its values are made of."""
+    if isinstance(values, SteppedGrid):
+        return CodedWeight.of(weight, values)
     return PackedWeight.of(weight, values) if isinstance(values, Grid) else PackedTable.of(weight, values)
 
 
-def packed_weight(quantizer: str, bits: int, shape: tuple[int, ...], parts: Mapping[str, Tensor]) -> AnyPacked:
+def packed_weight(
+    quantizer: str, bits: int, shape: tuple[int, ...], parts: Mapping[str, Tensor]
+) -> PackedWeight | PackedTable:
     """A packed weight from its parts.
 
     Raises:

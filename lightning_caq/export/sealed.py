@@ -42,14 +42,19 @@ def write_sealed(path: str | Path, version: int, description: Mapping[str, Any],
         >>> read_sealed(path, newest=1)
         ({'version': 1, 'kind': 'test'}, {'w': tensor([1., 1.])})
     """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(sealed(version, description, tensors))
+    return path
+
+
+def sealed(version: int, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
+    """The bytes that ``write_sealed`` writes."""
     text = json.dumps({"fingerprint": _BLANK, "version": version, **description}, separators=(",", ":"))
     # Copies of their own: safetensors refuses tensors that share memory.
     copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     payload = save_tensors(copies, {_KEY: text})
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(payload.replace(_BLANK.encode(), _digest(payload), 1))
-    return path
+    return payload.replace(_BLANK.encode(), _digest(payload), 1)
 
 
 def read_sealed(path: str | Path, newest: int) -> tuple[dict[str, Any], dict[str, Tensor]]:

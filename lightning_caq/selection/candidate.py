@@ -12,20 +12,24 @@ import torch
 from torch import Tensor, nn
 
 from lightning_caq.allocation.choose import Choice
+from lightning_caq.allocation.steps import StepChoice
 from lightning_caq.network.batches import HELD_OUT, batch_size, split_samples
 from lightning_caq.network.float_outputs import Reference
 from lightning_caq.network.layers import Layer, layer_weight
 from lightning_caq.options import QuantizationOptions
-from lightning_caq.plan import LayerPlan, QuantizationPlan, weights_fingerprint
+from lightning_caq.plan import LayerPlan, QuantizationPlan, coded, weights_fingerprint
 from lightning_caq.quantizers.calibration import calibrate_inputs, rounded_inputs
 from lightning_caq.quantizers.fake_quant.swap import restore_modules
 from lightning_caq.quantizers.grids.activations import InputGrid
 from lightning_caq.quantizers.grids.affine import Grid
+from lightning_caq.quantizers.grids.stepped import SteppedGrid
 from lightning_caq.quantizers.grids.values import Quantizer
+from lightning_caq.quantizers.packing.coded import encode_weights
 from lightning_caq.quantizers.repair import Repair, prepare_repair
 from lightning_caq.quantizers.rounding.moments import samples_needed
 from lightning_caq.quantizers.rounding.passes import PairedPasses
 from lightning_caq.quantizers.rounding.round_layer import round_layer
+from lightning_caq.quantizers.rounding.round_steps import StepRounding
 from lightning_caq.selection.long_axis import LongAxisRounding
 from lightning_caq.sizes import LayerSizes, width_bits
 
@@ -39,14 +43,14 @@ class Candidate:
 
     Attributes:
         plan: What was done to the network.
-        choice: The bits that it was made with.
+        choice: The bits, or the steps, that it was made with.
         error: The output error on the samples that nothing was fitted to, a part of the output.
         notes: What the reader of the report should know; none as a rule.
         metrics: Metrics of the network by name; empty where it was not evaluated.
     """
 
     plan: QuantizationPlan
-    choice: Choice
+    choice: Choice | StepChoice
     error: float
     notes: tuple[str, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -67,6 +71,7 @@ class CandidateMaker:
         repair: What to repair after rounding, if anything.
         floats: Every tensor of the float network by its state-dict key.
         long_axis: For long-axis rounding, the steep directions to keep out of.
+        steps: How weights are rounded to multiples of a step.
     """
 
     model: nn.Module
@@ -79,6 +84,7 @@ class CandidateMaker:
     repair: Repair | None
     floats: Mapping[str, Tensor]
     long_axis: LongAxisRounding | None = None
+    steps: StepRounding = field(default_factory=StepRounding)
 
     @property
     def shortage(self) -> str:
@@ -98,35 +104,67 @@ class CandidateMaker:
         )
 
     @contextmanager
-    def made(self, method: str, budget: str, choice: Choice) -> Iterator[Candidate]:
+    def made(self, method: str, budget: str, choice: Choice | StepChoice) -> Iterator[Candidate]:
         """Round the weights and repair what that moved; while open, the network is the candidate.
 
         Args:
             method: The method that made the choice, for the plan.
             budget: Its budget in words, for the plan.
-            choice: Bits of every layer.
+            choice: Bits, or steps, of every layer.
         """
         try:
             yield self._make(method, budget, choice)
         finally:
             self._restore()
 
-    def _make(self, method: str, budget: str, choice: Choice) -> Candidate:
+    def try_steps(self, choice: StepChoice) -> tuple[int, float]:
+        """Bytes of the codes that steps come to, and the output error on the samples held out, before any repair."""
+        try:
+            plans, inputs = self._round_to_steps(choice)
+            with rounded_inputs(self.model, self.layers, inputs):
+                error = self.held_out.error(self.model)
+        finally:
+            self._restore()
+        grids = [plan.grid for plan in plans]
+        transposed = [grid.transposed for grid in grids if isinstance(grid, SteppedGrid)]
+        return len(encode_weights([plan.codes for plan in plans], transposed)), error
+
+    def _make(self, method: str, budget: str, choice: Choice | StepChoice) -> Candidate:
         made_for = weights_fingerprint(self.model, [layer.name for layer in self.layers])
-        plans, inputs = self._round(choice) if self.long_axis is None else self._round_together(choice, self.long_axis)
+        plans, inputs = self._rounded(choice)
         with rounded_inputs(self.model, self.layers, inputs):
             repairs, note = self.repair(self.model) if self.repair is not None else ({}, "")
+        widths = sum(map(width_bits, choice.bits)) if isinstance(choice, Choice) else 0
         plan = QuantizationPlan(
             method=method,
             budget=budget,
             rounding=self.rounding,
             layers=tuple(replace(plan, input_grid=inputs.get(plan.name)) for plan in plans),
-            sizes=replace(self.sizes, activation_bits=choice.inputs, widths=sum(map(width_bits, choice.bits))),
+            sizes=replace(self.sizes, activation_bits=choice.inputs, widths=widths),
             fingerprint=made_for,
             repairs=repairs,
         ).cpu()
         plan.write(self.model)  # what is judged is what the plan makes of the network
         return Candidate(plan, choice, self.held_out.error(self.model), notes=(note,) if note else ())
+
+    def _rounded(self, choice: Choice | StepChoice) -> Rounded:
+        if isinstance(choice, StepChoice):
+            plans, inputs = self._round_to_steps(choice)
+            return list(coded(plans)), inputs
+        return self._round(choice) if self.long_axis is None else self._round_together(choice, self.long_axis)
+
+    def _round_to_steps(self, choice: StepChoice) -> Rounded:
+        """One layer after the other, to multiples of steps; what bits they take is left open."""
+        plans = []
+        with PairedPasses(self.model, self.layers, self.fitted, self.floats) as passes:
+            for index, (layer, step) in enumerate(zip(self.layers, choice.steps, strict=True)):
+                if choice.inputs:
+                    passes.round_inputs(layer, choice.inputs[index])
+                grid, codes, distortion = self.steps.round(self.model, layer, step, passes)
+                with torch.no_grad():
+                    layer_weight(self.model, layer).copy_(grid.values(codes))
+                plans.append(LayerPlan(layer.name, layer.modules, grid, codes, distortion=distortion))
+        return plans, passes.inputs
 
     def _round(self, choice: Choice) -> Rounded:
         """One layer after the other, each for the inputs that the rounded layers before it produce."""
@@ -199,6 +237,7 @@ def prepare_candidates(
         repair=prepare_repair(model, layers, fitted, held_out) if options.batchnorm == "recentre" else None,
         floats={name: tensor.detach().clone() for name, tensor in tensors(model).items()},
         long_axis=long_axis,
+        steps=StepRounding(looks=options.rounding == "error_feedback"),
     )
 
 

@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 from lightning_caq.allocation.budget import AvgBits, Budget, ErrorBudget, MaxDrop
 from lightning_caq.allocation.choose import Choice, Chooser
 from lightning_caq.allocation.solver.bisection import smallest_passing
+from lightning_caq.allocation.steps import StepChoice
 from lightning_caq.errors import BudgetError
 from lightning_caq.notes import Note
 from lightning_caq.options import QuantizationOptions
 from lightning_caq.selection.candidate import Candidate, CandidateMaker
+from lightning_caq.selection.steps import StepSearch
 from lightning_caq.utilities.progress import Progress
 
 CHOSEN, GUARD = "quantized", "uniform"
@@ -47,6 +49,7 @@ class Selector:
         options: What the user chose.
         progress: Where to say what is being done.
         float_metrics: Metrics of the float network.
+        steps: Searches for steps where codes are entropy-coded, otherwise ``None``.
     """
 
     chooser: Chooser
@@ -55,6 +58,7 @@ class Selector:
     options: QuantizationOptions
     progress: Progress
     float_metrics: Mapping[str, float]
+    steps: StepSearch | None = None
 
     def select(self) -> Selection:
         """Make the network of the chosen method and all it is compared with, and decide between it and uniform bits."""
@@ -82,11 +86,11 @@ class Selector:
     def _make(self, method: str, budget: Budget) -> Candidate:
         return self._carry_out(method, budget, self._allocate(method, budget))
 
-    def _allocate(self, method: str, budget: Budget) -> Choice:
+    def _allocate(self, method: str, budget: Budget) -> Choice | StepChoice:
         with self.progress.step(f"allocation ({method})"):
-            return self.chooser.choose(method, budget)
+            return (self.steps or self.chooser).choose(method, budget)
 
-    def _carry_out(self, method: str, budget: Budget, choice: Choice) -> Candidate:
+    def _carry_out(self, method: str, budget: Budget, choice: Choice | StepChoice) -> Candidate:
         """Round and judge; the network is float again afterwards."""
         with ExitStack() as network:
             with self.progress.step(f"rounding ({method})"):
@@ -100,7 +104,7 @@ class Selector:
         Bisection over the average bits.
         """
         method = self.options.method
-        tried: dict[Choice, Candidate] = {}
+        tried: dict[Choice | StepChoice, Candidate] = {}
 
         def passes(avg_bits: float) -> bool:
             choice = self._allocate(method, AvgBits(avg_bits))
@@ -110,12 +114,12 @@ class Selector:
                 self.progress.say(f"{avg_bits:.3f} bits on average: {budget.monitor} drops by {drop:.4g}")
             return self._drop(tried[choice], budget) <= budget.value
 
-        low, high = min(self.options.bits), max(self.options.bits)
+        low, high = self.options.reach
         if smallest_passing(passes, low, high, self.options.max_evaluations) is None:
             least = min(self._drop(candidate, budget) for candidate in tried.values())
             raise BudgetError(
-                f"{budget} cannot be met: even with every layer at {high} bits {budget.monitor} drops by {least:.4g}; "
-                "allow a larger drop or add larger bit-widths."
+                f"{budget} cannot be met: even with every layer at {high:g} bits {budget.monitor} drops by "
+                f"{least:.4g}; allow a larger drop or add larger bit-widths."
             )
         good = [candidate for candidate in tried.values() if self._drop(candidate, budget) <= budget.value]
         return min(good, key=lambda candidate: candidate.plan.avg_bits), len(tried)
@@ -139,7 +143,7 @@ class Selector:
         budget = self.options.budget
         if isinstance(budget, MaxDrop):
             return self._drop(uniform, budget) <= budget.value
-        if isinstance(budget, ErrorBudget):
+        if isinstance(budget, ErrorBudget) and isinstance(uniform.choice, Choice):
             return self.chooser.keeps(self.options.method, budget, uniform.choice.bits)
         return True
 

@@ -8,6 +8,7 @@ from every import every
 from lightning_caq.errors import ExportError
 from lightning_caq.export.integers import TYPES, to_integers
 from lightning_caq.quantizers.grids.affine import Grid
+from lightning_caq.quantizers.grids.stepped import SteppedGrid
 
 SMALLEST = {  # by bit-width: with whole zero points among the codes, and with half-integer ones
     1: ("uint4", "uint4"), 2: ("uint4", "uint4"), 3: ("uint4", "uint4"), 4: ("uint4", "uint8"),
@@ -52,3 +53,15 @@ def test_the_smallest_type(bits):
 def test_scales_along_two_dimensions():
     with pytest.raises(ExportError, match=r"Scales of shape \[2, 3\]"):
         to_integers(torch.zeros(2, 3), Grid(2, torch.ones(2, 3), torch.ones(2, 3)))
+
+
+def test_multiples_of_a_step_are_the_smallest_type_that_spans_them():
+    step = torch.tensor([[0.25]])
+    for codes, kind in (([-3, 0, 12], "uint4"), ([5, 9, 100], "uint8"), ([-200, 7, 90], "uint16")):
+        weight = step * torch.tensor([codes]).float()
+        stored = to_integers(weight, SteppedGrid(step))
+        assert stored.type == kind
+        assert stored.values.min() >= 0
+        assert torch.equal(stored.scale * (stored.values - stored.zero_point), weight)
+    with pytest.raises(ExportError, match="coding='fixed'"):
+        to_integers(step * torch.tensor([[0.0, 70_000.0]]), SteppedGrid(step))

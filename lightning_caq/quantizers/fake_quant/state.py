@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_caq.quantizers.fake_quant.learned import lsq_round, pact_round, stretched
 from lightning_caq.quantizers.grids.activations import InputGrid
 from lightning_caq.quantizers.grids.affine import Grid
-from lightning_caq.quantizers.grids.values import Values
+from lightning_caq.quantizers.grids.values import Values, numbers
 
 PREFIX = "_lightning_caq_"  # of every attribute that a module is given
 STATE = f"{PREFIX}fake_quant"
@@ -42,8 +42,8 @@ class FakeQuantState:
     clip_factor: nn.Parameter | None = None
 
     @property
-    def bits(self) -> int:
-        """Bit-width; the largest one where channels differ."""
+    def bits(self) -> int | float:
+        """Bit-width; the largest one where channels differ, the average where codes are entropy-coded."""
         return self.calibrated.bits
 
     @property
@@ -93,7 +93,7 @@ class FakeQuantState:
     def _follow(self, device: torch.device) -> None:
         """Move the grid to where the module was moved."""
         grid = self.calibrated
-        if (grid.scale if isinstance(grid, Grid) else grid.table).device != device:
+        if next(iter(numbers(grid).values())).device != device:
             self.calibrated = grid.to(device)
 
 

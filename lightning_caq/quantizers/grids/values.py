@@ -15,11 +15,12 @@ from lightning_caq.quantizers.grids.dorefa import dorefa_basis
 from lightning_caq.quantizers.grids.levels import levels
 from lightning_caq.quantizers.grids.lq_nets import lq_nets_basis
 from lightning_caq.quantizers.grids.series import series_basis
+from lightning_caq.quantizers.grids.stepped import SteppedGrid
 from lightning_caq.sizes import CODEBOOKS, PER_LAYER, Width
 
 QUANTIZERS = ("affine", *CODEBOOKS)
-STORED = ("scale", "zero_point", "channel_bits", "basis")
-Values = Grid | Codebook
+STORED = ("scale", "zero_point", "channel_bits", "basis", "step")
+Values = Grid | Codebook | SteppedGrid
 _FITS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "codebook": kmeans_basis,
     "lq_nets": lq_nets_basis,
@@ -47,7 +48,7 @@ class Quantizer:
 
     def fit(
         self, weight: Tensor, bits: Width, channel_shape: tuple[int, ...], importance: Tensor | None = None
-    ) -> Values:
+    ) -> Grid | Codebook:
         """The values for a weight.
 
         Args:
@@ -81,24 +82,29 @@ def numbers(values: Values) -> dict[str, Tensor]:
         >>> list(numbers(Grid(2, torch.ones(1, 1), torch.zeros(1, 1))))
         ['scale', 'zero_point']
     """
+    if isinstance(values, SteppedGrid):
+        return {"step": values.step}
     if isinstance(values, Codebook):
         return {"basis": values.basis}
     widths = {} if values.channel_bits is None else {"channel_bits": values.channel_bits}
     return {"scale": values.scale, "zero_point": values.zero_point, **widths}
 
 
-def from_numbers(quantizer: str, bits: int, stored: Mapping[str, Tensor]) -> Values:
+def from_numbers(quantizer: str, bits: int, stored: Mapping[str, Tensor], transposed: int = 0) -> Values:
     """The values that ``numbers`` was given.
 
     Args:
         quantizer: Name of the quantizer.
         bits: Bit-width.
         stored: What ``numbers`` gave.
+        transposed: Of a stepped grid, see there.
 
     Raises:
         KeyError: If a tensor is missing.
         TypeError: If there is no such quantizer, or the basis has another number of columns than it needs.
     """
+    if quantizer == SteppedGrid.quantizer:
+        return SteppedGrid(stored["step"], bits, transposed)
     if quantizer == "affine":
         return Grid(bits, stored["scale"], stored["zero_point"], stored.get("channel_bits"))
     basis = stored["basis"]

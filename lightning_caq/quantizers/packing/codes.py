@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
+import torch
 from torch import Size, Tensor
 
 from lightning_caq.quantizers.grids.affine import Grid
+from lightning_caq.quantizers.grids.stepped import SteppedGrid
 from lightning_caq.quantizers.grids.values import Values
 from lightning_caq.quantizers.packing.bit_packing import pack, unpack
 from lightning_caq.quantizers.packing.channel_packing import pack_channels, unpack_channels
+from lightning_caq.quantizers.packing.coded import decode_weights, encode_weights
 
 
 def pack_codes(codes: Tensor, values: Values) -> Tensor:
@@ -18,7 +22,8 @@ def pack_codes(codes: Tensor, values: Values) -> Tensor:
         values: The values that they stand for.
 
     Returns:
-        The bytes, uint8, one-dimensional: ⌈n b / 8⌉ for the n codes of each bit-width b.
+        The bytes, uint8, one-dimensional: ⌈n b / 8⌉ for the n codes of each bit-width b; codes without a bit-width
+        are entropy-coded.
 
     Example:
         >>> import torch
@@ -26,6 +31,8 @@ def pack_codes(codes: Tensor, values: Values) -> Tensor:
         >>> pack_codes(torch.tensor([[1, 2, 3, 0]]), grid)
         tensor([57], dtype=torch.uint8)
     """
+    if isinstance(values, SteppedGrid):
+        return torch.from_numpy(np.frombuffer(encode_weights([codes], [values.transposed]), dtype=np.uint8).copy())
     widths = _channel_bits(values)
     return pack(codes, values.bits) if widths is None else pack_channels(codes, widths)
 
@@ -39,7 +46,7 @@ def unpack_codes(packed: Tensor, values: Values, shape: tuple[int, ...]) -> Tens
         shape: Shape of the weight.
 
     Returns:
-        The codes, uint8.
+        The codes, uint8; int32 where they have no bit-width.
 
     Raises:
         ValueError: If the bytes are not those of such codes.
@@ -51,6 +58,8 @@ def unpack_codes(packed: Tensor, values: Values, shape: tuple[int, ...]) -> Tens
         tensor([[1, 2],
                 [3, 0]], dtype=torch.uint8)
     """
+    if isinstance(values, SteppedGrid):
+        return decode_weights(packed.cpu().numpy().tobytes(), [shape], [values.transposed])[0]
     widths = _channel_bits(values)
     if widths is not None:
         return unpack_channels(packed, widths, shape)

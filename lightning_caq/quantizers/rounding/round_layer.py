@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_caq.network.layer_matrix import from_matrix, to_matrix
 from lightning_caq.network.layers import Layer, layer_weight
 from lightning_caq.quantizers.grids.affine import Grid
-from lightning_caq.quantizers.grids.codebook import nearest_codes
+from lightning_caq.quantizers.grids.codebook import Codebook, nearest_codes
 from lightning_caq.quantizers.grids.values import AFFINE, Quantizer, Values
 from lightning_caq.quantizers.grids.zeros import kept_zeros, with_zero
 from lightning_caq.quantizers.rounding.descent import improve
@@ -99,6 +99,7 @@ def _column_roundings(layer: Layer, grid: Values) -> list[ColumnRounding]:
 
     if isinstance(grid, Grid):
         return [affine(*x) for x in zip(outputs(grid.scale), outputs(grid.zero_point), outputs(grid.top), strict=True)]
+    assert isinstance(grid, Codebook)  # multiples of a step are rounded with their bits in mind, in ``rate``
     tables = grid.table.flatten(0, -2)
     channel = torch.arange(len(tables), device=tables.device).reshape(grid.table.shape[:-1])
     return [table(tables[index]) for index in outputs(channel)]
