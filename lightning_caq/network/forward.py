@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
 from lightning_caq.errors import CalibrationError
@@ -51,7 +50,7 @@ class Forward:
 
     def raw(self, model: nn.Module, data: Any) -> Any:
         """What the network returns for a batch, as it is."""
-        through = gradients_through() if self.through and torch.is_grad_enabled() else nullcontext()
+        through = gradients_through() if self.through else nullcontext()
         with quiet(model), seeded() if self.random else nullcontext(), through:
             return opened(self.route(model, data))
 
