@@ -110,6 +110,7 @@ def cut(data: Any, axes: Mapping[Path, int], samples: slice | Sequence[int]) -> 
         samples: Which.
 
     Example:
+        >>> import torch
         >>> cut({"x": torch.arange(6).reshape(2, 3), "n": 5}, {("x",): 1}, [2, 0])
         {'x': tensor([[2, 0],
                 [5, 3]]), 'n': 5}
@@ -142,6 +143,7 @@ def run_model(model: nn.Module, batch: Any) -> Outputs:
         CalibrationError: If it returns none.
 
     Example:
+        >>> import torch
         >>> run_model(nn.Linear(2, 1), (torch.zeros(5, 2), torch.zeros(5))).values.shape
         torch.Size([5, 1])
     """
@@ -155,6 +157,7 @@ def returned_tensors(model: nn.Module, batch: Any) -> list[tuple[Tensor, float]]
     """The tensors that a network returns for a batch, each with how much a change of it counts as a distance at most.
 
     Example:
+        >>> import torch
         >>> returned_tensors(nn.Identity(), torch.zeros(1, 2))
         [(tensor([[0., 0.]]), 1.0)]
     """
