@@ -299,7 +299,7 @@ class _Steps:
     def prepare(self, model: nn.Module, samples: Sequence[Batch], widths: Mapping[int, int]) -> _Network:
         """Find the layers, refuse a budget that cannot be met, and run the float network."""
         options = self.options
-        asked = find_layers(model, samples[0], include=options.include, exclude=options.exclude)
+        asked = find_layers(model, *samples, include=options.include, exclude=options.exclude)
         deployed = find_deployed(model, asked, samples, patterns=options.deployed, widths=widths)
         layers = deployed.layers
         notes = (*map(Note, samples[0].forward.notes), *float_notes(deployed))

@@ -112,7 +112,7 @@ def measure(
             device=device,
             convert=float32.batch,
         )
-        layers = find_layers(model, chosen[0]) if layers is None else layers
+        layers = find_layers(model, *chosen) if layers is None else layers
         with differentiable(model, layers):
             measurement = Measurement(
                 model=model,

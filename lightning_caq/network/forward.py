@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
 from lightning_caq.errors import CalibrationError
@@ -51,7 +50,7 @@ class Forward:
 
     def raw(self, model: nn.Module, data: Any) -> Any:
         """What the network returns for a batch, as it is."""
-        through = gradients_through() if self.through and torch.is_grad_enabled() else nullcontext()
+        through = gradients_through() if self.through else nullcontext()
         with quiet(model), seeded() if self.random else nullcontext(), through:
             return opened(self.route(model, data))
 
@@ -111,6 +110,7 @@ def cut(data: Any, axes: Mapping[Path, int], samples: slice | Sequence[int]) -> 
         samples: Which.
 
     Example:
+        >>> import torch
         >>> cut({"x": torch.arange(6).reshape(2, 3), "n": 5}, {("x",): 1}, [2, 0])
         {'x': tensor([[2, 0],
                 [5, 3]]), 'n': 5}
@@ -143,6 +143,7 @@ def run_model(model: nn.Module, batch: Any) -> Outputs:
         CalibrationError: If it returns none.
 
     Example:
+        >>> import torch
         >>> run_model(nn.Linear(2, 1), (torch.zeros(5, 2), torch.zeros(5))).values.shape
         torch.Size([5, 1])
     """
@@ -156,6 +157,7 @@ def returned_tensors(model: nn.Module, batch: Any) -> list[tuple[Tensor, float]]
     """The tensors that a network returns for a batch, each with how much a change of it counts as a distance at most.
 
     Example:
+        >>> import torch
         >>> returned_tensors(nn.Identity(), torch.zeros(1, 2))
         [(tensor([[0., 0.]]), 1.0)]
     """

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_caq.network.forward import run_model
 from lightning_caq.network.padding import padding_of, padding_zeroed, without_padding
+from lightning_caq.utilities.unseen import gradients_as_usual
 
 Hook = Callable[[nn.Module, Tensor, Tensor], Tensor | None]
 
@@ -32,7 +33,8 @@ def watching(modules: Iterable[nn.Module], hook: Hook) -> Iterator[None]:
     """
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-        return hook(module, args[0] if args else next(iter(kwargs.values())), output)
+        with gradients_as_usual():
+            return hook(module, args[0] if args else next(iter(kwargs.values())), output)
 
     handles = [m.register_forward_hook(after, with_kwargs=True) for m in {id(m): m for m in modules}.values()]
     try:
@@ -80,9 +82,7 @@ def visit_modules(
     """
     left = 0
     keep: Tensor | None = None
-    treat = {"shown": lambda module, tensor, keep: tensor, "dropped": without_padding, "zeroed": padding_zeroed}[
-        padding
-    ]
+    treat = _PADDING[padding]
 
     def hook(module: nn.Module, inputs: Tensor, output: Tensor) -> None:
         nonlocal left

@@ -187,11 +187,11 @@ def apply_weight(module: nn.Module, weight: Tensor, inputs: Tensor, size: Sequen
 def find_layers(
     model: nn.Module,
     batch: Any,
-    *,
+    *others: Any,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
 ) -> list[Layer]:
-    """Find every weight that can be quantized, and run one batch to learn the order and the cost of the layers.
+    """Find every weight that can be quantized, and run a batch to learn the order and the cost of the layers.
 
     Linear layers, convolutions, transposed convolutions and embeddings are found, subclasses of them too. A weight
     that several modules share is one layer. Parametrized weights (``torch.nn.utils.parametrize``) are left alone.
@@ -199,11 +199,13 @@ def find_layers(
     Args:
         model: The network; left as it was.
         batch: One calibration batch, on the device of the model.
+        others: More of them, run only as long as they may show layers that none before has reached, as where samples
+            are sent to experts by their values.
         include: Shell patterns of layer names to quantize, such as ``"encoder.*"``; all by default.
         exclude: Shell patterns of layer names to leave in float32.
 
     Returns:
-        The layers in their order of execution; those that the batch did not reach come last, with ``macs=0``.
+        The layers in their order of execution; those that no batch reached come last, with ``macs=0``.
 
     Raises:
         LayerError: If no layer is left, or if a weight holds NaN or infinite values.
@@ -215,7 +217,7 @@ def find_layers(
         >>> [(x.name, x.kind, x.weights, x.macs) for x in find_layers(net, torch.zeros(3, 4))]
         [('0', 'linear', 32, 32), ('2', 'linear', 16, 16)]
     """
-    return _in_execution_order(model, chosen_layers(model, include, exclude), batch)
+    return _in_execution_order(model, chosen_layers(model, include, exclude), (batch, *others))
 
 
 def chosen_layers(
@@ -325,23 +327,29 @@ class _Trace:
     batchnorm: str | None = None
 
 
-def _in_execution_order(model: nn.Module, layers: list[Layer], batch: Any) -> list[Layer]:
-    """Run one batch; sort the layers as they ran, and give each its cost and the batch-norm behind it."""
-    traces: dict[str, _Trace] = {}
-    with _tracing(model, layers, traces), torch.no_grad():
-        check_model_takes(model, batch)
-    samples = max(batch_size(batch), 1)
+def _in_execution_order(model: nn.Module, layers: list[Layer], batches: Sequence[Any]) -> list[Layer]:
+    """Run batches; sort the layers as they ran, and give each its cost and the batch-norm behind it."""
     by_name = {layer.name: layer for layer in layers}
-    reached = [
-        replace(
-            by_name[name],
-            macs=by_name[name].weights * trace.positions // samples,
-            calls=trace.calls,
-            batchnorm=trace.batchnorm,
-        )
-        for name, trace in traces.items()
-    ]
-    return reached + [layer for layer in layers if layer.name not in traces]
+    reached: list[Layer] = []
+    for batch in batches:
+        if len(reached) == len(layers):
+            break
+        traces: dict[str, _Trace] = {}
+        with _tracing(model, layers, traces), torch.no_grad():
+            check_model_takes(model, batch)
+        samples = max(batch_size(batch), 1)
+        place, known = 0, {layer.name for layer in reached}
+        for name, trace in traces.items():
+            if name in known:
+                place = next(index for index, layer in enumerate(reached) if layer.name == name) + 1
+                continue
+            cost = by_name[name].weights * trace.positions // samples
+            reached.insert(
+                place, replace(by_name[name], macs=cost, calls=trace.calls, batchnorm=trace.batchnorm)
+            )  # behind what ran before it
+            place += 1
+    names = {layer.name for layer in reached}
+    return reached + [layer for layer in layers if layer.name not in names]
 
 
 @contextmanager

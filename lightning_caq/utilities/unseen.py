@@ -41,6 +41,23 @@ def gradients_through() -> Iterator[None]:
         _remove()
 
 
+@contextmanager
+def gradients_as_usual() -> Iterator[None]:
+    """Within ``gradients_through``: code that is not the network's, such as hooks, cuts gradients off as ever.
+
+    Example:
+        >>> x = torch.ones(1, requires_grad=True)
+        >>> with gradients_through(), gradients_as_usual():
+        ...     x.detach().requires_grad
+        False
+    """
+    depth, _state.depth = getattr(_state, "depth", 0), 0
+    try:
+        yield
+    finally:
+        _state.depth = depth
+
+
 def _passing() -> bool:
     return getattr(_state, "depth", 0) > 0
 
@@ -98,7 +115,7 @@ class _Attached(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in (Tensor.detach, torch.detach, Tensor.detach_, Tensor.data.__get__):  # type: ignore[attr-defined]
+        if _passing() and func in (Tensor.detach, torch.detach, Tensor.detach_, Tensor.data.__get__):  # type: ignore[attr-defined]
             return args[0]
         return func(*args, **(kwargs or {}))
 

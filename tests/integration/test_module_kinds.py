@@ -233,3 +233,38 @@ def test_a_transformer_of_hugging_face_in_a_lightning_module():
         change = float((net(**batches[0]).logits - before).norm() / before.norm())
     assert 0 < change < 0.5
     assert sum("attention" in name for name in result.plan.bits) == 4
+
+
+def test_a_backbone_that_runs_in_inference_mode_is_measured_and_quantized():
+    class Transfer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.head = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.inference_mode():
+                features = self.backbone(x)
+            return self.head(features.clone())
+
+    net = Transfer()
+    result = quantized(net, [torch.randn(16, 8) for _ in range(4)])
+    assert set(result.plan.bits) == {"backbone.0", "backbone.2", "head"}
+    with torch.no_grad(), torch.inference_mode(False):
+        assert net.backbone(torch.randn(2, 8)).is_inference() is False  # nothing of torch is left replaced
+
+
+def test_experts_that_only_a_later_batch_reaches():
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.low, self.high, self.last = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last((self.high if float(x.sum()) > 0 else self.low)(x).relu())
+
+    batches = [-torch.rand(16, 4), *(torch.rand(16, 4) for _ in range(3))]
+    assert set(quantized(Experts(), batches, curvature_samples=64, calibration_samples=64).plan.bits) == {
+        "low",
+        "high",
+        "last",
+    }

@@ -172,3 +172,17 @@ def test_weights_that_are_not_finite_name_the_layer(value):
 def test_lazy_layers():
     with pytest.raises(LayerError, match="Layer '0' is lazy and not initialised"):
         find_layers(nn.Sequential(nn.LazyLinear(2)), torch.randn(2, 4))
+
+
+def test_layers_that_only_a_later_batch_reaches_stand_where_they_run():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last, self.low, self.high, self.never = (nn.Linear(3, 3) for _ in range(4))
+
+        def forward(self, x):
+            return self.last(self.high(x) if bool(x.mean() > 0) else self.low(x))
+
+    layers = find_layers(Experts(), -torch.ones(2, 3), torch.ones(4, 3))
+    reached = [("high", 1, 9), ("low", 1, 9), ("last", 1, 9), ("never", 0, 0)]  # each expert ahead of the last
+    assert [(x.name, x.calls, x.macs) for x in layers] == reached

@@ -7,7 +7,7 @@ from every import every
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_caq.utilities.unseen import checkpointing_off, gradients_through
+from lightning_caq.utilities.unseen import checkpointing_off, gradients_as_usual, gradients_through
 
 X = torch.ones(2, requires_grad=True)
 
@@ -97,3 +97,13 @@ def test_checkpointed_parts_run_once(reentrant):
         else:
             checkpoint(Part(), x, use_reentrant=reentrant).sum().backward()
         assert len(calls) == (1 if off else 2)
+
+
+def test_hooks_of_others_cut_gradients_off_as_ever():
+    seen = []
+    with gradients_through():
+        with gradients_as_usual(), torch.no_grad():
+            seen += [(2 * X).requires_grad, X.detach().requires_grad]
+        with torch.no_grad():
+            seen += [(2 * X).requires_grad, X.detach().requires_grad]
+    assert seen == [False, False, True, True]

@@ -57,18 +57,19 @@ def unaccounted(model: nn.Module, layers: Sequence[Layer], sample: Any) -> set[s
         outputs = [y for _, _, _, y in run.calls]
         gradients = torch.autograd.grad(run.outputs.values, [*outputs, *weights], seed, allow_unused=True)
     found = set()
-    for layer, weight, truth in zip(layers, weights, gradients[len(outputs) :], strict=True):
-        every = range(matrix_shape(layer)[1])
-        dense = DenseRows(1, *matrix_shape(layer), weight.dtype, weight.device)
-        for (owner, module, x, _), g in zip(run.calls, gradients, strict=False):
-            if owner is layer and g is not None:
-                try:
-                    put_factors(dense, slice(0, 1), every, [call_factors(layer, module, x, g, 1)])
-                except (RuntimeError, IndexError):
-                    found.add(layer.name)
-        expected = torch.zeros_like(weight) if truth is None else truth
-        rows = dense.rows.reshape(to_matrix(layer, expected).shape)
-        error = (rows - to_matrix(layer, expected)).norm()
-        if error > _TOLERANCE * max(float(expected.norm()), float(rows.norm())):
-            found.add(layer.name)
+    with torch.no_grad():
+        for layer, weight, truth in zip(layers, weights, gradients[len(outputs) :], strict=True):
+            every = range(matrix_shape(layer)[1])
+            dense = DenseRows(1, *matrix_shape(layer), weight.dtype, weight.device)
+            for (owner, module, x, _), g in zip(run.calls, gradients, strict=False):
+                if owner is layer and g is not None:
+                    try:
+                        put_factors(dense, slice(0, 1), every, [call_factors(layer, module, x, g, 1)])
+                    except (RuntimeError, IndexError):
+                        found.add(layer.name)
+            expected = torch.zeros_like(weight) if truth is None else truth
+            rows = dense.rows.reshape(to_matrix(layer, expected).shape)
+            error = (rows - to_matrix(layer, expected)).norm()
+            if error > _TOLERANCE * max(float(expected.norm()), float(rows.norm())):
+                found.add(layer.name)
     return found
