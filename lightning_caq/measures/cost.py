@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_caq.measures.gram.output_rows import choose_rows
 from lightning_caq.measures.gram.pieces import pair_work
+from lightning_caq.measures.gram.spectrum import affordable_rows
 from lightning_caq.network.batches import batch_size
 from lightning_caq.network.layers import Layer, layer_weight
 from lightning_caq.network.objective import Objective
@@ -86,7 +87,7 @@ def estimate_seconds(
     cost: Cost,
     *,
     tolerance: float = 1e-5,
-    max_rows: int = 2048,
+    eigenpairs: int = 64,
 ) -> float:
     """About how many seconds a cost is; takes two gradients of the first batch and one forward pass of all.
 
@@ -96,14 +97,15 @@ def estimate_seconds(
         target: The objective.
         cost: What measures cost together.
         tolerance: As in ``gram_spectrum``.
-        max_rows: As in ``gram_spectrum``.
+        eigenpairs: Number of eigenpairs.
 
     Returns:
         Seconds. On a ResNet-20 and 256 samples they were within a factor of two of the time that measuring then took.
     """
     rows = 0
     if cost.row_passes:
-        rows = len(choose_rows(model, target.batches, tolerance, max_rows).rows)
+        most, draws = affordable_rows(target.samples, eigenpairs)
+        rows = len(choose_rows(model, target.batches, tolerance, most, draws=draws).rows)
     gradients = cost.gradients + cost.row_passes * _ROW_GRADIENTS * rows / target.samples
     seconds = gradients * _gradient_seconds(model, layers, target)
     if cost.row_products:

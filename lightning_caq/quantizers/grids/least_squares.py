@@ -25,9 +25,7 @@ Pair = tuple[Tensor, Tensor]
 """Scale and zero point of each channel, shape (channels, 1)."""
 
 
-def search_grid(
-    rows: Tensor, top: Tensor, full: Pair, zero_is_fixed: bool, importance: Tensor | None = None
-) -> Pair:
+def search_grid(rows: Tensor, top: Tensor, full: Pair, zero_is_fixed: bool, importance: Tensor | None = None) -> Pair:
     """A grid of close to the least (weighted) squared error, channel by channel.
 
     Computed in float32, by blocks of channels: some 60 passes over the weights, or 30 where channels are long.
@@ -159,7 +157,6 @@ def least_squares_grid(
         >>> [x.item() for x in least_squares_grid(rows, top, [start], zero_is_fixed=True)]
         [1.0, 0.0]
     """
-
     zeros = torch.zeros_like(top)
 
     def total(values: Tensor) -> Tensor:
