@@ -93,8 +93,10 @@ def test_little_memory_gives_the_same(memory):
     assert parts.traces == pytest.approx(whole.traces)
 
 
-def test_little_memory_leaves_traces_and_quadratic_forms_exact(setup):
+@every("name", nets.CASES)
+def test_little_memory_leaves_traces_and_quadratic_forms_exact(name):
     """Folded rows keep their norms and their products with errors."""
+    setup = Setup(name)
     whole, folded = setup.spectrum(), setup.spectrum(memory=2000)
     assert folded.traces == pytest.approx(whole.traces)
     assert folded.trace == pytest.approx(whole.trace)
