@@ -16,7 +16,7 @@ from lightning_caq.network.batches import batch_size
 from lightning_caq.network.layers import Layer, layer_weight
 from lightning_caq.network.objective import Objective
 
-BLOCK_SAMPLES = 256  # samples of the first batch that measures of single layers look at
+BLOCK_SAMPLES = 32  # samples of the first batch that measures of single layers look at
 _ROW_GRADIENTS = 1.5  # a row is a gradient of one sample, and what putting it away takes
 _MATRIX = 512
 
@@ -49,9 +49,14 @@ class Extent:
         return self.objective == "distill"
 
     @property
+    def block_samples(self) -> int:
+        """Samples that measures of single layers look at, at most."""
+        return min(self.first, BLOCK_SAMPLES)
+
+    @property
     def block(self) -> float:
-        """The part of the samples that measures of single layers look at."""
-        return min(self.first, BLOCK_SAMPLES) / self.samples
+        """The part that these are of all samples."""
+        return self.block_samples / self.samples
 
 
 @dataclass(frozen=True)
