@@ -48,6 +48,8 @@ class GramSpectrum:
         rows: Number of rows.
         candidates: Number of rows that they were taken or drawn from.
         chosen: The rows themselves.
+        squares: Of each row Σ (A_i Δ_i)² at the fewest bits, over this rank's layers: what it adds to the energies of
+            their errors, shape (rows,), float64.
         combinations: u_1, …, u_m as columns, shape (rows, m), float64: v_j = Aᵀ u_j / √λ_j.
     """
 
@@ -62,6 +64,7 @@ class GramSpectrum:
     rows: int
     candidates: int
     chosen: list[OutputRow]
+    squares: Tensor
     combinations: Tensor
 
 
@@ -165,6 +168,10 @@ def gram_spectrum(
         rows=len(rows),
         candidates=choice.candidates,
         chosen=rows,
+        squares=sum(
+            (by_bits[min(by_bits)].sum(1).square() for by_bits in projections.values() if by_bits),
+            torch.zeros(len(rows), dtype=torch.float64),
+        ),
         combinations=vectors.cpu(),
     )
 
