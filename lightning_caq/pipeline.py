@@ -50,7 +50,7 @@ from lightning_caq.utilities.keywords import known_keywords, takes_fields_of
 from lightning_caq.utilities.progress import Progress, Say, duration, silent
 from lightning_caq.utilities.sharing import ALONE, Sharing
 
-TIGHTNESS_SAMPLES = 64
+TIGHTNESS_SAMPLES = 32
 
 
 @dataclass(frozen=True)
