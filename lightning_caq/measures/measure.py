@@ -155,6 +155,7 @@ def _seconds(measurement: Measurement, measures: Sequence[Measure]) -> float:
         samples=m.objective.samples,
         first=batch_size(m.batches[0]),
         needs=m.needs,
+        weights=sum(layer.weights for layer in m.layers),
     )
     return estimate_seconds(m.model, m.layers, m.objective, total_cost(measures, extent))
 

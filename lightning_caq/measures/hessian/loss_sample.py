@@ -23,17 +23,17 @@ from lightning_caq.network.outputs import divergences
 from lightning_caq.network.perturbed import perturbed
 from lightning_caq.utilities.seeding import generator
 
-_GRADIENTS = 2.5  # that all layers together may cost
-_PASSES = 1.5 / 3  # of a layer, in gradients: at one bit-width or two, a forward pass being a third
+_GRADIENTS = 3.0  # that all layers together may cost
+_PASSES = 2.5 / 3  # of a layer, in gradients: at two or three bit-widths, a forward pass being a third
 _LEAST = 8
 
 
 def affordable_samples(layers: int, samples: int) -> int:
-    """So many samples that all layers together cost 2.5 gradients, at least eight.
+    """So many samples that all layers together cost three gradients, at least eight.
 
     Example:
         >>> affordable_samples(20, 256), affordable_samples(50, 128), affordable_samples(400, 128)
-        (64, 12, 8)
+        (46, 9, 8)
     """
     return min(max(int(_GRADIENTS * samples / (_PASSES * max(layers, 1))), _LEAST), samples)
 
@@ -44,7 +44,7 @@ def changes_cost(extent: Extent, changes: int) -> Cost:
     Example:
         >>> extent = Extent("distill", layers=20, bits=6, eigenpairs=10, samples=256, first=128)
         >>> changes_cost(extent, 20).gradients
-        2.5
+        2.99...
     """
     return Cost(_PASSES * changes * affordable_samples(extent.layers, extent.samples) / extent.samples)
 

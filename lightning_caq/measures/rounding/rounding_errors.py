@@ -9,12 +9,15 @@ from typing import Generic
 import torch
 from torch import Tensor, nn
 
+from lightning_caq.measures.cost import Cost
 from lightning_caq.measures.measurement import Measurement
 from lightning_caq.measures.registry import Measure
 from lightning_caq.network.layers import Layer, layer_weight
 from lightning_caq.profile import CurvatureProfile, LayerCurvature
 from lightning_caq.quantizers.grids.values import AFFINE, Quantizer, Values
 from lightning_caq.sizes import W
+
+_SECONDS = 1.2e-7  # that the grid of a weight and bit-width takes
 
 
 @dataclass(frozen=True)
@@ -104,4 +107,9 @@ def take(measurement: Measurement, profile: CurvatureProfile) -> CurvatureProfil
     return profile.with_rows(fill)
 
 
-MEASURE = Measure("rounding_error", step="rounding errors", take=take)
+MEASURE = Measure(
+    "rounding_error",
+    step="rounding errors",
+    take=take,
+    cost=lambda extent: Cost(seconds=_SECONDS * extent.weights * extent.bits),
+)

@@ -91,6 +91,16 @@ def input_moments(layer: Layer, weight: Tensor, passes: PairedPasses) -> InputMo
     return InputMoments(curvature / count, pull / count)
 
 
+def most_columns(samples: int) -> int:
+    """Most columns of all samples together that are looked at.
+
+    Example:
+        >>> most_columns(448), most_columns(100_000)
+        (65408, 100000)
+    """
+    return samples * max(_COLUMNS // samples, 1)
+
+
 def samples_needed(model: nn.Module, layers: Sequence[Layer], samples: int) -> dict[str, int]:
     """The layers whose input curvature cannot have full rank, as it has more rows than columns are seen.
 
