@@ -20,6 +20,7 @@ from lightning_caq.evaluation.rate_limit import plan_limit
 from lightning_caq.evaluation.run_report import run_report
 from lightning_caq.evaluation.same_metrics import WatchedEvaluation, same_metrics_note
 from lightning_caq.evaluation.tightness import tightness
+from lightning_caq.measures.cost import multiplication_seconds
 from lightning_caq.measures.hessian.eigenvectors import check_memory
 from lightning_caq.measures.measure import measure
 from lightning_caq.measures.rounding.rounded_loss import rounded_loss
@@ -37,6 +38,7 @@ from lightning_caq.plan import QuantizationPlan
 from lightning_caq.profile import CurvatureProfile
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules
 from lightning_caq.quantizers.grids.values import Quantizer
+from lightning_caq.quantizers.rounding.cost import rounding_seconds
 from lightning_caq.report import QuantizationReport
 from lightning_caq.reporting.gallery import draw_gallery
 from lightning_caq.reporting.html import write_html
@@ -52,7 +54,8 @@ from lightning_caq.utilities.keywords import known_keywords, takes_fields_of
 from lightning_caq.utilities.progress import Progress, Say, duration, silent
 from lightning_caq.utilities.sharing import ALONE, Sharing
 
-TIGHTNESS_SAMPLES = 64
+TIGHTNESS_SAMPLES = 32
+_CANDIDATE_PASSES, _TIGHTNESS_PASSES = 6, 40  # forward passes: over all samples, and over those of tightness
 
 
 @dataclass(frozen=True)
@@ -322,7 +325,7 @@ class _Steps:
         reference = make_reference(model, samples)
         objective = objective_from(options.objective, reference, self.loss_fn)
         loss = objective.value(model)  # one that is not finite or no scalar shows here, before any work
-        seconds = (time.perf_counter() - start) * (20 + len(layers) * (1 + len(options.methods)))
+        seconds = self._seconds(layers, objective.samples, (time.perf_counter() - start) / 2)
         self.progress.say(
             f"{len(layers)} layers, {sum(sizes.weights):,} weights, {objective.samples} samples, {options.method} with "
             f"{options.budget}: about {duration(seconds)}, curvature not counted"
@@ -337,6 +340,14 @@ class _Steps:
             objective=objective,
             loss=loss,
         )
+
+    def _seconds(self, layers: Sequence[Layer], samples: int, forward: float) -> float:
+        """About how long the run takes but for measuring, of what one forward pass over all samples takes."""
+        rounding = 0.0
+        if self.options.rounding == "error_feedback":
+            rounding = rounding_seconds(layers, samples, multiplication_seconds())
+        candidates = len(self.options.methods) * (_CANDIDATE_PASSES * forward + rounding)
+        return candidates + _TIGHTNESS_PASSES * forward * min(TIGHTNESS_SAMPLES / samples, 1.0)
 
     def judge_float(self, network: _Network) -> dict[str, float]:
         """Metrics of the float network; refuses to watch one that nobody computes, before anything is measured."""

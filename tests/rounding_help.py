@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_caq.network.layers import layer_weight
 from lightning_caq.quantizers.rounding.moments import input_moments
 from lightning_caq.quantizers.rounding.passes import PairedPasses
 from lightning_caq.quantizers.rounding.round_layer import round_layer
@@ -15,7 +16,7 @@ from lightning_caq.quantizers.rounding.round_layer import round_layer
 def moments(net: nn.Module, layer: Any, batches: Sequence[Any], floats: dict[str, Tensor]) -> Any:
     """Moments of what reaches one layer."""
     with PairedPasses(net, [layer], batches, floats) as passes:
-        return input_moments(layer, passes)
+        return input_moments(layer, layer_weight(net, layer).detach(), passes)
 
 
 def rounded(

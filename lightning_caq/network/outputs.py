@@ -198,16 +198,22 @@ def _kept(head: Head, batch: Mapping[Path, Tensor], rows: Tensor) -> Tensor | No
 
 
 def divergence(target: Outputs, outputs: Outputs) -> Tensor:
-    """How much present outputs differ from float ones: mean over samples, a scalar with its graph.
-
-    The sum over tensors of KL(p ‖ q) of the softmax distributions, nat, or of ½ the mean over columns of the squared
-    difference, in units of the columns' own variance; each a mean over the positions that count.
+    """How much present outputs differ from float ones: mean over samples of ``divergences``, a scalar with its graph.
 
     Example:
         >>> part = (Part("classes", 0, 1, 2),)
         >>> before, after = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0]])
         >>> round(float(divergence(Outputs(before, part), Outputs(after, part))), 4)
         0.1201
+    """
+    return divergences(target, outputs).mean()
+
+
+def divergences(target: Outputs, outputs: Outputs) -> Tensor:
+    """How much present outputs of each sample differ from float ones, shape (samples,).
+
+    The sum over tensors of KL(p ‖ q) of the softmax distributions, nat, or of ½ the mean over columns of the squared
+    difference, in units of the columns' own variance; each a mean over the positions that count.
     """
     losses = []
     for part in target.parts:
@@ -219,8 +225,8 @@ def divergence(target: Outputs, outputs: Outputs) -> Tensor:
             dtype = torch.promote_types(after.dtype, torch.float32)
             p, q = F.log_softmax(before.to(dtype), 2), F.log_softmax(after.to(dtype), 2)
             loss = (p.exp() * (p - q)).sum(2)
-        losses.append(loss.mean() if part.weights is None else (loss * part.weights.to(loss)).sum(1).mean())
-    return losses[0] if len(losses) == 1 else torch.stack([x.to(losses[0].dtype) for x in losses]).sum()
+        losses.append(loss.mean(1) if part.weights is None else (loss * part.weights.to(loss)).sum(1))
+    return losses[0] if len(losses) == 1 else torch.stack([x.to(losses[0].dtype) for x in losses]).sum(0)
 
 
 def opened(returned: Any) -> Any:

@@ -21,8 +21,8 @@ from lightning_caq.utilities.memory import release_memory
 _local = threading.local()
 _NAME = "caq-pass"
 
-# A pass that waits holds the input of the module, what went before it in its block, and what the allocator keeps.
-_TENSORS_HELD = 4
+# A pass that waits holds the input of the module and what goes around it in its block.
+_TENSORS_HELD = 2
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class SteppedPasses:
     """
 
     def __init__(
-        self, model: nn.Module, modules: Iterable[nn.Module], batches: Sequence[Any], *, memory: int = 2**28
+        self, model: nn.Module, modules: Iterable[nn.Module], batches: Sequence[Any], *, memory: int = 2**29
     ) -> None:
         self._memory = memory
         self._modules = {id(module): module for module in modules}

@@ -88,7 +88,7 @@ def test_layers_in_their_order_cost_one_pass():
 
 def test_passes_that_take_too_much_room_are_not_kept():
     net, batches = nn.Sequential(*(nn.Linear(3, 3) for _ in range(6))), [torch.randn(2, 3)] * 3
-    with SteppedPasses(net, net, batches, memory=2 * 4 * batches[0].nbytes) as passes:
+    with SteppedPasses(net, net, batches, memory=2 * 2 * batches[0].nbytes) as passes:
         for module in net:
             list(passes.calls([module], 1))
             assert _waiting() <= 2

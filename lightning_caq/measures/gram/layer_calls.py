@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_caq.measures.gram.row_forms import FactoredRows, Rows, WordRows
+from lightning_caq.measures.gram.folded_rows import FoldedRows
+from lightning_caq.measures.gram.row_forms import DenseRows, ExactRows, WordRows
 from lightning_caq.network.batches import batch_size, pick
 from lightning_caq.network.forward import run_model
 from lightning_caq.network.hooks import watching
@@ -22,6 +23,7 @@ from lightning_caq.utilities.seeding import generator
 Call = tuple[Layer, nn.Module, Tensor, Tensor]
 """Layer, module, input and output."""
 Factors = tuple[Tensor, Tensor]
+Rows = ExactRows | FoldedRows
 
 _SAMPLES = 4  # of a batch, to see whether all go through the same calls
 
@@ -151,16 +153,23 @@ def _by_row(parts: Tensor, rows: int) -> Tensor:
 
 def put_factors(piece_rows: Rows, place: slice, outputs: range, factors: Sequence[Factors]) -> None:
     """Add what the calls of a layer contribute to some rows, of some of its outputs."""
-    cut = slice(outputs.start, outputs.stop)
-    if isinstance(piece_rows, FactoredRows):
-        gradients, inputs = zip(*factors, strict=True)
-        piece_rows.put(place, torch.cat(gradients, 2)[..., cut], torch.cat(inputs, 2))
-        return
-    for g, x in factors:
-        if isinstance(piece_rows, WordRows):
+    if isinstance(piece_rows, WordRows):
+        for g, x in factors:
             piece_rows.put(place, g, x)
-        elif g.ndim == 4:
-            piece_rows.put(place, g[..., cut], x)
-        else:  # a look-up in a table that a linear layer shares: one-hot words take the part of the gradients
-            words = torch.arange(outputs.start, outputs.stop, device=x.device)
-            piece_rows.put(place, (x[..., None] == words)[:, None].to(g), g[:, None])
+        return
+    parts = [_outer(outputs, *each) for each in factors]
+    if isinstance(piece_rows, DenseRows) or len(parts) == 1:
+        for g, x in parts:
+            piece_rows.put(place, g, x)
+    else:  # these have to see all calls together
+        gradients, inputs = zip(*parts, strict=True)
+        piece_rows.put(place, torch.cat(gradients, 2), torch.cat(inputs, 2))
+
+
+def _outer(outputs: range, gradients: Tensor, inputs: Tensor) -> Factors:
+    """g_t and x_t of one call, of some of the outputs."""
+    if gradients.ndim == 4:
+        return gradients[..., outputs.start : outputs.stop], inputs
+    # A look-up in a table that a linear layer shares: one-hot words take the part of the gradients.
+    words = torch.arange(outputs.start, outputs.stop, device=inputs.device)
+    return (inputs[..., None] == words)[:, None].to(gradients), gradients[:, None]

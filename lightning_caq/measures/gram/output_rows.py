@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_caq.measures.gram.row_stream import Stretch, draw_from_stream
 from lightning_caq.network.batches import batch_size
 from lightning_caq.network.forward import run_model
 from lightning_caq.network.outputs import Outputs, Part
 from lightning_caq.utilities.seeding import generator
+
+_MOST_KEPT = 2**22  # numbers in the outputs of all samples, 100 bytes each
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,13 @@ class RowChoice:
 
 
 def choose_rows(
-    model: nn.Module, batches: Sequence[Any], tolerance: float, max_rows: int, *, seed: int = 0
+    model: nn.Module,
+    batches: Sequence[Any],
+    tolerance: float,
+    max_rows: int,
+    *,
+    draws: int | None = None,
+    seed: int = 0,
 ) -> RowChoice:
     """The rows of A worth computing, in the order of the batches.
 
@@ -68,16 +77,19 @@ def choose_rows(
     row for each column. Positions that do not count have no rows.
 
     The lightest rows are left out, up to the tolerance. If more than ``max_rows`` remain, none is left out but
-    ``max_rows`` of all are drawn, with probabilities π in proportion to their shares and without replacement:
+    ``draws`` of all are drawn, with probabilities π in proportion to their shares and without replacement:
     systematic sampling of a random order (Hartley and Rao 1962). Rows whose share alone is above that of an average
     draw are taken for certain. A drawn row counts 1/π times, so that every sum over rows is right in the mean over
     draws (Horvitz and Thompson 1952): AᵀA, its traces, diagonals and quadratic forms, but not its eigenvalues.
+    Outputs of more than a few million numbers, as over a vocabulary, are not kept: rows are then always drawn, in two
+    passes (``draw_from_stream``).
 
     Args:
         model: The float network, in eval mode.
         batches: The samples.
         tolerance: Share of the output Hessian's trace that may be left out.
-        max_rows: Most rows, at least 2.
+        max_rows: Most rows that are all taken, at least 2.
+        draws: How many are drawn of more, at least 2; ``max_rows`` by default.
         seed: Seed of the draw.
 
     Returns:
@@ -90,15 +102,18 @@ def choose_rows(
         [(1, 0, 0.25), (1, 1, 0.25)]
     """
     weights, places, samples = [], [], sum(map(batch_size, batches))
+    draws = draws or max_rows
     for b, batch in enumerate(batches):
         with torch.no_grad():
             outputs = run_model(model, batch)
+        if outputs.values[0].numel() * samples > max(_MOST_KEPT, max_rows):
+            return _draw_from_stream(model, batches, draws, generator(seed, "rows"))
         for index, part in enumerate(outputs.parts):
             # As in the objective, a batch counts by its samples, however many output rows these have.
             weights.append(_weights(outputs, part) / samples)
             places.append((b, index, part))
     weight, share = torch.cat(weights, dim=1)
-    chosen, probability, kept, candidates = _choose(share, tolerance, max_rows, generator(seed, "rows"))
+    chosen, probability, kept, candidates = _choose(share, tolerance, max_rows, draws, generator(seed, "rows"))
     edges = torch.tensor([w.shape[1] for w in weights]).cumsum(0)
     rows = []
     for i, pi, b in zip(chosen.tolist(), probability.tolist(), torch.bucketize(chosen, edges, right=True), strict=True):
@@ -107,6 +122,29 @@ def choose_rows(
         sample, position = divmod(r, part.positions)
         rows.append(OutputRow(batch_index, sample, position, c, float(weight[i]) / pi, pi, index))
     return RowChoice(rows, kept, candidates)
+
+
+def _draw_from_stream(model: nn.Module, batches: Sequence[Any], number: int, draws: torch.Generator) -> RowChoice:
+    samples = sum(map(batch_size, batches))
+    places: list[tuple[int, int, Part]] = []
+
+    def stream() -> Iterator[Stretch]:
+        places.clear()
+        for b, batch in enumerate(batches):
+            with torch.no_grad():
+                outputs = run_model(model, batch)
+            for index, part in enumerate(outputs.parts):
+                places.append((b, index, part))
+                z = part.rows(outputs.values)
+                yield Stretch(z.flatten(0, 1), (part.shares(len(z)) / samples).flatten(), part.by_distance)
+
+    drawn, rows = draw_from_stream(stream, number, draws), []
+    for row in drawn.rows:
+        b, index, part = places[row.stretch]
+        sample, position = divmod(row.position, part.positions)
+        weight = row.weight / row.probability
+        rows.append(OutputRow(b, sample, position, row.column, weight, row.probability, index))
+    return RowChoice(rows, 1.0, drawn.candidates)
 
 
 def _weights(outputs: Outputs, part: Part) -> Tensor:
@@ -121,7 +159,7 @@ def _weights(outputs: Outputs, part: Part) -> Tensor:
 
 
 def _choose(
-    share: Tensor, tolerance: float, max_rows: int, draws: torch.Generator
+    share: Tensor, tolerance: float, max_rows: int, number: int, draws: torch.Generator
 ) -> tuple[Tensor, Tensor, float, int]:
     """Of every chosen row the index, ascending, and π; the share of the trace they stand for; rows they are of."""
     order = share.argsort(descending=True, stable=True)
@@ -133,9 +171,9 @@ def _choose(
     order = order[: int((share > 0).sum())]
     # The j heaviest are certain as long as each has at least its turn's part of what is left: π would be above 1.
     left = share[order].flip(0).cumsum(0).flip(0)
-    certain = int((share[order] * (max_rows - torch.arange(len(order))) >= left).sum())
+    certain = int((share[order] * (number - torch.arange(len(order))) >= left).sum())
     light = order[certain:][torch.randperm(len(order) - certain, generator=draws)]
-    turns = max_rows - certain
+    turns = number - certain
     steps = share[light].cumsum(0) * (turns / share[light].sum())
     points = torch.arange(turns) + torch.rand((), generator=draws, dtype=share.dtype)
     drawn = light[torch.searchsorted(steps, points).clamp_max(len(light) - 1)]

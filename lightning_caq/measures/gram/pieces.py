@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_caq.measures.gram.row_forms import DenseRows, FactoredRows, Rows, WordRows
+from lightning_caq.measures.gram.row_forms import DenseRows, ExactRows, FactoredRows, WordRows
 from lightning_caq.measures.gram.weight_uses import matrix_shape, unaccounted
 from lightning_caq.network.batches import pick
 from lightning_caq.network.hooks import visit_modules
 from lightning_caq.network.layers import Layer, layer_modules
+
+_MOST_AT_ONCE = 32
+# Beside a layer's output: its copy, what normalisation and activation make of it, and the gradient.
+_TENSORS_A_CALL = 5
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Piece:
             return rows * max(1, self.positions * width * outputs // whole)
         return rows * groups * (self.positions * (outputs + width) if self.factored else outputs * width)
 
-    def empty(self, rows: int, like: Tensor) -> Rows:
+    def empty(self, rows: int, like: Tensor) -> ExactRows:
         """Room for so many rows, of the type of a tensor and beside it."""
         groups, _, width = matrix_shape(self.layer)
         if self.looked_up:
@@ -77,6 +81,18 @@ def _by_factors(outputs: int, width: int, positions: int) -> int:
     return positions**2 * (outputs + width + 1)
 
 
+def whole_pieces(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any]) -> list[Piece]:
+    """Every layer as one piece; the first sample tells how often each is applied."""
+    sample = pick(batches[0], [0])
+    positions, direct = _positions(model, layers, sample), unaccounted(model, layers, sample)
+    pieces = []
+    for layer in layers:
+        by_itself = layer.name in direct
+        looked_up = not by_itself and all(isinstance(m, nn.Embedding) for m in layer_modules(model, layer))
+        pieces.append(Piece(layer, range(matrix_shape(layer)[1]), positions[layer.name], looked_up, by_itself))
+    return pieces
+
+
 def passes(
     model: nn.Module, layers: Sequence[Layer], batches: Sequence[Any], rows: int, memory: int
 ) -> Iterator[list[Piece]]:
@@ -89,16 +105,10 @@ def passes(
         rows: Number of rows.
         memory: Bytes that they may take.
     """
-    sample = pick(batches[0], [0])
-    positions, direct = _positions(model, layers, sample), unaccounted(model, layers, sample)
     group: list[Piece] = []
     taken = 0
-    for layer in layers:
-        outputs = matrix_shape(layer)[1]
-        by_itself = layer.name in direct
-        looked_up = not by_itself and all(isinstance(m, nn.Embedding) for m in layer_modules(model, layer))
-        whole = Piece(layer, range(outputs), positions[layer.name], looked_up, by_itself)
-        size = 4 * whole.numbers(rows)
+    for whole in whole_pieces(model, layers, batches):
+        outputs, size = len(whole.outputs), 4 * whole.numbers(rows)
         step = max(1, outputs * memory // size) if size > memory else outputs
         for start in range(0, outputs, step):
             piece = replace(whole, outputs=range(start, min(start + step, outputs)))
@@ -124,3 +134,23 @@ def _positions(model: nn.Module, layers: Sequence[Layer], sample: Any) -> dict[s
 
     visit_modules(model, [m for m in model.modules() if id(m) in watched], [sample], visit)
     return {name: max(count, 1) for name, count in counts.items()}
+
+
+def rows_at_once(pieces: Iterable[Piece], memory: int) -> int:
+    """How many rows can be computed together: one layer's columns and rows have to fit, and the outputs of all.
+
+    Args:
+        pieces: The pieces whose rows are computed.
+        memory: Bytes that they may take, by a rough count.
+
+    Example:
+        >>> rows_at_once([Piece(Layer("", "linear", (1000, 1000)), range(1000), 1)], memory=2**23)
+        2
+    """
+    whole = outputs = 0
+    for piece in pieces:
+        groups, channels, width = matrix_shape(piece.layer)
+        columns = piece.positions * (width if piece.looked_up else groups * (channels + width))
+        whole = max(whole, 2 * columns + (0 if piece.looked_up else groups * len(piece.outputs) * width))
+        outputs += piece.positions * (width if piece.looked_up else groups * channels)
+    return min(max(memory // (4 * (whole + _TENSORS_A_CALL * outputs)), 1), _MOST_AT_ONCE)

@@ -61,7 +61,7 @@ class DenseRows:
             Shape (rows, owners); their sum over owners is ``project(delta)``.
         """
         rows = self.rows.unflatten(1, (owner.numel(), -1))
-        return _by_owner(torch.einsum("roc,oc->ro", rows, delta.flatten(0, 1).to(rows)), owner)
+        return by_owner(torch.einsum("roc,oc->ro", rows, delta.flatten(0, 1).to(rows)), owner)
 
     def squares(self) -> Tensor:
         """Sum of the squares of the rows, number by number."""
@@ -133,7 +133,7 @@ class FactoredRows:
     def project_by(self, delta: Tensor, owner: Tensor) -> Tensor:
         """A_i Δ in parts: one for each owner of outputs; shapes as for dense rows."""
         moved = self.inputs @ delta.transpose(1, 2).to(self.inputs)
-        return _by_owner((moved * self.gradients).sum(2).flatten(1), owner)
+        return by_owner((moved * self.gradients).sum(2).flatten(1), owner)
 
     def squares(self) -> Tensor:
         """Sum of the squares of the rows, number by number, shape (groups, outputs, columns)."""
@@ -230,10 +230,10 @@ class WordRows:
         return keys // self._rows, keys % self._rows, values
 
 
-Rows = DenseRows | FactoredRows | WordRows
+ExactRows = DenseRows | FactoredRows | WordRows
 
 
-def _by_owner(parts: Tensor, owner: Tensor) -> Tensor:
+def by_owner(parts: Tensor, owner: Tensor) -> Tensor:
     """Sums over the outputs of each owner; parts of shape (rows, outputs of all groups)."""
     owner = owner.flatten().to(parts.device)
     return parts.new_zeros(len(parts), int(owner.max()) + 1).index_add(1, owner, parts)

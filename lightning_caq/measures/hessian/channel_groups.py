@@ -15,6 +15,7 @@ from lightning_caq.measures.hessian.channel_split import (
 )
 from lightning_caq.measures.hessian.diagonal import layer_diagonals
 from lightning_caq.measures.hessian.loss_change import with_changes
+from lightning_caq.measures.hessian.loss_sample import changes_cost
 from lightning_caq.measures.hessian.subspace import spectrum
 from lightning_caq.measures.measurement import Measurement
 from lightning_caq.measures.registry import Measure
@@ -67,7 +68,8 @@ def _group_rows(measurement: Measurement, layer: Layer, row: LayerCurvature) -> 
 
 
 def _cost(extent: Extent) -> Cost:
-    return Cost(0.5 * extent.layers * MOST_GROUPS if "loss_change" in extent.needs else 0.0)  # each is tried alone
+    # Each is tried alone.
+    return changes_cost(extent, extent.layers * MOST_GROUPS) if "loss_change" in extent.needs else Cost()
 
 
 MEASURE = Measure(

@@ -78,7 +78,7 @@ def short_axis_model(model: nn.Module, layers: Sequence[Layer], target: Objectiv
 
 def _from_rows(model: nn.Module, layers: Sequence[Layer], target: Objective, k: int, seed: int) -> QuadraticModel:
     """v_j = Aᵀ u_j / √λ_j, with the rows of A held for a few layers at a time."""
-    spectrum = gram_spectrum(model, layers, target.batches, {x.name: {} for x in layers}, k=k, seed=seed)
+    spectrum = gram_spectrum(model, layers, target.batches, {x.name: {} for x in layers}, k=k, seed=seed, exact=True)
     values = spectrum.values[:k]
     mix = spectrum.combinations[:, :k] / values.sqrt()
     sizes = tuple(layer.weights for layer in layers)

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from lightning_caq.measures.cost import Cost
 from lightning_caq.measures.hessian.hessian import Hessian
+from lightning_caq.measures.hessian.loss_sample import LossSample, changes_cost, draw_loss_sample
+from lightning_caq.measures.hessian.subspace import spectrum
 from lightning_caq.measures.hessian.validity import is_predicted
 from lightning_caq.measures.measurement import Measurement
 from lightning_caq.measures.registry import Measure
-from lightning_caq.measures.rounding.rounded_loss import loss_change
 from lightning_caq.measures.rounding.rounding_errors import layer_errors
 from lightning_caq.network.layers import Layer
 from lightning_caq.profile import CurvatureProfile, LayerCurvature
@@ -45,6 +45,11 @@ def first_order(measurement: Measurement) -> FirstOrder:
     return FirstOrder(value, {layer.name: g for layer, g in zip(m.layers, gradient, strict=True)})
 
 
+def loss_sample(measurement: Measurement) -> LossSample:
+    """The samples that changes of the loss are measured on."""
+    return draw_loss_sample(measurement, measurement.once(spectrum).sample_energies)
+
+
 def with_changes(
     measurement: Measurement, layer: Layer, row: LayerCurvature, errors: Mapping[int, Tensor]
 ) -> LayerCurvature:
@@ -58,12 +63,12 @@ def with_changes(
         row: Its row, or one of its groups of channels, with ``second_order``.
         errors: Bits to the error of the weights that the row is about, in the shape of the layer's weight.
     """
-    m, expansion = measurement, measurement.once(first_order)
+    m, expansion, sample = measurement, measurement.once(first_order), measurement.once(loss_sample)
     slopes = {b: expansion.change(layer.name, d) for b, d in errors.items()}
     changes: dict[int, float] = {}
     outside = []
     for b in sorted(errors):
-        changes[b] = loss_change(m.model, layer, m.objective, errors[b], expansion.value)
+        changes[b] = sample.change(m.model, layer, errors[b])
         if is_predicted(changes[b], slopes[b] + 0.5 * row.second_order[b]):
             break
         outside.append(b)
@@ -81,7 +86,7 @@ MEASURE = Measure(
     "loss_change",
     step="validity of the quadratic model",
     take=take,
-    cost=lambda extent: Cost(0.5 * extent.layers),
+    cost=lambda extent: changes_cost(extent, extent.layers),
     needs=frozenset({"rounding_error", "subspace"}),
     collective=True,
 )

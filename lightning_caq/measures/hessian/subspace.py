@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from lightning_caq.measures.cost import Cost, Extent
@@ -16,6 +17,7 @@ from lightning_caq.measures.hessian.leading_pairs import folded_hessian, leading
 from lightning_caq.measures.measurement import Measurement
 from lightning_caq.measures.registry import Measure
 from lightning_caq.measures.rounding.rounding_errors import layer_errors
+from lightning_caq.network.batches import batch_size
 from lightning_caq.profile import CurvatureProfile, LayerCurvature
 from lightning_caq.utilities.seeding import generator
 
@@ -65,6 +67,8 @@ class Spectrum:
         kept: Share of the outputs' curvature in the rows that it was computed from.
         sampled: Rows drawn and rows that there were, where not all were taken.
         density: Where all eigenvalues lie, where they are known.
+        sample_energies: Of each sample what it adds to the energies of errors at the fewest bits, shape (N,); ``None``
+            where that is not known.
     """
 
     values: Tensor
@@ -75,6 +79,7 @@ class Spectrum:
     kept: float = 1.0
     sampled: tuple[int, int] | None = None
     density: SpectralDensity | None = None
+    sample_energies: Tensor | None = None
 
 
 def spectrum(measurement: Measurement) -> Spectrum:
@@ -121,7 +126,18 @@ def _from_rows(measurement: Measurement) -> Spectrum:
     sampled = (rows.rows, rows.candidates) if rows.rows < rows.candidates else None
     # Single eigenvalues of rows that were drawn are not those of the Hessian.
     density = None if sampled else known_density(rows.values, size)
-    return Spectrum(rows.values[:k], rows.trace, size, layers, kept=rows.kept, sampled=sampled, density=density)
+    first = torch.tensor([0, *map(batch_size, m.batches)]).cumsum(0)
+    places = torch.tensor([int(first[row.batch]) + row.sample for row in rows.chosen])
+    return Spectrum(
+        values=rows.values[:k],
+        trace=rows.trace,
+        size=size,
+        layers=layers,
+        kept=rows.kept,
+        sampled=sampled,
+        density=density,
+        sample_energies=torch.zeros(int(first[-1]), dtype=torch.float64).index_add(0, places, rows.squares),
+    )
 
 
 def _from_products(measurement: Measurement) -> Spectrum:

@@ -22,6 +22,8 @@ from lightning_caq.network.forward import run_model
 from lightning_caq.network.hooks import watching
 from lightning_caq.network.layers import Layer, layer_modules
 
+_MEMORY, _LEAST_SAMPLES = 2**28, 4
+
 
 def _batchnorm_lipschitz(args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
     """Largest |γ| / √(σ² + ε) over channels: batch-norm in eval mode is an affine map.
@@ -140,9 +142,15 @@ def record_blocks(model: nn.Module, layers: Sequence[Layer], batch: Any) -> dict
 
 
 def measured_blocks(measurement: Measurement) -> dict[str, Block]:
-    """The blocks of this process's layers on the first batch; those that it does not reach are missing."""
-    batch = take_samples(measurement.batches[:1], BLOCK_SAMPLES)[0]
-    return record_blocks(measurement.model, measurement.rank_layers, batch)
+    """The blocks of this process's layers on samples of the first batch; those that it does not reach are missing.
+
+    At most 32 samples, and no more than whose inputs take 256 MiB, but four.
+    """
+    m = measurement
+    alone = record_blocks(m.model, m.rank_layers, take_samples(m.batches[:1], 1)[0])
+    size = sum(block.inputs.nbytes for block in alone.values())
+    samples = max(min(BLOCK_SAMPLES, _MEMORY // max(size, 1)), _LEAST_SAMPLES)
+    return record_blocks(m.model, m.rank_layers, take_samples(m.batches[:1], samples)[0])
 
 
 class _Recorder(TorchFunctionMode):

@@ -69,5 +69,5 @@ MEASURE = Measure(
     "inputs",
     step="curvature and Lipschitz constants",
     take=take,
-    cost=lambda extent: Cost(0.2 * extent.layers),
+    cost=lambda extent: Cost(0.5),
 )

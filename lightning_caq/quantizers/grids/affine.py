@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_caq.quantizers.grids.least_squares import least_squares_grid, narrower_grids
+from lightning_caq.quantizers.grids.least_squares import search_grid
 from lightning_caq.quantizers.grids.ranges import fixed_zero_point, range_ends, spanning_grid
 from lightning_caq.sizes import Width
 
@@ -124,11 +124,8 @@ def fit_grid(
     low, high = range_ends(rows, widths, range, centred=fixed is not None)
     pair = spanning_grid(low, high, top, fixed)
     if range in ("mse", "curvature"):
-        starts = [pair, *narrower_grids(rows, top, pair, fixed is not None)]
-        pair = least_squares_grid(rows, top, starts, fixed is not None)
-        if range == "curvature" and importance is not None:
-            weights = channel_rows(importance, channel_shape)
-            pair = least_squares_grid(rows, top, [pair, *starts], fixed is not None, weights)
+        weights = channel_rows(importance, channel_shape) if range == "curvature" and importance is not None else None
+        pair = search_grid(rows, top, pair, fixed is not None, weights)
     scale, zero_point = (x.float().reshape(channel_shape) for x in pair)
     if isinstance(bits, int):
         return Grid(bits, scale, zero_point)

@@ -17,7 +17,7 @@ from lightning_caq.quantizers.rounding.moments import damped
 
 _ROUNDS = 2
 _SWEEPS = 3
-_BLOCK = 8
+_BLOCK = 64  # columns
 
 
 def output_error(layer: Layer, weight: Tensor, rounded: Tensor, curvature: Tensor) -> Tensor:
@@ -80,29 +80,36 @@ def improve(
 def _sweep(w: Tensor, c: Tensor, s: Tensor, z: Tensor, top: Tensor, h: Tensor, fixed: Tensor | None = None) -> bool:
     """Visit every column once and change ``c`` in place; whether anything changed.
 
-    Most columns stay as they are. So a block of them is looked at together, as far as the first that changes.
+    The slope of a column is needed when the column is visited: within a block it is brought up to date column by
+    column, for all others once a block, by one product of matrices. Most columns stay as they are: those left of the
+    block are looked at together, as far as the first that changes.
 
     Shapes: w, c, z and fixed (groups, columns, outputs), s and top (groups, outputs), h (groups, columns, columns).
     """
     slope = h @ (s[:, None] * (c - z) - w)  # half the gradient of the error
-    bend = h.diagonal(dim1=1, dim2=2)[..., None] * s[:, None]
+    inverse = 1 / (h.diagonal(dim1=1, dim2=2)[..., None] * s[:, None])
     changed, low, top = False, torch.zeros_like(top)[:, None], top[:, None]
-    start = 0
-    while start < w.shape[1]:
-        block = slice(start, start + _BLOCK)
-        best = c[:, block] - slope[:, block] / bend[:, block]
-        steps = best.round_().clamp_(low, top) - c[:, block]
-        if fixed is not None:
-            steps.masked_fill_(fixed[:, block], 0.0)
-        moving = steps.any(2).any(0).tolist()
-        if not any(moving):
-            start += _BLOCK
-            continue
-        first = moving.index(True)
-        step, j = steps[:, first], start + first
-        c[:, j] += step
-        slope.baddbmm_(h[:, :, j, None], (step * s)[:, None])
-        changed, start = True, j + 1
+    for start in range(0, w.shape[1], _BLOCK):
+        stop = min(start + _BLOCK, w.shape[1])
+        near, block = slope[:, start:stop].contiguous(), h[:, start:stop, start:stop]
+        moves, column = torch.zeros_like(near), 0
+        while column < stop - start:
+            here = slice(start + column, stop)
+            best = (c[:, here] - near[:, column:] * inverse[:, here]).round_()
+            steps = best.clamp_(low, top).sub_(c[:, here])
+            if fixed is not None:
+                steps.masked_fill_(fixed[:, here], 0.0)
+            moving = steps.any(2).any(0).tolist()
+            if not any(moving):
+                break
+            first = moving.index(True)
+            column += first
+            c[:, start + column] += steps[:, first]
+            moves[:, column] = steps[:, first] * s
+            near.baddbmm_(block[:, :, column, None], moves[:, column, None])
+            column += 1
+            changed = True
+        slope.baddbmm_(h[:, :, start:stop], moves)
     return changed
 
 

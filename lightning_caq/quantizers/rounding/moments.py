@@ -30,19 +30,24 @@ class InputMoments:
         curvature: E[z zᵀ] of the columns z that reach the layer in the network as it is, shape (groups, columns,
             columns), float32. It is the Gauss–Newton block of the squared output error, up to the output's own
             curvature.
-        drift: E[(z_f − z) zᵀ], where z_f are the columns in the float network; same shape. Zero if nothing was rounded
-            before the layer.
+        pull: W E[(z_f − z) zᵀ] = E[(W z_f − W z) zᵀ], where z_f are the columns in the float network and W is the float
+            weight, shape (groups, outputs, columns). Zero if nothing was rounded before the layer.
     """
 
     curvature: Tensor
-    drift: Tensor
+    pull: Tensor
 
 
-def input_moments(layer: Layer, passes: PairedPasses) -> InputMoments | None:
+def input_moments(layer: Layer, weight: Tensor, passes: PairedPasses) -> InputMoments | None:
     """Moments of what reaches a layer.
+
+    W (z_f − z) has a row an output where z_f − z has one a column: with o outputs and c columns a position costs
+    c² + 2 o c multiplications, where the moment of z_f − z itself would take 2 c². With more outputs than columns the
+    latter is taken, and multiplied by W once.
 
     Args:
         layer: The layer.
+        weight: Its float weight.
         passes: The calibration batches in the network as it is, rounded as far as it is, and in the float one.
 
     Returns:
@@ -52,32 +57,49 @@ def input_moments(layer: Layer, passes: PairedPasses) -> InputMoments | None:
         >>> net, z = torch.nn.Linear(2, 1, bias=False), torch.tensor([[1.0, 2.0], [3.0, 0.0]])
         >>> layer = Layer("", "linear", (1, 2), calls=1, modules=("",))
         >>> with PairedPasses(net, [layer], [z], {}) as passes:
-        ...     input_moments(layer, passes).curvature
+        ...     input_moments(layer, net.weight.detach(), passes).curvature
         tensor([[[5., 1.],
                  [1., 2.]]])
     """
     if layer.kind == "embedding" or not layer.calls:
         return None
     draws = generator(0, layer.name)
+    matrix = to_matrix(layer, weight.float())
+    groups, outputs, width = matrix.shape
+    few_outputs = 2 * outputs <= width
     # A convolution has many positions a sample; of a linear layer's vectors none is left out.
     wanted = max(_COLUMNS // passes.samples, 1)
-    curvature, drift, count = torch.zeros(()), torch.zeros(()), 0
+    curvature, count = matrix.new_zeros(groups, width, width), 0
+    pull = matrix.new_zeros(groups, outputs if few_outputs else width, width)
     for now, before in passes.calls(layer):
         if [call.inputs.shape for call in before] != [call.inputs.shape for call in now]:
             before = now  # a network that routes its samples by their values: they cannot be told apart
         for call, float_call in zip(now, before, strict=True):
             inputs_now, inputs_before = call.shown(call.inputs), float_call.shown(float_call.inputs)
             positions = count_positions(layer, call.module, inputs_now)
-            size = layer.weights * layer.groups // layer.channels * min(positions, wanted)
+            size = groups * width * min(positions, wanted)
             splits = (x.split(max(1, _CHUNK_NUMBERS // size)) for x in (inputs_now, inputs_before))
             for inputs, float_inputs in zip(*splits, strict=True):
                 # Other positions of each sample: an image's border and middle then count alike.
                 chosen = torch.rand(len(inputs), positions, generator=draws).argsort(1)[:, :wanted].to(inputs.device)
-                z, z_float = (_flat(columns(layer, call.module, x, chosen)) for x in (inputs, float_inputs))
-                curvature = curvature + z @ z.transpose(1, 2)
-                drift = drift + (z_float - z) @ z.transpose(1, 2)
+                z = _flat(columns(layer, call.module, inputs, chosen))
+                curvature.baddbmm_(z, z.transpose(1, 2))
                 count += z.shape[-1]
-    return InputMoments(curvature / count, drift / count)
+                if not torch.equal(inputs, float_inputs):
+                    moved = _flat(columns(layer, call.module, float_inputs - inputs, chosen))
+                    pull.baddbmm_(matrix @ moved if few_outputs else moved, z.transpose(1, 2))
+    pull = pull if few_outputs else matrix @ pull
+    return InputMoments(curvature / count, pull / count)
+
+
+def most_columns(samples: int) -> int:
+    """Most columns of all samples together that are looked at.
+
+    Example:
+        >>> most_columns(448), most_columns(100_000)
+        (65408, 100000)
+    """
+    return samples * max(_COLUMNS // samples, 1)
 
 
 def samples_needed(model: nn.Module, layers: Sequence[Layer], samples: int) -> dict[str, int]:

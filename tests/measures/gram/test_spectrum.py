@@ -88,9 +88,21 @@ def test_projections_of_layers_add_up_with_their_signs(name):
 @every("memory", [1, 2000])
 def test_little_memory_gives_the_same(memory):
     setup = Setup("cnn")
-    whole, parts = setup.spectrum(), setup.spectrum(memory=memory)
+    whole, parts = setup.spectrum(), setup.spectrum(memory=memory, exact=True)
     torch.testing.assert_close(parts.values, whole.values)
     assert parts.traces == pytest.approx(whole.traces)
+
+
+@every("name", nets.CASES)
+def test_little_memory_leaves_traces_and_quadratic_forms_exact(name):
+    """Folded rows keep their norms and their products with errors."""
+    setup = Setup(name)
+    whole, folded = setup.spectrum(), setup.spectrum(memory=2000)
+    assert folded.traces == pytest.approx(whole.traces)
+    assert folded.trace == pytest.approx(whole.trace)
+    for name in setup.names:
+        squares = [float(s.projected[name][3].square().sum()) for s in (folded, whole)]
+        assert squares[0] == pytest.approx(squares[1], rel=1e-5)
 
 
 def test_dropped_rows_are_the_lightest_and_are_reported():

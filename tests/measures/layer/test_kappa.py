@@ -31,7 +31,7 @@ def test_kappa_of_affine_layers_is_twice_the_squared_norm(name):
     assert _kappa(block)[0] == pytest.approx(expected, rel=1e-4)
     value, change = second_order_sensitivity(block, generator(0, "kappa"))
     assert 0.9 * expected < value <= expected * (1 + 1e-9)  # a lower bound at the default effort
-    assert change <= 1e-3 or value > 0.99 * expected
+    assert change <= 1e-2 or value > 0.99 * expected
 
 
 @every("activation", [nn.Tanh(), nn.ReLU(inplace=True), nn.GELU(), nn.SiLU(inplace=True)])

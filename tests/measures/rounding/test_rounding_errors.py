@@ -48,3 +48,15 @@ def test_errors_are_those_of_the_quantizer_that_is_named():
     assert (profile.quantizer, profile.range, profile.symmetry) == ("affine", "minmax", "symmetric")
     default = measure(net, [x], needs=needs, bits=(2,), known=profile)  # known of other grids, so measured anew
     assert default.layers[0].rounding_error[2] < profile.layers[0].rounding_error[2]
+
+
+def test_errors_stay_those_of_the_weights_they_were_made_of():
+    net = nn.Linear(30, 4)
+    layer = find_layers(net, torch.randn(2, 30))[0]
+    before = net.weight.detach().clone()
+    errors = nearest_errors(net, layer, (2, 8))
+    with torch.no_grad():
+        net.weight.zero_()
+    for bits in errors:
+        expected = Quantizer().fit(before, bits, (4, 1)).nearest(before) - before
+        torch.testing.assert_close(errors[bits], expected)

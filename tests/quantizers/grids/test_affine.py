@@ -196,3 +196,22 @@ def test_to_another_device_and_back():
     assert moved is not None
     assert moved.device.type == "meta"
     assert grid.to("cpu").width == (2, 4)
+
+
+def test_grids_of_long_channels_are_near_the_best_of_a_dense_search():
+    """Channels of 2,000 weights, whose ranges are not all looked at, against many more steps and zero points."""
+    generator = torch.Generator().manual_seed(3)
+    w = torch.randn(2, 2000, generator=generator) * torch.tensor([[0.1], [1.0]])
+    w[1] = w[1] ** 3  # heavy tails
+    for bits in (2, 3, 4, 6, 8):
+        grid = fit_grid(w, bits, (2, 1))
+        error = (grid.nearest(w) - w).square().sum(1)
+        top = 2**bits - 1
+        for index, row in enumerate(w.numpy().astype(float)):
+            best = np.inf
+            for fraction in np.linspace(0.1, 1.05, 120):
+                step = fraction * (row.max() - row.min()) / top
+                for zero in np.round(2 * (top / 2 - row.mean() / step)) / 2 + np.arange(-3, 3.5, 0.5):
+                    codes = np.clip(np.round(row / step + zero), 0, top)
+                    best = min(best, ((step * (codes - zero) - row) ** 2).sum())
+            assert float(error[index]) <= 1.03 * best, (bits, index)

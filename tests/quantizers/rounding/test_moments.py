@@ -30,11 +30,12 @@ def test_curvature_is_the_second_moment_of_the_columns(groups):
     for g, part in enumerate(x.chunk(groups, dim=1)):
         z = _rows(module, part)
         torch.testing.assert_close(found.curvature[g].double(), z.T @ z / len(z), rtol=1e-5, atol=1e-6)
-    assert not found.drift.any()
+    assert not found.pull.any()
 
 
-def test_drift_is_how_the_float_inputs_lie_along_the_present_ones():
-    net, x = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)), torch.randn(40, 5)
+@every("outputs", [2, 9])  # fewer than half the columns, and more
+def test_pull_is_how_the_float_outputs_differ_along_the_present_inputs(outputs):
+    net, x = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, outputs)), torch.randn(40, 5)
     layer = find_layers(net, x)[1]
     floats = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     z_float = net[:2](x).detach().double()
@@ -42,7 +43,8 @@ def test_drift_is_how_the_float_inputs_lie_along_the_present_ones():
     z = net[:2](x).detach().double()
     found = rounding_help.moments(net, layer, [x[:15], x[15:]], floats)
     torch.testing.assert_close(found.curvature[0].double(), z.T @ z / 40, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found.drift[0].double(), (z_float - z).T @ z / 40, rtol=1e-5, atol=1e-6)
+    expected = net[2].weight.detach().double() @ (z_float - z).T @ z / 40
+    torch.testing.assert_close(found.pull[0].double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_few_positions_stand_for_all(monkeypatch):
@@ -91,7 +93,7 @@ def test_samples_that_take_another_way_show_no_drift():
     z = x[x[:, 0] > 0]
     found = rounding_help.moments(net, layer, [x], floats)
     torch.testing.assert_close(found.curvature[0], z.T @ z / len(z))
-    assert not found.drift.any()
+    assert not found.pull.any()
 
 
 def test_holding_puts_everything_back_whatever_happens():

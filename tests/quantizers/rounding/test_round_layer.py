@@ -148,7 +148,7 @@ def test_corrected_weight_is_the_ridge_regression_on_the_float_outputs():
     draws = torch.Generator().manual_seed(0)
     z_float, w = torch.randn(50, 7, generator=draws).double(), torch.randn(4, 7, generator=draws).double()
     z = z_float @ torch.randn(7, 7, generator=draws).double() + torch.randn(50, 7, generator=draws)
-    moments_of = InputMoments((z.T @ z / 50)[None], ((z_float - z).T @ z / 50)[None])
+    moments_of = InputMoments((z.T @ z / 50)[None], (w @ (z_float - z).T @ z / 50)[None])
     found = corrected_weight(Layer("fc", "linear", (4, 7)), w, moments_of)
     ridge = CORRECTION_DAMPING * float((z.T @ z / 50).diagonal().mean())
     rows = np.concatenate([z.numpy() / 50**0.5, ridge**0.5 * np.eye(7)])
