@@ -47,7 +47,7 @@ class StepRounding:
             squared error of a weight, see ``rate.distortion``.
         """
         weight = layer_weight(model, layer).detach()
-        moments = input_moments(layer, passes) if self.looks else None
+        moments = input_moments(layer, weight, passes) if self.looks else None
         target = weight if moments is None else corrected_weight(layer, weight, moments)
         curvature = None if moments is None else moments.curvature.to(weight.device)
         matrices = to_matrix(layer, target.float())
