@@ -200,6 +200,8 @@ def _row_passes(
     exact: bool,
 ) -> Iterator[dict[Piece, Rows]]:
     """Empty rows of all layers, pass by pass: a single one, unless rows have to be exact and do not fit."""
+    if not layers:  # of several processes one may have none
+        return
     like = layer_weight(model, layers[0])
     pieces = whole_pieces(model, layers, batches)
     numbers = memory // (2 * like.element_size() * len(rows))  # of each row; the other half is for computing them
