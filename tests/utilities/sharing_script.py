@@ -5,6 +5,7 @@ The processes meet at ``FOLDER/meet`` and each writes what it found to ``FOLDER/
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -197,6 +198,9 @@ def main(folder: Path, rank: int, ranks: int) -> None:
         results |= {"failures": failures(sharing), "together": together(sharing), "reuse": reuse(sharing)}
     torch.save(results, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
+    # Threads of torch's process groups may let go of their last tensors while the interpreter ends, which then aborts
+    # the process now and then ("terminate called without an active exception"). All is written: leave at once.
+    os._exit(0)
 
 
 if __name__ == "__main__":
