@@ -14,9 +14,10 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import nnc
 import torch
 from networks import BLOCKS, DATA, Images, accuracy, load_cifar10, load_network
 from stopwatch import machine
@@ -56,13 +57,13 @@ class Row:
     method: str
     ratio: float
     bytes: int
-    kl: float
-    output_error: float
-    log_error_ratio: float | None
-    accuracy: float
-    gap_bits: float | None
-    seed: int
-    seconds: float
+    kl: float = 0.0
+    output_error: float = 0.0
+    log_error_ratio: float | None = None
+    accuracy: float = 0.0
+    gap_bits: float | None = None
+    seed: int = 0
+    seconds: float = 0.0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -99,15 +100,17 @@ def measure(name: str, ratios: Sequence[float], args: argparse.Namespace) -> Ite
     network = load_network(name, args.data) if name in BLOCKS else trained(name, train)
     case = Case(name, network, test, predict(network, test))
     weights = sum(p.numel() for p in network.parameters() if p.ndim > 1)
-    yield Row(name, FLOAT, "", 1.0, 4 * weights, 0.0, 0.0, None, accuracy(network, test), None, 0, 0.0)
+    yield Row(name, FLOAT, "", 1.0, 4 * weights, accuracy=accuracy(network, test))
     for seed in range(args.seeds):
         calibration = train.sample(SAMPLES, seed)
         for ratio in ratios:
             fixed = case.quantized(calibration, seed, coding="fixed", method="cet", ratio=ratio)
             if fixed is not None:
                 yield fixed[0]
+            per_image = None if fixed is None else fixed[1]
+            if nnc.installed():
+                yield case.peer(ratio, seed, per_image)
             for method in args.method:
-                per_image = None if fixed is None else fixed[1]
                 coded = case.quantized(
                     calibration, seed, coding="entropy", method=method, ratio=ratio, fixed_errors=per_image
                 )
@@ -152,26 +155,44 @@ class Case:
         except CAQError as error:
             print(f"{self.name}, {coding}, {ratio:g}x: {error}", file=sys.stderr)
             return None
+        limit = result.report.rate_limit
+        return self._judged(
+            result.model,
+            Row(
+                model=self.name,
+                coding=coding,
+                method=method,
+                ratio=result.plan.ratio,
+                bytes=result.plan.bytes,
+                gap_bits=None if limit is None else limit.gap,
+                seed=seed,
+                seconds=time.perf_counter() - start,
+            ),
+            fixed_errors,
+        )
+
+    def peer(self, ratio: float, seed: int, fixed_errors: Tensor | None) -> Row:
+        """The row of nncodec, which looks at no data."""
+        start = time.perf_counter()
+        made, size = nnc.coded_network(self.network, ratio)
+        weights = sum(p.numel() for p in self.network.parameters() if p.ndim > 1)
         seconds = time.perf_counter() - start
-        made, outputs = predict(result.model, self.test), self.outputs
+        row = Row(self.name, "nncodec", "", ratio=4 * weights / size, bytes=size, seed=seed, seconds=seconds)
+        return self._judged(made, row, fixed_errors)[0]
+
+    def _judged(self, model: nn.Module, row: Row, fixed_errors: Tensor | None) -> tuple[Row, Tensor]:
+        """The row with the figures of the test images, and the error of each of them."""
+        made, outputs = predict(model, self.test), self.outputs
         errors = (made - outputs).square().sum(1)
         log, log_made = outputs.log_softmax(1), made.log_softmax(1)
-        limit = result.report.rate_limit
-        row = Row(
-            model=self.name,
-            coding=coding,
-            method=method,
-            ratio=result.plan.ratio,
-            bytes=result.plan.bytes,
+        judged = replace(
+            row,
             kl=float((log.exp() * (log - log_made)).sum(1).mean()),
             output_error=math.sqrt(float(errors.mean() / outputs.square().sum(1).mean())),
             log_error_ratio=None if fixed_errors is None else float((errors / fixed_errors).log().mean() / 2),
-            accuracy=accuracy(result.model, self.test),
-            gap_bits=None if limit is None else limit.gap,
-            seed=seed,
-            seconds=seconds,
+            accuracy=accuracy(model, self.test),
         )
-        return row, errors
+        return judged, errors
 
 
 def predict(model: nn.Module, images: Images) -> Tensor:
