@@ -45,9 +45,10 @@ def coded_network(network: nn.Module, ratio: float) -> tuple[nn.Module, int]:
     return made, len(stream)
 
 
-def _encoded(weights: dict[str, Any], parameter: int) -> bytes:
+def _encoded(weights: dict[str, Any], parameter: int) -> bytearray:
     import nncodec.nn
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         settings = {"qp": parameter, "results": folder, "verbose": False}
-        return bytes(nncodec.nn.encode(dict(weights), settings))
+        stream: bytearray = nncodec.nn.encode(dict(weights), settings)  # what its decoder takes
+        return stream

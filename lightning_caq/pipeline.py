@@ -425,7 +425,7 @@ class _Steps:
         """Compare what was predicted with what is observed."""
         plan, studies = selection.chosen.plan, Studies()
         if not plan.widths:
-            return _Evaluation(None, studies, plan_limit(network.model, plan))
+            return _Evaluation(None, studies, plan_limit(network.model, plan, selection.tried))
         with self.progress.step("tightness of the prediction"):
             _, reference = network.on(TIGHTNESS_SAMPLES)
             errors = tightness(network.model, network.layers, reference, chooser.profile, plan.widths)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lightning_caq.notes import Note
-from lightning_caq.studies import LayerRate, RateLimit, Studies, Tightness
+from lightning_caq.studies import LayerRate, RateLimit, RatePoint, Studies, Tightness
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,10 @@ class QuantizationReport:
         if data.get("tightness") is not None:
             data["tightness"] = Tightness(**data["tightness"])
         if data.get("rate_limit") is not None:
-            data["rate_limit"] = RateLimit(tuple(LayerRate(**row) for row in data["rate_limit"]["layers"]))
+            rows, tried = data["rate_limit"]["layers"], data["rate_limit"].get("tried", ())
+            data["rate_limit"] = RateLimit(
+                tuple(LayerRate(**row) for row in rows), tuple(RatePoint(**point) for point in tried)
+            )
         if "studies" in data:
             data["studies"] = Studies.from_dict(data["studies"])
         # Notes of earlier versions are strings.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,14 +33,29 @@ class LayerRate:
 
 
 @dataclass(frozen=True)
+class RatePoint:
+    """A network that was tried on the way to a size.
+
+    Attributes:
+        bits: Bits a weight of its codes.
+        output_error: Its output error on the samples held out, a part of the output, before any repair.
+    """
+
+    bits: float
+    output_error: float
+
+
+@dataclass(frozen=True)
 class RateLimit:
     """A network's rate and its limit.
 
     Attributes:
         layers: One entry a layer, in order of execution.
+        tried: The networks that were tried on the way to it with the same method, those of other sizes too.
     """
 
     layers: tuple[LayerRate, ...]
+    tried: tuple[RatePoint, ...] = ()
 
     @property
     def bits(self) -> float:
@@ -55,6 +71,14 @@ class RateLimit:
     def gap(self) -> float:
         """Bits a weight above the bound."""
         return self.bits - self.limit
+
+    def limit_at(self, share: float) -> float:
+        """Bits a weight of the bound where every layer has this many times its squared error.
+
+        Layers whose bound is zero stay there, so that it is a bound below ``share`` = 1 too.
+        """
+        octaves = 0.5 * math.log2(share)
+        return self._mean([max(x.limit - octaves, 0.0) if x.limit > 0 else 0.0 for x in self.layers])
 
     def _mean(self, values: Sequence[float]) -> float:
         total = sum(x.weights for x in self.layers)

@@ -6,7 +6,17 @@ from collections.abc import Sequence
 
 from lightning_caq.profile import CurvatureProfile, LayerCurvature
 from lightning_caq.report import LayerRow, QuantizationReport, Size
-from lightning_caq.studies import Energy, EpochCurvature, Landscape, Studies, SweepPoint, Tightness
+from lightning_caq.studies import (
+    Energy,
+    EpochCurvature,
+    Landscape,
+    LayerRate,
+    RateLimit,
+    RatePoint,
+    Studies,
+    SweepPoint,
+    Tightness,
+)
 
 CYCLE = (2, 3, 4, 5, 6, 8)
 
@@ -92,5 +102,9 @@ def made_run(names: Sequence[str]) -> tuple[QuantizationReport, CurvatureProfile
         seconds={"rounding": 1.5},
         notes=("A note <of> the run.",),
         studies=studies,
+        rate_limit=RateLimit(
+            tuple(LayerRate(name, 100, 2.0, 1.6, 1e-3) for name in names),
+            (RatePoint(1.9, 0.12), RatePoint(2.0, 0.1), RatePoint(2.6, 0.05)),
+        ),
     )
     return report, CurvatureProfile(tuple(rows), samples=256, eigenvalues=(4.0, 2.0, 1.0), trace=8.0)

@@ -145,3 +145,14 @@ def test_the_report_says_how_far_from_the_limit_the_codes_are() -> None:
     assert 0 < limit.gap < 1
     assert any("Shannon" in note for note in report.notes)
     assert QuantizationReport.from_json(report.to_json()) == report
+
+
+def test_the_report_holds_the_networks_that_were_tried_and_survives_its_file() -> None:
+    result = quantize(network(), [images()], **QUICK, avg_bits=1.7)
+    limit = result.report.rate_limit
+    assert limit is not None
+    assert len(limit.tried) > 1
+    kept = min(limit.tried, key=lambda point: abs(point.bits - result.plan.avg_bits))
+    assert kept.bits == pytest.approx(result.plan.avg_bits)
+    assert kept.output_error > 0
+    assert QuantizationReport.from_json(result.report.to_json()).rate_limit == limit

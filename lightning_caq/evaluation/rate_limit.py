@@ -10,14 +10,15 @@ and below the bound lies under what can be reached.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_caq.plan import QuantizationPlan
-from lightning_caq.studies import LayerRate, RateLimit
+from lightning_caq.studies import LayerRate, RateLimit, RatePoint
 
 
 def differential_entropy(values: NDArray[np.floating]) -> float:
@@ -87,18 +88,20 @@ def rate_limit(
     )
 
 
-def plan_limit(model: nn.Module, plan: QuantizationPlan) -> RateLimit | None:
+def plan_limit(model: nn.Module, plan: QuantizationPlan, tried: Sequence[RatePoint] = ()) -> RateLimit | None:
     """The limit of a plan's entropy-coded layers; ``None`` where there are none.
 
     Args:
         model: The float network that the plan was made of.
         plan: The plan, as it was made.
+        tried: The networks that were tried on the way to it.
     """
     layers = [x for x in plan.layers if x.distortion is not None]
     if not layers:
         return None
     weights = {x.name: _weight(model, x.name) for x in layers}
-    return rate_limit(weights, {x.name: x.distortion or 0.0 for x in layers}, plan.bits)
+    limit = rate_limit(weights, {x.name: x.distortion or 0.0 for x in layers}, plan.bits)
+    return replace(limit, tried=tuple(sorted(tried, key=lambda point: point.bits)))
 
 
 def _weight(model: nn.Module, name: str) -> NDArray[np.float32]:

@@ -19,6 +19,7 @@ from lightning_caq.reporting.figures.kappa_vs_bits import kappa_vs_bits
 from lightning_caq.reporting.figures.landscape import loss_landscape
 from lightning_caq.reporting.figures.loss_gap import loss_gap
 from lightning_caq.reporting.figures.pareto import pareto
+from lightning_caq.reporting.figures.rate_distortion import rate_distortion
 from lightning_caq.reporting.figures.spectrum import spectrum
 from lightning_caq.reporting.figures.subspace import subspace
 from lightning_caq.reporting.figures.tightness import tightness_curves
@@ -121,6 +122,17 @@ ENTRIES = (
         "nothing else. The ring marks the network that the plan is for.",
         ("report",),
         lambda report, profile: pareto((*sweep_points(report), *report.studies.points), _floats(report)),
+    ),
+    Entry(
+        "rate_distortion",
+        "Bits, error, and the limit",
+        "On the left each point is a network that was tried on the way to the size that was asked for: its error at "
+        "the output against the bits a weight that its codes take. The grey line is what no code of these weights can "
+        "go below; the distance across is what better codes could still save. On the right the bars are the bits of "
+        "every layer and the marks its own limit: long bars belong to layers whose steps are small against their "
+        "weights.",
+        ("report",),
+        lambda report, profile: rate_distortion(report.rate_limit),
     ),
     Entry(
         "curvature",

@@ -15,6 +15,7 @@ from lightning_caq.notes import Note
 from lightning_caq.options import QuantizationOptions
 from lightning_caq.selection.candidate import Candidate, CandidateMaker
 from lightning_caq.selection.steps import StepSearch
+from lightning_caq.studies import RatePoint
 from lightning_caq.utilities.progress import Progress
 
 CHOSEN, GUARD = "quantized", "uniform"
@@ -27,10 +28,12 @@ class Selection:
     Attributes:
         candidates: The networks by variant: ``"quantized"``, which is kept, and each compared method.
         notes: What the reader of the report should know.
+        tried: Of entropy-coded networks those that were tried on the way to the size of the one that is kept.
     """
 
     candidates: Mapping[str, Candidate]
     notes: tuple[Note, ...] = ()
+    tried: tuple[RatePoint, ...] = ()
 
     @property
     def chosen(self) -> Candidate:
@@ -81,7 +84,8 @@ class Selector:
         notes += map(Note, of_candidates)
         for note in notes:
             self.progress.tell(note)
-        return Selection(candidates, tuple(notes))
+        tried_steps = self.steps.tried if self.steps is not None else {}
+        return Selection(candidates, tuple(notes), tuple(tried_steps.get(candidates[CHOSEN].plan.method, ())))
 
     def _make(self, method: str, budget: Budget) -> Candidate:
         return self._carry_out(method, budget, self._allocate(method, budget))

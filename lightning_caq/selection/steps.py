@@ -18,6 +18,7 @@ from lightning_caq.profile import CurvatureProfile
 from lightning_caq.quantizers.rounding.round_steps import StepRounding
 from lightning_caq.selection.candidate import CandidateMaker
 from lightning_caq.sizes import FLOAT_BITS
+from lightning_caq.studies import RatePoint
 
 _SAMPLES = 128  # what rules are compared with
 _START = 0.5  # standard deviations
@@ -32,12 +33,14 @@ class StepSearch:
         profile: What was measured of it.
         bits: The bit-widths at which it was measured.
         exponents: Method to the power of its sensitivities that was found best, once it was looked for.
+        tried: Method to the networks that were tried with it, but for those of the comparison of powers.
     """
 
     maker: CandidateMaker
     profile: CurvatureProfile
     bits: Sequence[int]
     exponents: dict[str, float] = field(default_factory=dict)
+    tried: dict[str, list[RatePoint]] = field(default_factory=dict)
 
     def choose(self, method: str, budget: Budget) -> StepChoice:
         """Steps of all layers.
@@ -59,7 +62,8 @@ class StepSearch:
         if method not in self.exponents:
             self.exponents[method], start = self._best_exponent(g, budget, start)
         exponent = self.exponents[method]
-        choice, _ = self._search(self.maker, g, exponent, self._limit(budget, self.maker), start)
+        choice, _, tried = self._search(self.maker, g, exponent, self._limit(budget, self.maker), start)
+        self.tried.setdefault(method, []).extend(tried)
         return choice
 
     def _best_exponent(self, g: NDArray[np.float64], budget: Budget, start: float) -> tuple[float, float]:
@@ -69,7 +73,7 @@ class StepSearch:
         limit = self._limit(budget, quick)
         errors: dict[float, tuple[float, float]] = {}
         for exponent in EXPONENTS:
-            choice, error = self._search(quick, g, exponent, limit, start)
+            choice, error, _ = self._search(quick, g, exponent, limit, start)
             start = choice.steps[0] / equal_slope(g, self._weights, 1.0, exponent)[0]
             errors[exponent] = error, start
         best = min(errors, key=lambda exponent: errors[exponent][0])
@@ -77,20 +81,21 @@ class StepSearch:
 
     def _search(
         self, maker: CandidateMaker, g: NDArray[np.float64], exponent: float, limit: float, start: float
-    ) -> tuple[StepChoice, float]:
-        """The steps that use a number of bytes up, and the output error that they leave."""
-        errors: dict[float, float] = {}
+    ) -> tuple[StepChoice, float, list[RatePoint]]:
+        """The steps that use a number of bytes up, the output error that they leave, and all that were tried."""
+        tried: dict[float, RatePoint] = {}
 
         def choice(multiplier: float) -> StepChoice:
             steps = equal_slope(g, self._weights, multiplier, exponent)
             return StepChoice(steps, maker.sizes.activation_bits, exponent)
 
         def coded_bytes(multiplier: float) -> int:
-            size, errors[multiplier] = maker.try_steps(choice(multiplier))
+            size, error = maker.try_steps(choice(multiplier))
+            tried[multiplier] = RatePoint(8 * size / sum(self._weights), error)
             return size
 
         best = search_multiplier(coded_bytes, limit, start=start, weights=sum(self._weights))
-        return choice(best), errors[best]
+        return choice(best), tried[best].output_error, list(tried.values())
 
     def _limit(self, budget: Budget, maker: CandidateMaker) -> float:
         """Bytes that the stream of codes may take."""

@@ -45,3 +45,13 @@ def test_layers_count_by_their_weights() -> None:
     assert found.bits == pytest.approx(2.25)
     assert found.limit == pytest.approx(1.75, abs=0.03)
     assert found.gap == pytest.approx(0.5, abs=0.03)
+
+
+def test_the_limit_at_other_errors_is_that_of_each_layer_there() -> None:
+    rng = np.random.default_rng(4)
+    weights = {"a": rng.normal(0, 1, 20_000), "b": rng.laplace(0, 1, 20_000)}
+    errors, bits = {"a": 1 / 64, "b": 1 / 4}, {"a": 3.0, "b": 2.0}
+    found = rate_limit(weights, errors, bits)
+    for share in (0.25, 1.0, 9.0):
+        there = rate_limit(weights, {name: share * error for name, error in errors.items()}, bits)
+        assert found.limit_at(share) == pytest.approx(there.limit)

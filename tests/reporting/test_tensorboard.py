@@ -26,6 +26,7 @@ TAGS = [
     "landscape",
     "loss_gap",
     "pareto",
+    "rate_distortion",
     "spectrum",
     "subspace",
     "tightness",
