@@ -16,6 +16,8 @@ from lightning_caq.allocation.steps import check_continuous
 from lightning_caq.errors import BudgetError, OptionError
 from lightning_caq.network.meaning import Output
 from lightning_caq.network.prepare import ForwardFunction, ModelUse
+from lightning_caq.quantizers.grids.groups import GROUP_SIZES
+from lightning_caq.quantizers.grids.values import Quantizer
 
 _HOLD_ZERO = ("affine", "codebook")  # quantizers that can have the value zero
 ALWAYS = frozenset({"kappa", "lipschitz", "inputs"})  # what reports show, whatever the method
@@ -55,6 +57,9 @@ class QuantizationOptions:
         range: Where an affine grid begins and ends: ``"mse"``, ``"minmax"``, ``"percentile"``, ``"aciq"`` or
             ``"curvature"``.
         symmetry: Where the zero of an affine grid lies: ``"asymmetric"``, ``"symmetric"`` or ``"mid_rise"``.
+        group_size: Weights along the input of a layer that share a scale and a zero point: 32, 64 or 128. ``None``
+            gives each output channel one of both. Transposed convolutions have one a channel in any case.
+        scale_dtype: Type that scales are stored in: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
         batchnorm: ``"recentre"`` moves the batch-norm statistics, and the biases of layers without batch-norm, by what
             quantization changed; ``"keep"`` leaves them.
         keep_zeros: Whether weights that are exactly zero, as after pruning, stay zero; for ``quantizer="affine"`` and
@@ -108,6 +113,8 @@ class QuantizationOptions:
     quantizer: Literal["affine", "codebook", "lq_nets", "abc_net", "series", "dorefa"] = "affine"
     range: Literal["mse", "minmax", "percentile", "aciq", "curvature"] = "mse"
     symmetry: Literal["asymmetric", "symmetric", "mid_rise"] = "asymmetric"
+    group_size: int | None = None
+    scale_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     batchnorm: Literal["recentre", "keep"] = "recentre"
     keep_zeros: bool | None = None
     objective: Literal["distill", "task"] = "distill"
@@ -133,6 +140,7 @@ class QuantizationOptions:
         for name, allowed in CHOICES.items():
             _one_of(name, getattr(self, name), allowed)
         self._check_quantizer()
+        self._check_groups()
         bits = tuple(self.bits) if isinstance(self.bits, (list, tuple)) else ()
         if not bits or any(isinstance(b, bool) or not isinstance(b, int) or not 1 <= b <= 8 for b in bits):
             raise OptionError(
@@ -169,6 +177,17 @@ class QuantizationOptions:
             composing_method(self.method, budget)
 
     @property
+    def values(self) -> Quantizer:
+        """How the values are chosen that weights may take."""
+        return Quantizer(
+            self.quantizer,
+            range=self.range,
+            symmetry=self.symmetry,
+            group_size=self.group_size,
+            scale_dtype=self.scale_dtype,
+        )
+
+    @property
     def zeros_kept(self) -> bool | None:
         """``keep_zeros`` where the quantizer can hold the value zero; where it cannot, ``False``."""
         return self.keep_zeros if self.quantizer in _HOLD_ZERO else False
@@ -188,12 +207,31 @@ class QuantizationOptions:
                 f"rounding='long_axis' is for quantizer='affine'; with {self.quantizer!r} give 'nearest' or "
                 "'error_feedback'."
             )
-        for name, default in (("range", "mse"), ("symmetry", "asymmetric"), ("granularity", "layer")):
+        for name, default in (
+            ("range", "mse"),
+            ("symmetry", "asymmetric"),
+            ("granularity", "layer"),
+            ("group_size", None),
+            ("scale_dtype", "float32"),
+        ):
             if getattr(self, name) != default:
                 raise OptionError(
                     f"{name}={getattr(self, name)!r} is for quantizer='affine'; {self.quantizer!r} finds its values by "
                     f"itself. Leave {name}={default!r}."
                 )
+
+    def _check_groups(self) -> None:
+        size = self.group_size
+        if size is None:
+            return
+        if isinstance(size, bool) or size not in GROUP_SIZES:
+            listed = ", ".join(map(str, GROUP_SIZES))
+            raise OptionError(f"group_size={size!r} is not allowed; choose from {listed}, or None.")
+        if self.granularity != "layer":
+            raise OptionError(
+                f"group_size={size} is for granularity='layer': weights that share a scale share their bits with all "
+                "of the layer. Leave group_size=None, or granularity='layer'."
+            )
 
     def _check_coding(self) -> None:
         if self.coding == "fixed":
@@ -208,6 +246,8 @@ class QuantizationOptions:
             ("quantizer", "affine"),
             ("range", "mse"),
             ("symmetry", "asymmetric"),
+            ("group_size", None),
+            ("scale_dtype", "float32"),
             ("study", False),
             ("bops", None),
             ("error", None),

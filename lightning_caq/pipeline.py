@@ -37,7 +37,7 @@ from lightning_caq.options import QuantizationOptions
 from lightning_caq.plan import QuantizationPlan
 from lightning_caq.profile import CurvatureProfile
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules
-from lightning_caq.quantizers.grids.values import Quantizer
+from lightning_caq.quantizers.grids.groups import check_scale_type, group_counts, layer_group_size
 from lightning_caq.quantizers.rounding.cost import rounding_seconds
 from lightning_caq.report import QuantizationReport
 from lightning_caq.reporting.gallery import draw_gallery
@@ -46,7 +46,7 @@ from lightning_caq.selection.candidate import CandidateMaker, prepare_candidates
 from lightning_caq.selection.long_axis import prepare_long_axis
 from lightning_caq.selection.select import Selection, Selector
 from lightning_caq.selection.steps import StepSearch
-from lightning_caq.sizes import STEPPED, LayerSizes
+from lightning_caq.sizes import SCALE_BITS, STEPPED, LayerSizes
 from lightning_caq.studies import RateLimit, Studies, Tightness
 from lightning_caq.utilities.contexts import Evaluate, InFloat32, curvature_safe
 from lightning_caq.utilities.isolation import preserved
@@ -280,6 +280,14 @@ class _Network:
         return self.objective.on(self.model, first), self.reference.on(self.model, first)
 
 
+def _ungrouped_note(layers: Sequence[Layer], options: QuantizationOptions) -> tuple[Note, ...]:
+    """What is said of layers that have one scale a channel though groups were asked for."""
+    names = [repr(x.name) for x in layers if options.group_size and layer_group_size(x, options.group_size) is None]
+    if not names:
+        return ()
+    return (Note(f"Transposed convolutions keep one scale a channel, whatever group_size is: {', '.join(names)}."),)
+
+
 @dataclass(frozen=True)
 class _Evaluation:
     """What is found out about the network that was selected, with the float one at hand."""
@@ -305,14 +313,20 @@ class _Steps:
         asked = find_layers(model, *samples, include=options.include, exclude=options.exclude)
         deployed = find_deployed(model, asked, samples, patterns=options.deployed, widths=widths)
         layers = deployed.layers
-        notes = (*map(Note, samples[0].forward.notes), *float_notes(deployed))
+        notes = (*map(Note, samples[0].forward.notes), *float_notes(deployed), *_ungrouped_note(layers, options))
         if not layers:
             raise LayerError(
                 "No calibration batch calls any of the layers to quantize; check the batches, include or deployed."
             )
         for note in notes:
             self.progress.tell(note)
-        sizes = replace(deployed.sizes, quantizer=STEPPED if options.coding == "entropy" else options.quantizer)
+        check_scale_type(model, layers, options.scale_dtype, max(options.bits))
+        sizes = replace(
+            deployed.sizes,
+            quantizer=STEPPED if options.coding == "entropy" else options.quantizer,
+            groups=group_counts(layers, options.group_size),
+            scale_bits=SCALE_BITS[options.scale_dtype],
+        )
         input_bits = input_candidates(len(layers), options.bits, options.activation_bits)
         sizes, most = (replace(sizes, activation_bits=tuple(row[i] for row in input_bits)) for i in (0, -1))
         if options.coding == "fixed":
@@ -372,7 +386,7 @@ class _Steps:
             loss_fn=self.loss_fn,
             needs=self.options.needs,
             bits=self.options.bits,
-            quantizer=self._quantizer,
+            quantizer=self.options.values,
             samples=self.options.curvature_samples,
             eigenpairs=self.options.eigenpairs,
             seed=self.options.seed,
@@ -390,7 +404,7 @@ class _Steps:
             sizes=network.sizes,
             bits=self.options.bits,
             output_norm=reference.size,
-            evaluate=rounded_loss(network.model, network.layers, objective, self.options.bits, self._quantizer),
+            evaluate=rounded_loss(network.model, network.layers, objective, self.options.bits, self.options.values),
             seed=self.options.seed,
             granularity=self.options.granularity,
             inputs=network.input_bits if self.options.activation_bits == MIXED else (),
@@ -457,10 +471,6 @@ class _Steps:
             seconds=self.progress.seconds,
             notes=self._notes(network, float_metrics, selection),
         )
-
-    @property
-    def _quantizer(self) -> Quantizer:
-        return Quantizer(self.options.quantizer, range=self.options.range, symmetry=self.options.symmetry)
 
     def _notes(self, network: _Network, float_metrics: Mapping[str, float], selection: Selection) -> list[Note]:
         """What the user was told before anything was measured, and what is left to say."""

@@ -19,15 +19,17 @@ from lightning_caq.quantizers.fake_quant.modules import FakeQuant, on_grid
 from lightning_caq.quantizers.fake_quant.state import rounding_state
 from lightning_caq.quantizers.fake_quant.swap import swap
 from lightning_caq.quantizers.grids.activations import InputGrid
+from lightning_caq.quantizers.grids.affine import Grid
 from lightning_caq.quantizers.grids.stepped import SteppedGrid
 from lightning_caq.quantizers.grids.values import STORED, Values, from_numbers, numbers
 from lightning_caq.quantizers.packing.coded import layer_bits
 from lightning_caq.quantizers.packing.codes import pack_codes, unpack_codes
-from lightning_caq.sizes import LayerSizes, Width, average_bits, code_bytes
+from lightning_caq.sizes import FLOAT_BITS, LayerSizes, Width, average_bits, code_bytes
 from lightning_caq.utilities.fingerprint import fingerprint
 
 VERSION = 2  # 1 had a byte for each code
 SCHEME = "affine, per output channel"
+GROUPED = "affine, per group of an output channel's weights"
 
 
 @dataclass(frozen=True)
@@ -268,7 +270,7 @@ class QuantizationPlan:
     def _description(self) -> dict[str, Any]:
         return {
             "version": VERSION,
-            "scheme": SCHEME if self.sizes.quantizer == "affine" else self.sizes.quantizer,
+            "scheme": self._scheme,
             "method": self.method,
             "budget": self.budget,
             "rounding": self.rounding,
@@ -280,6 +282,12 @@ class QuantizationPlan:
             "layers": [_describe(layer) for layer in self.layers],
             "repairs": sorted(self.repairs),
         }
+
+    @property
+    def _scheme(self) -> str:
+        if self.sizes.quantizer != "affine":
+            return self.sizes.quantizer
+        return GROUPED if self.sizes.groups else SCHEME
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"repair/{name}": tensor for name, tensor in self.repairs.items()}
@@ -310,6 +318,8 @@ class QuantizationPlan:
                 quantizer=counts.get("quantizer", "affine"),
                 memory=counts.get("memory", 0),
                 unquantized_memory=counts.get("unquantized_memory", 0),
+                groups=tuple(counts.get("groups", ())),
+                scale_bits=counts.get("scale_bits", FLOAT_BITS),
             )
             repairs = {name: tensors[f"repair/{name}"] for name in data["repairs"]}
             return cls(data["method"], data["budget"], data["rounding"], layers, sizes, data["fingerprint"], repairs)
@@ -353,6 +363,7 @@ def _describe(layer: LayerPlan) -> dict[str, Any]:
         "quantizer": layer.grid.quantizer,
         "shape": list(layer.codes.shape),
         "transposed": layer.grid.transposed if isinstance(layer.grid, SteppedGrid) else 0,
+        "group_size": layer.grid.group_size if isinstance(layer.grid, Grid) else None,
         "input": None if layer.input_grid is None else asdict(layer.input_grid),
     }
 
@@ -361,8 +372,13 @@ def _layer(described: Mapping[str, Any], tensors: Mapping[str, Tensor], version:
     """A layer from its description and its tensors."""
     name = described["name"]
     parts = {part: tensors[f"{part}/{name}"] for part in STORED if f"{part}/{name}" in tensors}
-    quantizer, transposed = described.get("quantizer", "affine"), described.get("transposed", 0)
-    grid = from_numbers(quantizer, described["bits"], parts, transposed)
+    grid = from_numbers(
+        described.get("quantizer", "affine"),
+        described["bits"],
+        parts,
+        transposed=described.get("transposed", 0),
+        group_size=described.get("group_size"),
+    )
     codes = tensors[f"codes/{name}"]
     return LayerPlan(
         name,

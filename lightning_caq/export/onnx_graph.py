@@ -15,6 +15,7 @@ from lightning_caq.export.integers import Integers
 from lightning_caq.quantizers.grids.activations import InputGrid
 
 DOMAIN, ROUND_INPUT = "lightning_caq", "RoundInput"
+_NODES = {"DequantizeLinear": "dequantize", "Reshape": "reshape", "Cast": "cast"}
 
 
 def name_dimensions(graph: Any, dimensions: Mapping[str, Mapping[int, str]]) -> None:
@@ -77,10 +78,19 @@ def dequantize_input(graph: Any, name: str, stored: Integers) -> None:
             _integers(parts[2], stored.zero_point, stored.type),
         ]
     )
-    result = name if wanted == float32 else f"{name}.float32"
-    nodes = [helper.make_node("DequantizeLinear", parts, [result], f"{name}.dequantize", axis=stored.axis)]
+    blocks = {} if stored.group_size is None else {"block_size": stored.group_size}
+    steps = [("DequantizeLinear", parts[1:], {"axis": stored.axis, **blocks})]
+    if stored.shape:
+        shape = f"{name}.shape"
+        graph.initializer.append(helper.make_tensor(shape, onnx.TensorProto.INT64, [len(stored.shape)], stored.shape))
+        steps.append(("Reshape", [shape], {}))
     if wanted != float32:
-        nodes.append(helper.make_node("Cast", [result], [name], f"{name}.cast", to=wanted))
+        steps.append(("Cast", [], {"to": wanted}))
+    nodes, value = [], parts[0]
+    for i, (kind, others, attributes) in enumerate(steps, 1):
+        result = name if i == len(steps) else f"{name}.{kind.lower()}"
+        nodes.append(helper.make_node(kind, [value, *others], [result], f"{name}.{_NODES[kind]}", **attributes))
+        value = result
     for node in reversed(nodes):
         graph.node.insert(0, node)
 

@@ -13,9 +13,11 @@ from torch.nn.parameter import is_lazy
 
 from lightning_caq.errors import LayerError, OptionError, PlanError
 from lightning_caq.export.coded_weights import CodedWeight, coded_tensors, coded_weights
+from lightning_caq.export.packed_groups import PackedGroups
 from lightning_caq.export.packed_modules import (
     AnyPacked,
-    PackedWeight,
+    Layout,
+    PackedAlone,
     check_quantized,
     pack_modules,
     pack_weight,
@@ -28,26 +30,29 @@ from lightning_caq.quantizers.fake_quant.modules import on_grid
 from lightning_caq.quantizers.fake_quant.state import rounding_state
 from lightning_caq.quantizers.fake_quant.swap import restore_modules, swap
 from lightning_caq.quantizers.grids.activations import InputGrid
+from lightning_caq.quantizers.grids.groups import count_groups
 from lightning_caq.quantizers.grids.levels import levels
 from lightning_caq.quantizers.grids.stepped import SteppedGrid
 from lightning_caq.quantizers.grids.values import QUANTIZERS
-from lightning_caq.sizes import Width, code_bytes
+from lightning_caq.sizes import Width, code_bytes, zero_point_bits
 
 VERSION = 1
 _TYPES = {
-    "codes": torch.uint8,
-    "scale": torch.float32,
-    "doubled_zero_point": torch.int16,
-    "widths": torch.uint8,
-    "basis": torch.float32,
+    "codes": (torch.uint8,),
+    "scale": (torch.float32, torch.float16, torch.bfloat16),
+    "doubled_zero_point": (torch.int16,),
+    "zero_points": (torch.uint8,),
+    "widths": (torch.uint8,),
+    "basis": (torch.float32,),
 }
 
 
 def save_quantized(model: nn.Module, path: str | Path) -> Path:
     """Write a quantized network into one file, its weights packed at their bit-width.
 
-    The file holds, for every quantized weight, ⌈n b / 8⌉ bytes of codes, a float32 scale and a 16-bit zero point a
-    channel (and three bits where channels differ in their bits), or the float32 numbers that its table is made of;
+    The file holds, for every quantized weight, ⌈n b / 8⌉ bytes of codes, a scale and a 16-bit zero point a channel (and
+    three bits where channels differ in their bits), or a scale and a zero point of b + 1 bits a group, scales in the
+    type that they were fitted in, or the float32 numbers that its table is made of;
     every other parameter and buffer of the state dict as it is; and in its header the bit-widths, the grids of inputs
     and a fingerprint of the whole file. Entropy-coded weights are one stream, and a step each. Tied weights are stored
     once. Nothing is pickled.
@@ -119,12 +124,13 @@ def _contents(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
             input_grid=inputs,
             quantizer=packed.quantizer,
             transposed=transposed,
+            group_size=packed.group_size if isinstance(packed, PackedGroups) else None,
         )
         layers.append(layer)
         weights.append(packed)
         tensors |= {f"{key}.{part}": getattr(packed, part) for part in packed.parts}
     tensors |= coded_tensors([x for x in weights if isinstance(x, CodedWeight)])
-    description = {"network": type(model).__name__, "layers": [asdict(x) for x in layers], "tied": tied}
+    description = {"network": type(model).__name__, "layers": [x.described() for x in layers], "tied": tied}
     return description, tensors
 
 
@@ -168,7 +174,7 @@ def load_quantized(model: nn.Module, path: str | Path, *, packed: bool = False) 
     by_module = {name: weights[x.key] for x in layers for name in x.modules}
     inputs = {name: x.input_grid for x in layers if x.input_grid is not None for name in x.modules}
     if packed:
-        pack_modules(model, by_module, inputs)
+        pack_modules(model, {k: x for k, x in by_module.items() if not isinstance(x, CodedWeight)}, inputs)
     else:
         swap(model, {name: weight.grid for name, weight in by_module.items()}, inputs)
     return model
@@ -186,6 +192,12 @@ class _Layer:
     input_grid: InputGrid | None = None
     quantizer: str = "affine"
     transposed: int = 0
+    group_size: int | None = None
+
+    def described(self) -> dict[str, Any]:
+        """The layer as the file says it; nothing of groups where there are none."""
+        grouped = self.group_size is not None
+        return {name: value for name, value in asdict(self).items() if name != "group_size" or grouped}
 
     @classmethod
     def read(cls, data: Mapping[str, Any]) -> _Layer:
@@ -212,33 +224,41 @@ def _take_all(tensors: dict[str, Tensor], layers: Sequence[_Layer]) -> dict[str,
     return weights
 
 
-def _take(tensors: dict[str, Tensor], layer: _Layer) -> PackedWeight | PackedTable:
+def _take(tensors: dict[str, Tensor], layer: _Layer) -> PackedAlone:
     """Take the tensors of a layer out of the file's."""
     if layer.quantizer not in QUANTIZERS:
         raise TypeError(f"'{layer.key}' was quantized by {layer.quantizer!r}, which is not known")
     names = [part for part in _TYPES if f"{layer.key}.{part}" in tensors]
     parts = {part: tensors.pop(f"{layer.key}.{part}") for part in names}
     try:
-        packed = packed_weight(layer.quantizer, int(layer.bits), layer.shape, parts)
+        packed = packed_weight(Layout(layer.quantizer, int(layer.bits), layer.shape, layer.group_size), parts)
     except KeyError as error:
         raise KeyError(f"{layer.key}.{error.args[0]}") from error
     count = int(torch.Size(layer.shape).numel())
-    if isinstance(packed, PackedTable):
-        width: Width = packed.bits
-        *channels, columns = packed.basis.shape
-        fits = columns == len(levels(packed.quantizer, packed.bits))
-    else:
-        width = packed.grid.width
-        channels, fits = list(packed.scale.shape), packed.scale.shape == packed.doubled_zero_point.shape
+    width, channels, fits = _fit(packed, count)
     if (
         not fits
         or packed.codes.shape != (code_bytes(width, count),)
         or len(channels) != len(layer.shape)
         or any(size not in (1, whole) for size, whole in zip(channels, layer.shape, strict=True))
-        or any(tensor.dtype != _TYPES[part] for part, tensor in parts.items())
+        or any(tensor.dtype not in _TYPES[part] for part, tensor in parts.items())
     ):
         raise TypeError(f"the tensors of '{layer.key}' do not fit its shape {list(layer.shape)}")
     return packed
+
+
+def _fit(packed: PackedAlone, count: int) -> tuple[Width, Sequence[int], bool]:
+    """Bits of a packed weight, the shape of its channels, and whether its parts fit each other."""
+    if isinstance(packed, PackedTable):
+        *channels, columns = packed.basis.shape
+        return packed.bits, channels, columns == len(levels(packed.quantizer, packed.bits))
+    if isinstance(packed, PackedGroups):
+        *channels, groups = packed.scale.shape
+        columns = count // max(torch.Size(channels).numel(), 1)
+        stored = zero_point_bits(packed.scale.numel(), packed.bits) // 8
+        fits = groups == count_groups(columns, packed.group_size) and packed.zero_points.shape == (stored,)
+        return packed.bits, channels, fits
+    return packed.grid.width, packed.scale.shape, packed.scale.shape == packed.doubled_zero_point.shape
 
 
 def _checked(

@@ -171,6 +171,8 @@ def _take(measurement: Measurement, measures: Sequence[Measure], progress: Progr
         quantizer=m.quantizer.name,
         range=m.quantizer.range,
         symmetry=m.quantizer.symmetry,
+        group_size=m.quantizer.group_size,
+        scale_dtype=m.quantizer.scale_dtype,
     )
     for step, together in groupby(measures, key=attrgetter("step")):
         with progress.step(step), sharing.agreed(step):

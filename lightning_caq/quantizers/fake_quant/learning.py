@@ -57,7 +57,8 @@ def learning_scales(model: nn.Module) -> Iterator[None]:
         owner, state, device = first[id(module.weight)], rounding_state(module), module.weight.device
         if owner.scale_factor is None:  # tied modules learn together
             assert isinstance(owner.calibrated, Grid)
-            owner.scale_factor = nn.Parameter(torch.ones_like(owner.calibrated.scale, device=device))
+            ones = torch.ones_like(owner.calibrated.scale, dtype=torch.float32, device=device)
+            owner.scale_factor = nn.Parameter(ones)
             if owner.input_grid is not None and owner.input_grid.zero_point == 0:
                 owner.clip_factor = nn.Parameter(torch.ones((), device=device))
         state.scale_factor, state.clip_factor = owner.scale_factor, owner.clip_factor

@@ -171,4 +171,4 @@ def on_grid(weight: Tensor, grid: Values) -> bool:
     nearest = grid.nearest(weight)
     if torch.finfo(weight.dtype).bits < 32:  # its values are coarse, and a value of the grid is rounded to one of them
         return bool(torch.equal(nearest.to(weight.dtype), weight))
-    return bool(((nearest - weight.float()).abs() <= grid.tolerance).all())
+    return bool(((nearest - weight.float()).abs() <= grid.tolerance(weight.shape)).all())

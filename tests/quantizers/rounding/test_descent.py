@@ -59,10 +59,10 @@ def test_never_makes_a_layer_worse(name, bits):
 
 def _column_by_column(w, c, s, z, top, h):
     """A sweep as it is defined, each column looked at alone."""
-    slope = h @ (s[:, None] * (c - z) - w)
+    slope = h @ (s * (c - z) - w)
     for j in range(w.shape[1]):
-        best = (c[:, j] - slope[:, j] / (h[:, j, j, None] * s)).round().clamp(min=0).minimum(top)
-        slope += h[:, :, j, None] * ((best - c[:, j]) * s)[:, None]
+        best = (c[:, j] - slope[:, j] / (h[:, j, j, None] * s[:, j])).round().clamp(min=0).minimum(top)
+        slope += h[:, :, j, None] * ((best - c[:, j]) * s[:, j])[:, None]
         c[:, j] = best
 
 
@@ -70,14 +70,15 @@ def _column_by_column(w, c, s, z, top, h):
 def test_a_sweep_over_blocks_is_one_column_by_column(start):
     """Most columns stay after rounding to nearest, none does where all codes begin at 0."""
     a, w = torch.randn(2, 29, 40).double(), torch.randn(2, 29, 5).double()
-    h, s, z, top = a @ a.mT / 40, torch.full((2, 5), 0.3).double(), torch.full((2, 29, 5), 3.0), torch.full((2, 5), 7.0)
-    c = (w / 0.3 + 3).round().clamp(0, 7) if start == "nearest" else torch.zeros_like(w)
+    s = torch.tensor([0.3] * 16 + [0.4] * 13).double()[None, :, None].expand(2, 29, 5)  # two groups of columns
+    h, z, top = a @ a.mT / 40, torch.full((2, 29, 5), 3.0), torch.full((2, 5), 7.0)
+    c = (w / s + 3).round().clamp(0, 7) if start == "nearest" else torch.zeros_like(w)
     expected = c.clone()
     _column_by_column(w, expected, s, z, top, h)
     before = c.clone()
     assert module_under_test._sweep(w, c, s, z, top, h) == (not torch.equal(expected, before))
     assert torch.equal(c, expected)
-    assert not module_under_test._sweep(s[:, None] * (c - z), c, s, z, top, h)  # no error is left to lower
+    assert not module_under_test._sweep(s * (c - z), c, s, z, top, h)  # no error is left to lower
 
 
 def test_no_single_code_is_left_to_improve(monkeypatch):
