@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 SCALE_BITS = 16
+TABLE_BITS = 8  # of embeddings, which the paper leaves as they are
 _DAMPING = 0.01
 
 
@@ -45,7 +46,7 @@ def gptq_weight(weight: Tensor, hessian: Tensor, bits: int, group_size: int) -> 
 
 
 def gptq(model: nn.Module, batches: Sequence[Tensor], bits: int, group_size: int) -> None:
-    """Round every linear layer and embedding of a network in place; embeddings, tied ones too, to nearest.
+    """Round every linear layer of a network in place, and embeddings, tied ones too, to the nearest of 8 bits.
 
     Args:
         model: The network; its linear layers are registered in the order of their execution.
@@ -57,7 +58,7 @@ def gptq(model: nn.Module, batches: Sequence[Tensor], bits: int, group_size: int
     with torch.no_grad():
         for table in tables.values():
             eye = torch.eye(table.shape[1], dtype=torch.float64, device=table.device)
-            table.copy_(gptq_weight(table, eye, bits, group_size))
+            table.copy_(gptq_weight(table, eye, TABLE_BITS, group_size))
         for module in model.modules():
             if isinstance(module, nn.Linear) and id(module.weight) not in tables:
                 module.weight.copy_(gptq_weight(module.weight, _hessian(model, module, batches), bits, group_size))

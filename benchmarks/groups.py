@@ -14,18 +14,19 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 from characters import Text, calibration, log_probabilities, perplexity, shipped_text, trained_model
-from gptq import gptq, stored_bits
+from gptq import TABLE_BITS, gptq, stored_bits
 from stopwatch import machine
 from torch import Tensor, nn
 
 from lightning_caq import quantize
+from lightning_caq.profile import CurvatureProfile
 from lightning_caq.report import text_table
 
-SAMPLES = 256
+SAMPLES = 128
 OURS = {"group_size": 64, "scale_dtype": "float16"}
 
 
@@ -58,21 +59,28 @@ class Row:
 
 @dataclass(frozen=True)
 class Case:
-    """A float network, the text, and what the network says of the test samples."""
+    """A float network, the text, what the network says of the test samples, and what was measured of it so far."""
 
     model: nn.Module
     text: Text
     log: Tensor
     device: str
+    profiles: dict[tuple[str, int, bool], CurvatureProfile] = field(default_factory=dict)
 
     def gptq(self, bits: int, group_size: int, seed: int) -> Row:
         """A network rounded by GPTQ."""
         start, made = time.perf_counter(), copy.deepcopy(self.model)
         gptq(made, calibration(self.text.train, SAMPLES, seed, self.device), bits, group_size)
-        shapes = [weight.shape for weight in made.parameters() if weight.ndim == 2]
-        size = sum(stored_bits(*shape, bits, group_size) for shape in shapes) // 8
+        tables = {id(module.weight) for module in made.modules() if isinstance(module, nn.Embedding)}
+        size = sum(
+            stored_bits(*weight.shape, TABLE_BITS if id(weight) in tables else bits, group_size)
+            for weight in made.parameters()
+            if weight.ndim == 2
+        )
         seconds = time.perf_counter() - start
-        return self._row(made, "gptq", f"{bits} bits, groups of {group_size}", size=size, seed=seed, seconds=seconds)
+        return self._row(
+            made, "gptq", f"{bits} bits, groups of {group_size}", size=size // 8, seed=seed, seconds=seconds
+        )
 
     def ours(self, method: str, seed: int, asked: str, **options: float | str | None) -> Row:
         """A network of this package."""
@@ -82,6 +90,7 @@ class Case:
             self.model,
             batches,
             method=method,
+            profile=self.profiles.get((method, seed, "group_size" in options)),
             seed=seed,
             calibration_samples=SAMPLES,
             curvature_samples=32,
@@ -91,6 +100,7 @@ class Case:
             **options,
         )
         seconds = time.perf_counter() - start
+        self.profiles[method, seed, "group_size" in options] = result.profile
         return self._row(result.model, method, asked, size=result.plan.bytes, seed=seed, seconds=seconds)
 
     def _row(self, model: nn.Module, method: str, asked: str, *, size: int, seed: int, seconds: float) -> Row:
@@ -132,9 +142,9 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], help="bits of GPTQ")
     result.add_argument("--group-size", type=int, nargs="+", default=[64, 128], help="groups of GPTQ")
-    result.add_argument("--method", nargs="+", default=["uniform", "cet"], help="our methods of allocation")
-    result.add_argument("--seeds", type=int, default=3, help="number of calibration seeds")
-    result.add_argument("--steps", type=int, default=1500, help="training steps of the network")
+    result.add_argument("--method", nargs="+", default=["cet"], help="our methods of allocation")
+    result.add_argument("--seeds", type=int, default=2, help="number of calibration seeds")
+    result.add_argument("--steps", type=int, default=500, help="training steps of the network")
     result.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
     return result
 

@@ -25,7 +25,8 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_caq.errors import ExportError
 from lightning_caq.export.integers import TYPES, Integers, to_integers
-from lightning_caq.export.onnx_check import FLIPS, Reference, checked, largest
+from lightning_caq.export.onnx_axes import candidate_axes, fix_single_values, free_axes, several_samples, traced_shapes
+from lightning_caq.export.onnx_check import FLIPS, Reference, add_settings, checked, largest
 from lightning_caq.export.onnx_graph import DOMAIN, ROUND_INPUT, dequantize_input, name_dimensions, quantize_rounded
 from lightning_caq.export.onnx_inputs import DynamicShapes, ExampleInputs, check_shapes, read_example
 from lightning_caq.export.packed_modules import check_quantized
@@ -51,18 +52,26 @@ class OnnxExport:
         types: Integer type of every quantized weight by state-dict key, such as ``{"conv1.weight": "uint4"}``.
         notes: What was stored wider than its bit-width, and why; which sizes could not be checked; where ONNX
             Runtime's defaults compute otherwise.
-        differences: Largest difference between ONNX Runtime's and PyTorch's values by output.
+        differences: Largest difference between ONNX Runtime's and PyTorch's values by output, products taken in
+            floating point.
+        default_differences: The same in a session with ONNX Runtime's default options.
     """
 
     path: Path
     types: dict[str, str]
     notes: tuple[str, ...]
     differences: dict[str, float]
+    default_differences: dict[str, float]
 
     @property
     def difference(self) -> float:
-        """The largest difference of all outputs."""
+        """The largest difference of all outputs, products taken in floating point."""
         return max(self.differences.values(), default=0.0)
+
+    @property
+    def default_difference(self) -> float:
+        """The largest difference of all outputs in a session with ONNX Runtime's default options."""
+        return max(self.default_differences.values(), default=0.0)
 
 
 def export_onnx(
@@ -72,13 +81,14 @@ def export_onnx(
     *,
     dynamic_shapes: DynamicShapes | None = None,
     opset: int = OPSET,
+    fused: bool = False,
 ) -> OnnxExport:
     """Write a quantized network as ONNX with integer weights, and check every output in ONNX Runtime.
 
-    Weights are uint4 or uint8 with one scale and zero point a channel (DequantizeLinear); other bit-widths are stored
-    in the next larger type that holds them. Dequantized weights equal PyTorch's to the last bit. Inputs that are
-    rounded pass through QuantizeLinear and DequantizeLinear in uint8, after a Clip if their grid has fewer codes. The
-    network is exported in eval mode.
+    Weights are uint4 or uint8 with one scale and zero point a channel, or a block (DequantizeLinear); other bit-widths
+    are stored in the next larger type that holds them. Dequantized weights equal PyTorch's to the last bit. Inputs that
+    are rounded pass through QuantizeLinear and DequantizeLinear in uint8, after a Clip if their grid has fewer codes.
+    The network is exported in eval mode, and without caches (``config.use_cache``).
 
     Args:
         model: The quantized network; left as it was.
@@ -87,9 +97,13 @@ def export_onnx(
             ``forward``, or its one argument. Arguments may be tuples and dicts of tensors. Outputs are compared on it.
         dynamic_shapes: Which dimensions may vary: input to dimension to a name, such as ``{"x": {0: "batch", 1:
             "length"}}``; those of one name vary together. Inputs go by the parameters of ``forward`` and by the keys of
-            dicts. Outputs are compared at twice the size too. By default the first dimension of every input varies
-            where the network allows it.
+            dicts. By default the first dimension of every input varies where the network allows it, and of inputs in a
+            dict the second one too. Outputs are compared at twice the size as well.
         opset: Version of ONNX's operators, 18 to 23. Before 21 there are no types of 4 and 16 bits: weights are uint8.
+        fused: Let ONNX Runtime make one operator (MatMulNBits) of a weight of 4 or 8 bits and its matrix product, which
+            is faster and takes less memory. It then rounds inputs of products to 8 bits, unless a session is made with
+            ``session.qdq_matmulnbits_accuracy_level`` set to ``"1"``; the file's metadata say so. By default weights
+            are written such that products are taken in floating point in any session.
 
     Returns:
         The path, the types, notes on what was widened, and the differences.
@@ -123,20 +137,23 @@ def export_onnx(
     weights = _weights(model, modules)
     types = ("uint8",) if opset < OPSET else tuple(TYPES)
     integers = {k: to_integers(quantized_weight(module), _affine(k, module), types) for k, module in weights.items()}
-    with preserved(model), torch.no_grad():
+    with preserved(model), torch.no_grad(), _without_caches(model):
         references = [_reference(model, modules, example)]
-        notes = []
-        if dynamic_shapes:
-            try:
-                references.append(_reference(model, modules, example.enlarged(dynamic_shapes)))
-            except ExportError:
-                notes.append("The network cannot take inputs twice as large: only the size of the example was checked.")
         with _opened(modules):
             proto = _traced(model, weights, example, references[0].names, dynamic_shapes, opset)
-    name_dimensions(proto.graph, dynamic_shapes or {})
+        varying = free_axes(proto.graph, example) if dynamic_shapes is None else dynamic_shapes
+        name_dimensions(proto.graph, varying)
+        notes = []
+        if varying:
+            try:
+                references.append(_reference(model, modules, example.enlarged(varying)))
+            except ExportError:
+                notes.append("The network cannot take inputs twice as large: only the size of the example was checked.")
     for key, stored in integers.items():
-        dequantize_input(proto.graph, key, stored)
+        dequantize_input(proto.graph, key, stored, fused=fused)
     quantize_rounded(proto)
+    if fused:
+        add_settings(proto)
     check = checked(proto, references)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,6 +164,7 @@ def export_onnx(
         types={key: stored.type for key, stored in integers.items()},
         notes=(*widened, *notes, *check.notes),
         differences=check.differences,
+        default_differences=check.default_differences,
     )
 
 
@@ -200,6 +218,21 @@ def _opened(modules: Mapping[str, FakeQuant]) -> Iterator[None]:
     finally:
         for name, module in modules.items():
             rounding_state(module).quantizing = before[name]
+
+
+@contextmanager
+def _without_caches(model: nn.Module) -> Iterator[None]:
+    """Let networks that cache keys and values (transformers' ``config.use_cache``) return none for a while."""
+    configs = {
+        id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if getattr(c, "use_cache", False)
+    }
+    try:
+        for config in configs.values():
+            config.use_cache = False
+        yield
+    finally:
+        for config in configs.values():
+            config.use_cache = True
 
 
 def _marking(grid: InputGrid) -> Callable[..., Any]:
@@ -266,33 +299,38 @@ def _traced(
     opset: int,
 ) -> Any:
     """The graph, with the quantized weights as its first inputs."""
-    dims = {title: torch.export.Dim(title) for axes in (dynamic or {}).values() for title in axes.values()}
-
-    def shape(name: str, tensor: Tensor) -> dict[int, Any]:
-        if dynamic is None:
-            return {0: torch.export.Dim.AUTO} if tensor.ndim else {}
-        return {axis: dims[title] for axis, title in dynamic.get(name, {}).items()}
-
-    args, kwargs = example.with_tensors(shape)
-    shapes = {"weights": [{} for _ in weights], "args": list(args), "kwargs": kwargs}
     values = [module.weight.detach() for module in weights.values()]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporter's own deprecations; what matters is checked afterwards
-            program = torch.onnx.export(
-                _Opened(model, list(weights)).eval(),
-                kwargs={"weights": values, "args": list(example.args), "kwargs": example.kwargs},
-                dynamo=True,
-                opset_version=opset,
-                dynamic_shapes=shapes,
-                input_names=[*weights, *example.named],
-                output_names=list(outputs),
-                verbose=False,
-            )
-    except torch.onnx.OnnxExporterError as error:
-        raise ExportError(f"{type(model).__name__} cannot be exported to ONNX: {_reason(error)}") from error
+    if dynamic is None:
+        example = several_samples(example)
+
+    def export(free: Sequence[int]) -> Any:
+        shapes = {"weights": [{} for _ in weights], **traced_shapes(example, dynamic, free)}
+        return torch.onnx.export(
+            _Opened(model, list(weights)).eval(),
+            kwargs={"weights": values, "args": list(example.args), "kwargs": example.kwargs},
+            dynamo=True,
+            opset_version=opset,
+            dynamic_shapes=shapes,
+            input_names=[*weights, *example.named],
+            output_names=list(outputs),
+            verbose=False,
+        )
+
+    free = candidate_axes(example)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own deprecations; what matters is checked afterwards
+        try:
+            try:
+                program = export(free)
+            except torch.onnx.OnnxExporterError:
+                if len(free) == 1 or dynamic is not None:
+                    raise
+                program = export(free[:1])  # a network that knows one length only
+        except torch.onnx.OnnxExporterError as error:
+            raise ExportError(f"{type(model).__name__} cannot be exported to ONNX: {_reason(error)}") from error
     assert program is not None
     proto = program.model_proto
+    fix_single_values(proto.graph, program.exported_program)
     for node in proto.graph.node:
         del node.metadata_props[:]  # traces of the exporting machine's source files
     return proto
