@@ -223,9 +223,8 @@ def _opened(modules: Mapping[str, FakeQuant]) -> Iterator[None]:
 @contextmanager
 def _without_caches(model: nn.Module) -> Iterator[None]:
     """Let networks that cache keys and values (transformers' ``config.use_cache``) return none for a while."""
-    configs = {
-        id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if getattr(c, "use_cache", False)
-    }
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in found if getattr(config, "use_cache", False)}
     try:
         for config in configs.values():
             config.use_cache = False
