@@ -28,6 +28,7 @@ from lightning_caq.report import text_table
 
 SAMPLES = 128
 OURS = {"group_size": 64, "scale_dtype": "float16"}
+WIDTHS = (1, 2, 3, 4, 5, 6, 8)
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class Case:
             method=method,
             profile=self.profiles.get((method, seed, "group_size" in options)),
             seed=seed,
+            bits=WIDTHS,
             calibration_samples=SAMPLES,
             curvature_samples=32,
             compare=(),

@@ -93,10 +93,12 @@ def check_scale_type(model: nn.Module, layers: Sequence[Layer], scale_dtype: str
         >>> check_scale_type(net, [Layer("", "linear", (2, 2))], "float16", 8)
     """
     info = torch.finfo(getattr(torch, scale_dtype))
+    # Numbers below the normal range lose digits; to an eighth of it float16 is no coarser than bfloat16.
+    least = info.tiny / 8
     for layer in layers:
         weight = layer_weight(model, layer).detach()
         largest = float(weight.abs().max())
-        if 0 < largest < info.tiny * 2**most_bits or largest > info.max:
+        if 0 < largest < least * 2**most_bits or largest > info.max:
             raise OptionError(
                 f"scale_dtype={scale_dtype!r} cannot hold the scales of '{layer.name}', whose weights go up to "
                 f"{largest:.2g}; leave that layer out, or give "
