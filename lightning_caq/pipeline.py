@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from lightning_caq.network.float_outputs import Reference, make_reference
 from lightning_caq.network.forward import Batch
 from lightning_caq.network.layers import Layer, chosen_layers, find_layers
 from lightning_caq.network.objective import Loss, Objective, objective_from
+from lightning_caq.network.parts.expand import every_weight_a_layer
 from lightning_caq.network.prepare import prepare
 from lightning_caq.notes import Note
 from lightning_caq.options import QuantizationOptions
@@ -158,11 +160,8 @@ def run(
         raise LayerError(
             f"{type(model).__name__} is quantized already; build it anew, with its float weights, to quantize it again."
         )
-    chosen_layers(model, options.include, options.exclude)  # refuses what has none, and weights that are not finite
-    widths = stored_widths(model)
     device = next((p.device for p in model.parameters()), None)
-    # A data loader draws from the global random state as it is read, so that belongs to what is preserved.
-    with curvature_safe(model), preserved(model), InFloat32(model) as float32:
+    with _measurable(model, options) as (float32, widths):
         samples = prepare(
             model,
             batches,
@@ -184,6 +183,17 @@ def run(
         report = steps.report(network, profile, selection, evaluation, float_metrics)
         selection.chosen.plan.write(model)
         return QuantizationResult(model, selection.chosen.plan, profile, report)
+
+
+@contextmanager
+def _measurable(model: nn.Module, options: QuantizationOptions) -> Iterator[tuple[InFloat32, Mapping[int, int]]]:
+    """While open, the network can be measured; also what its weights take in memory. A failure leaves it as it was."""
+    with every_weight_a_layer(model):
+        chosen_layers(model, options.include, options.exclude)  # refuses what has none, and weights that are not finite
+        widths = stored_widths(model)
+        # A data loader draws from the global random state as it is read, so that belongs to what is preserved.
+        with curvature_safe(model), preserved(model), InFloat32(model) as float32:
+            yield float32, widths
 
 
 _CHECKED_SAMPLES = 2
@@ -218,10 +228,8 @@ def check(
         LayerError: If there is nothing to quantize.
         BudgetError: If the budget cannot be met.
     """
-    chosen_layers(model, options.include, options.exclude)  # refuses what has none, and weights that are not finite
-    widths = stored_widths(model)
     device = next((p.device for p in model.parameters()), None)
-    with curvature_safe(model), preserved(model), InFloat32(model) as float32:
+    with _measurable(model, options) as (float32, widths):
         samples = prepare(
             model,
             [batch],
