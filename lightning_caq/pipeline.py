@@ -32,7 +32,7 @@ from lightning_caq.network.float_outputs import Reference, make_reference
 from lightning_caq.network.forward import Batch
 from lightning_caq.network.layers import Layer, chosen_layers, find_layers
 from lightning_caq.network.objective import Loss, Objective, objective_from
-from lightning_caq.network.parts.expand import every_weight_a_layer
+from lightning_caq.network.parts.expand import every_weight_a_layer, expand_uses
 from lightning_caq.network.prepare import prepare
 from lightning_caq.notes import Note
 from lightning_caq.options import QuantizationOptions
@@ -172,6 +172,7 @@ def run(
             device=device,
             convert=float32.batch,
         )
+        expand_uses(model, samples[0])
         validation = WatchedEvaluation(float32.outside(evaluate)) if evaluate is not None else None
         steps = _Steps(options, loss_fn, validation, sharing, progress)
         network = steps.prepare(model, samples, widths)
@@ -240,6 +241,7 @@ def check(
             device=device,
             convert=float32.batch,
         )
+        expand_uses(model, samples[0])
         steps = _Steps(options, loss_fn, None, ALONE, Progress())
         network = steps.prepare(model, take_samples(samples, _CHECKED_SAMPLES), widths)
         for note in network.notes:

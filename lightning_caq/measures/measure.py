@@ -21,7 +21,7 @@ from lightning_caq.network.batches import batch_size, take_samples
 from lightning_caq.network.layers import Layer, chosen_layers, find_layers, layer_weight
 from lightning_caq.network.meaning import Output
 from lightning_caq.network.objective import Loss, make_objective
-from lightning_caq.network.parts.expand import every_weight_a_layer
+from lightning_caq.network.parts.expand import every_weight_a_layer, expand_uses
 from lightning_caq.network.prepare import ForwardFunction, ModelUse, prepare
 from lightning_caq.profile import CurvatureProfile, LayerCurvature
 from lightning_caq.quantizers.grids.values import AFFINE, Quantizer
@@ -119,7 +119,9 @@ def measure(
             device=device,
             convert=float32.batch,
         )
-        layers = find_layers(model, *chosen) if layers is None else layers
+        if layers is None:
+            expand_uses(model, chosen[0])
+            layers = find_layers(model, *chosen)
         with differentiable(model, layers):
             measurement = Measurement(
                 model=model,

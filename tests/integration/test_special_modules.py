@@ -171,7 +171,7 @@ NETWORKS: dict[str, tuple[Any, set[str]]] = {
         lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 6)), nn.ReLU(), nn.Linear(6, 3)),
         {"net.2"},
     ),
-    "lstm": (Recurrent, {"net.out"}),
+    "lstm": (Recurrent, {"net.lstm.ih_l0", "net.lstm.hh_l0", "net.out"}),
     "attention": (Attention, {"net.qkv", "net.out"}),
     "one module twice": (Twice, {"net.first", "net.out"}),
 }

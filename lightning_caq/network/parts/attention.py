@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_caq.network.parts.kind import Kind
+from lightning_caq.network.parts.kind import Kind, arguments
 from lightning_caq.network.parts.part import View
 
 NAMES = ("q_proj", "k_proj", "v_proj")
@@ -29,34 +29,30 @@ def _views(module: nn.MultiheadAttention) -> dict[str, View]:
 def _route(module: nn.MultiheadAttention, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func is not F.multi_head_attention_forward:
         return NotImplemented
-    return _attention(module, *args, **kwargs)
+    return _attention(module, **arguments(func, args, kwargs))
 
 
 def _attention(
     module: Any,
+    *,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    embed_dim_to_check: int,
     num_heads: int,
-    in_proj_weight: Tensor | None,
     in_proj_bias: Tensor | None,
     bias_k: Tensor | None,
     bias_v: Tensor | None,
     add_zero_attn: bool,
     dropout_p: float,
-    out_proj_weight: Tensor,
-    out_proj_bias: Tensor | None,
-    training: bool = True,
-    key_padding_mask: Tensor | None = None,
-    need_weights: bool = True,
-    attn_mask: Tensor | None = None,
-    *,
-    average_attn_weights: bool = True,
-    is_causal: bool = False,
-    **static: Any,
+    training: bool,
+    key_padding_mask: Tensor | None,
+    need_weights: bool,
+    attn_mask: Tensor | None,
+    average_attn_weights: bool,
+    is_causal: bool,
+    **of_weights: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """``F.multi_head_attention_forward``, whose arguments these are."""
+    """``F.multi_head_attention_forward``, whose arguments these are; those of weights are left to the parts."""
     batched = query.ndim == 3
     query, key, value = (x.transpose(0, 1) if batched else x.unsqueeze(0) for x in (query, key, value))
     if not batched and key_padding_mask is not None:

@@ -21,6 +21,7 @@ from lightning_caq.network.parts.kind import Kind, Route
 from lightning_caq.network.parts.part import parts_of
 from lightning_caq.network.parts.products import BAG, BILINEAR, CONV1D
 from lightning_caq.network.parts.recurrent import CELL, RECURRENT
+from lightning_caq.network.parts.uses import USES
 
 FUSED = Kind(
     name="fused",
@@ -28,7 +29,7 @@ FUSED = Kind(
     views=lambda module: {},
     route=lambda module, func, args, kwargs: NotImplemented,
 )
-KINDS = {kind.name: kind for kind in (ATTENTION, RECURRENT, CELL, CONV1D, EXPERTS, BILINEAR, BAG, FUSED)}
+KINDS = {kind.name: kind for kind in (ATTENTION, RECURRENT, CELL, CONV1D, EXPERTS, BILINEAR, BAG, FUSED, USES)}
 
 
 def kind_of_owner(module: nn.Module) -> Kind | None:
@@ -49,11 +50,13 @@ class Expanded:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made on demand and has no importable name: copies and pickles name what it was made from.
-        state = super().__reduce_ex__(protocol)[2]  # type: ignore[misc]
+        state = super().__reduce_ex__(protocol)[2]
         return _rebuild, (self._lightning_caq_replaced, self._lightning_caq_kind.name), state
 
 
-@functools.cache
+_classes: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
+
+
 def expanded_class(base: type[nn.Module], name: str) -> type[nn.Module]:
     """The expanded subclass of a module class.
 
@@ -65,13 +68,15 @@ def expanded_class(base: type[nn.Module], name: str) -> type[nn.Module]:
         >>> expanded_class(nn.LSTM, "recurrent").__name__
         'ExpandedLSTM'
     """
-    names = {
-        "__module__": __name__,
-        "_lightning_caq_replaced": base,
-        "_lightning_caq_kind": KINDS[name],
-        "forward": _routed(base, KINDS[name]),
-    }
-    return type(f"Expanded{base.__name__}", (Expanded, base), names)
+    if (base, name) not in _classes:
+        names = {
+            "__module__": __name__,
+            "_lightning_caq_replaced": base,
+            "_lightning_caq_kind": KINDS[name],
+            "forward": _routed(base, KINDS[name]),
+        }
+        _classes[base, name] = type(f"Expanded{base.__name__}", (Expanded, base), names)
+    return _classes[base, name]
 
 
 def _routed(base: Any, kind: Kind) -> Callable[..., Any]:

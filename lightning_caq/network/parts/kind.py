@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,18 @@ class Kind:
     views: Callable[[Any], dict[str, View]]
     route: Route
     unwrapped: bool = False
+
+
+def arguments(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, defaults too.
+
+    Example:
+        >>> arguments(lambda x, factor=2: x * factor, (3,), {})
+        {'x': 3, 'factor': 2}
+    """
+    bound = inspect.signature(func).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
 
 
 def of_class(module: nn.Module, name: str, package: str) -> bool:

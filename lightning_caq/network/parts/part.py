@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ class View:
         transposed: Whether inputs come before outputs in the parameter.
         flat: Whether all axes behind the first count as one.
         table: Whether rows are looked up rather than multiplied by.
+        shared: Whether the parameter belongs to the module that holds it as much as to the part, as where it is the
+            weight of another layer; then both have the one weight.
     """
 
     parameter: str
@@ -27,6 +30,7 @@ class View:
     transposed: bool = False
     flat: bool = False
     table: bool = False
+    shared: bool = False
 
     def of(self, whole: Tensor) -> Tensor:
         """The part of a parameter, as a view of it.
@@ -61,7 +65,7 @@ class WeightPart:
     @property
     def whole(self) -> Tensor:
         """The parameter that the part lies in."""
-        whole: Tensor = getattr(self.owner, self.view.parameter)
+        whole: Tensor = attrgetter(self.view.parameter)(self.owner)
         return whole
 
     @property
@@ -96,7 +100,7 @@ class WeightPart:
         self.view = view
 
 
-class LinearPart(WeightPart, nn.Linear):
+class LinearPart(WeightPart, nn.Linear):  # type: ignore[misc]
     """A part that is multiplied by; the module that holds it adds the bias."""
 
     def __init__(self, owner: nn.Module, view: View) -> None:
@@ -106,7 +110,7 @@ class LinearPart(WeightPart, nn.Linear):
         self.out_features, self.in_features = self.weight.shape
 
 
-class TablePart(WeightPart, nn.Embedding):
+class TablePart(WeightPart, nn.Embedding):  # type: ignore[misc]
     """A part whose rows are looked up."""
 
     def __init__(self, owner: Any, view: View) -> None:
@@ -161,5 +165,5 @@ def weight_identity(module: Any) -> Any:
         True
     """
     if isinstance(module, WeightPart) and not module.is_split:
-        return id(module.whole), module.view
+        return id(module.whole) if module.view.shared else (id(module.whole), module.view)
     return id(module.weight)

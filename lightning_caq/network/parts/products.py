@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_caq.network.parts.kind import Kind, of_class
+from lightning_caq.network.parts.kind import Kind, arguments, of_class
 from lightning_caq.network.parts.part import View
 
 LINEAR, TABLE = "linear", "table"
@@ -29,24 +29,21 @@ def _route_bilinear(module: nn.Bilinear, func: Any, args: tuple[Any, ...], kwarg
 
 
 def _route_bag(module: nn.EmbeddingBag, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return NotImplemented if func is not F.embedding_bag else _bag(module, *args, **kwargs)
+    return NotImplemented if func is not F.embedding_bag else _bag(module, **arguments(func, args, kwargs))
 
 
 def _bag(
     module: Any,
+    *,
     input: Tensor,
-    weight: Tensor,
-    offsets: Tensor | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    mode: str = "mean",
-    sparse: bool = False,
-    per_sample_weights: Tensor | None = None,
-    include_last_offset: bool = False,
-    padding_idx: int | None = None,
+    offsets: Tensor | None,
+    mode: str,
+    per_sample_weights: Tensor | None,
+    include_last_offset: bool,
+    padding_idx: int | None,
+    **of_weights: Any,
 ) -> Tensor:
-    """``F.embedding_bag``, whose arguments these are."""
+    """``F.embedding_bag``, whose arguments these are; those of the weight are left to the part."""
     rows, words = module.table(input), input
     if per_sample_weights is not None:
         rows = rows * per_sample_weights.unsqueeze(-1)

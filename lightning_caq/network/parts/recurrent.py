@@ -72,7 +72,9 @@ def _route_layer(module: nn.RNNBase, func: Any, args: tuple[Any, ...], kwargs: d
     if func not in _STEPS:
         return NotImplemented
     packed = isinstance(args[3], list)  # its arguments are data, sizes, state, weights; else input, state, weights
-    if any(part.watched for part in parts_of(module)):
+    # torch's exporter gives the ONNX operator, which knows no projected states, a cell of their size.
+    projected = getattr(module, "proj_size", 0) > 0 and torch.compiler.is_compiling()
+    if projected or any(part.watched for part in parts_of(module)):
         sequence = _Packed(args[0], args[1].tolist()) if packed else _Padded(args[0], module.batch_first)
         state = args[2] if packed else args[1]
         output, last = _unrolled(module, _STEPS[func], sequence, state if isinstance(state, tuple) else (state,))
@@ -130,7 +132,7 @@ class _Packed:
 
     def steps(self, values: Tensor) -> Sequence[Tensor]:
         """Values of every step."""
-        return values.split(self.sizes)
+        return torch.split(values, self.sizes)
 
     def together(self, steps: Sequence[Tensor]) -> Tensor:
         """What ``steps`` takes apart."""
@@ -167,7 +169,10 @@ def _direction(
     inputs = sequence.steps(_plus(weigh_input(values), module, f"bias_ih_{name}"))
     backwards = name.endswith("_reverse")
     outputs: dict[int, Tensor] = {}
-    state, ended = tuple(part[:0] for part in first), []  # states of samples that are under way, and of those that ended
+    state, ended = (
+        tuple(part[:0] for part in first),
+        [],
+    )  # states of samples that are under way, and of those that ended
     for t in reversed(range(len(inputs))) if backwards else range(len(inputs)):
         size = sequence.sizes[t]
         if len(state[0]) < size:  # samples begin: all at once, or backwards the longest first
