@@ -27,7 +27,7 @@ from lightning_caq.measures.measure import measure
 from lightning_caq.measures.rounding.rounded_loss import rounded_loss
 from lightning_caq.network.batches import take_samples
 from lightning_caq.network.deployed import find_deployed, stored_widths
-from lightning_caq.network.float_notes import float_notes
+from lightning_caq.network.float_notes import baked_notes, float_notes
 from lightning_caq.network.float_outputs import Reference, make_reference
 from lightning_caq.network.forward import Batch
 from lightning_caq.network.layers import Layer, chosen_layers, find_layers
@@ -315,7 +315,7 @@ class _Steps:
         asked = find_layers(model, *samples, include=options.include, exclude=options.exclude)
         deployed = find_deployed(model, asked, samples, patterns=options.deployed, widths=widths)
         layers = deployed.layers
-        notes = (*map(Note, samples[0].forward.notes), *float_notes(deployed))
+        notes = (*map(Note, samples[0].forward.notes), *float_notes(deployed), *baked_notes(model, layers))
         if not layers:
             raise LayerError(
                 "No calibration batch calls any of the layers to quantize; check the batches, include or deployed."

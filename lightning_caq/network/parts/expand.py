@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_caq.network.forward import run_model
 from lightning_caq.network.layers import kind_of
+from lightning_caq.network.parts.baked import bake, is_baked, is_computed, keep_baked, unbake
 from lightning_caq.network.parts.expanded import Expanded, expanded_class, kind_of_owner
 from lightning_caq.network.parts.kind import Kind
 from lightning_caq.network.parts.part import View, WeightPart, make_part, parts_of, weight_identity
@@ -24,7 +25,7 @@ _ORDER = "_lightning_caq_order"  # of the parameters of a module, while some of 
 
 
 def expand(model: nn.Module, names: Collection[str] | None = None) -> list[nn.Module]:
-    """Give modules that multiply by weights of their own a part for each of these, in place.
+    """Give modules that multiply by weights of their own a part for each of these, in place; bake computed weights.
 
     Args:
         model: The network.
@@ -32,7 +33,7 @@ def expand(model: nn.Module, names: Collection[str] | None = None) -> list[nn.Mo
             they are. By default all are expanded.
 
     Returns:
-        The modules that were expanded, for ``collapse``; those that are expanded already are left as they are.
+        The modules that were changed, for ``collapse`` and ``settle_baked``; those that are expanded already are left as they are.
 
     Example:
         >>> net = nn.Sequential(nn.MultiheadAttention(4, 2))
@@ -43,6 +44,10 @@ def expand(model: nn.Module, names: Collection[str] | None = None) -> list[nn.Mo
     expanded = []
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, Expanded):
+            continue
+        if kind_of(module) is not None and is_computed(module) and (names is None or name in names):
+            bake(module)
+            expanded.append(module)
             continue
         kind, prefix = kind_of_owner(module), f"{name}." if name else ""
         inside = None if names is None else [x.removeprefix(prefix) for x in names if x.startswith(prefix)]
@@ -89,13 +94,19 @@ def expand_uses(model: nn.Module, batch: Any) -> None:
 
 
 def collapse(modules: Collection[nn.Module]) -> None:
-    """Take what ``expand`` added from modules, but for those below which something is quantized or split off."""
+    """Take the parts from modules, but for those below which something is quantized or split off."""
     for module in modules:
         if isinstance(module, Expanded) and not _in_use(module):
             replaced: Any = module._lightning_caq_replaced
             for name in [name for name, part in module.named_children() if isinstance(part, WeightPart)]:
                 delattr(module, name)
             module.__class__ = replaced
+
+
+def settle_baked(modules: Collection[nn.Module]) -> None:
+    """Let baked weights stay parameters where they are quantized, and be computed again elsewhere."""
+    for module in filter(is_baked, modules):
+        (keep_baked if _in_use(module) else unbake)(module)
 
 
 def _in_use(module: nn.Module) -> bool:
@@ -122,12 +133,14 @@ def expanded(model: nn.Module, names: Collection[str] | None = None) -> Iterator
         >>> net
         LSTM(2, 3)
     """
-    before = {m for m in model.modules() if isinstance(m, Expanded)}
+    before = {m for m in model.modules() if isinstance(m, Expanded) or is_baked(m)}
     expand(model, names)
     try:
         yield
     finally:
-        collapse([m for m in model.modules() if m not in before])
+        changed = [m for m in model.modules() if m not in before]
+        collapse(changed)
+        settle_baked(changed)
 
 
 @contextmanager

@@ -100,7 +100,7 @@ class WeightPart:
         self.view = view
 
 
-class LinearPart(WeightPart, nn.Linear):  # type: ignore[misc]
+class LinearPart(WeightPart, nn.Linear):
     """A part that is multiplied by; the module that holds it adds the bias."""
 
     def __init__(self, owner: nn.Module, view: View) -> None:
@@ -110,7 +110,7 @@ class LinearPart(WeightPart, nn.Linear):  # type: ignore[misc]
         self.out_features, self.in_features = self.weight.shape
 
 
-class TablePart(WeightPart, nn.Embedding):  # type: ignore[misc]
+class TablePart(WeightPart, nn.Embedding):
     """A part whose rows are looked up."""
 
     def __init__(self, owner: Any, view: View) -> None:

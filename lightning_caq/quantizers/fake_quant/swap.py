@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_caq.network.parts.expand import collapse, expand
+from lightning_caq.network.parts.expand import collapse, expand, settle_baked
 from lightning_caq.quantizers.fake_quant.modules import FakeQuant, fake_quant_class
 from lightning_caq.quantizers.fake_quant.state import PREFIX, STATE, FakeQuantState
 from lightning_caq.quantizers.grids.activations import InputGrid
@@ -45,6 +45,7 @@ def swap(model: nn.Module, grids: Mapping[str, Values], inputs: Mapping[str, Inp
         modules: list[tuple[str, Any]] = [(name, model.get_submodule(name)) for name in grids]
     except AttributeError:
         collapse(expanded)
+        settle_baked(expanded)
         raise
     for name, module in modules:
         if not isinstance(module, FakeQuant):
@@ -52,6 +53,7 @@ def swap(model: nn.Module, grids: Mapping[str, Values], inputs: Mapping[str, Inp
         _forget(module)
         state = FakeQuantState(grids[name].to(module.weight.device), (inputs or {}).get(name))
         setattr(module, STATE, state)
+    settle_baked(expanded)
 
 
 def restore_modules(model: nn.Module) -> None:
