@@ -153,6 +153,13 @@ class PackedPart(Packed):
     """What every packed part of a weight adds."""
 
     @property
+    def weight(self) -> Tensor:
+        """The weight, in the order in memory that it has in the parameter that it lay in, as products depend on it."""
+        this: Any = self
+        weight = super().weight
+        return weight.mT.contiguous().mT if this.view.transposed else weight
+
+    @property
     def rounds_input(self) -> bool:
         """Whether inputs are rounded before they are multiplied."""
         return self._lightning_caq_input_grid is not None

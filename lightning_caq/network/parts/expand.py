@@ -33,7 +33,8 @@ def expand(model: nn.Module, names: Collection[str] | None = None) -> list[nn.Mo
             they are. By default all are expanded.
 
     Returns:
-        The modules that were changed, for ``collapse`` and ``settle_baked``; those that are expanded already are left as they are.
+        The modules that were changed, for ``collapse`` and ``settle_baked``; those that are expanded already are left
+        as they are.
 
     Example:
         >>> net = nn.Sequential(nn.MultiheadAttention(4, 2))
@@ -51,9 +52,10 @@ def expand(model: nn.Module, names: Collection[str] | None = None) -> list[nn.Mo
             continue
         kind, prefix = kind_of_owner(module), f"{name}." if name else ""
         inside = None if names is None else [x.removeprefix(prefix) for x in names if x.startswith(prefix)]
-        views = kind.views(module) if kind is not None else named_uses(module, inside or ())
-        if (kind is not None and (inside is None or inside)) or views:
-            expanded += _expand(module, kind or USES, views)
+        if kind is not None and (inside is None or inside):
+            expanded += _expand(module, kind, kind.views(module))
+        elif kind is None and (uses := named_uses(module, inside or ())):
+            expanded += _expand(module, USES, uses)
     return expanded
 
 
@@ -62,7 +64,7 @@ def _expand(module: nn.Module, kind: Kind, views: Mapping[str, View]) -> list[nn
     if any(hasattr(module, part) for part in views):
         return []
     for part, view in views.items():
-        module.add_module(part, make_part(module, view).train(module.training))
+        module.add_module(part, make_part(module, view))
     module.__class__ = expanded_class(type(module), kind.name)
     return [module]
 

@@ -48,6 +48,12 @@ class Expanded:
     _lightning_caq_replaced: ClassVar[type[nn.Module]]  # the class it replaces
     _lightning_caq_kind: ClassVar[Kind]
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+        this: Any = self
+        for part in parts_of(this):  # they come later, and are shown their own keys only
+            part.loaded = prefix + part.view.parameter in state_dict
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made on demand and has no importable name: copies and pickles name what it was made from.
         state = super().__reduce_ex__(protocol)[2]

@@ -55,12 +55,22 @@ class WeightPart:
     """
 
     view: View
+    loaded = False  # whether the state dict that is being loaded has the parameter that the part lies in
     _parameters: dict[str, Any]
 
     @property
     def owner(self) -> Any:
         """The module that holds the parameter."""
         return self.__dict__["_owner"]
+
+    @property
+    def training(self) -> bool:
+        """Whether its owner is in training mode."""
+        return bool(self.owner.training)
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        """A part has no mode of its own."""
 
     @property
     def whole(self) -> Tensor:
@@ -100,7 +110,7 @@ class WeightPart:
         self.view = view
 
 
-class LinearPart(WeightPart, nn.Linear):
+class LinearPart(WeightPart, nn.Linear):  # type: ignore[override]
     """A part that is multiplied by; the module that holds it adds the bias."""
 
     def __init__(self, owner: nn.Module, view: View) -> None:
@@ -110,7 +120,7 @@ class LinearPart(WeightPart, nn.Linear):
         self.out_features, self.in_features = self.weight.shape
 
 
-class TablePart(WeightPart, nn.Embedding):
+class TablePart(WeightPart, nn.Embedding):  # type: ignore[override]
     """A part whose rows are looked up."""
 
     def __init__(self, owner: Any, view: View) -> None:

@@ -38,7 +38,7 @@ class FakeQuant:
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
         missing: list[str] = args[2]
         missing[:] = [key for key in missing if not key.startswith(prefix + PREFIX)]
-        if weight_key(self, prefix) not in state_dict:
+        if not (self.loaded if isinstance(self, WeightPart) else prefix + "weight" in state_dict):
             return
         state = rounding_state(self)
         state.quantizing = on_grid(self.weight, state.grid.to(self.weight.device))
