@@ -3,6 +3,7 @@ import torch
 from parts_help import assert_close
 from torch import nn
 
+from lightning_caq.network.hooks import watching
 from lightning_caq.network.parts.expand import every_weight_a_layer, expanded
 
 transformers = pytest.importorskip("transformers")
@@ -29,11 +30,11 @@ def test_experts_one_by_one_and_stacked_are_those_of_the_model():
             assert len(list(net.children())) == 1 + 8  # an activation, and two matrices for each of four experts
             assert_close(net(states, chosen, weights), expected)
         with every_weight_a_layer(net):
-            calls = []
+            shapes: list[torch.Size] = []
             part = net.get_submodule(f"down_proj_{int(chosen[0, 0])}")
-            part.register_forward_hook(lambda module, args, output: calls.append(args[0].shape))
-            assert_close(net(states, chosen, weights), expected)
-            assert calls == [(int((chosen == chosen[0, 0]).sum()), 24)]
+            with watching([part], lambda module, x, y, shapes=shapes: shapes.append(x.shape)):
+                assert_close(net(states, chosen, weights), expected)
+            assert shapes == [(int((chosen == chosen[0, 0]).sum()), 24)]
 
 
 def test_a_gradient_reaches_the_stack():
