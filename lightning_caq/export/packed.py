@@ -25,6 +25,7 @@ from lightning_caq.export.packed_table import PackedTable
 from lightning_caq.export.sealed import read_sealed, sealed, write_sealed
 from lightning_caq.network.layers import kind_of
 from lightning_caq.network.parts.expand import expanded, split_weights
+from lightning_caq.network.parts.part import WeightPart
 from lightning_caq.quantizers.fake_quant.modules import FakeQuant, on_grid
 from lightning_caq.quantizers.fake_quant.state import rounding_state
 from lightning_caq.quantizers.fake_quant.swap import restore_modules, swap
@@ -167,6 +168,8 @@ def load_quantized(model: nn.Module, path: str | Path, *, packed: bool = False) 
         )
     with expanded(model, [name for x in layers for name in x.modules]), split_weights(model):
         live = _checked(model, layers, tied, tensors, path)
+        if packed:
+            _check_inputs_of_functions(model, layers)
         weights = {key: weight.to(live[key].device) for key, weight in weights.items()}
         restore_modules(model)
         with torch.no_grad():
@@ -179,6 +182,18 @@ def load_quantized(model: nn.Module, path: str | Path, *, packed: bool = False) 
         else:
             swap(model, {name: weight.grid for name, weight in by_module.items()}, inputs)
     return model
+
+
+def _check_inputs_of_functions(model: nn.Module, layers: Sequence[_Layer]) -> None:
+    """Refuse to keep codes where a function is given a weight unpacked, and nobody rounds its input."""
+    for layer in layers:
+        for name in layer.modules if layer.input_grid is not None else ():
+            module = model.get_submodule(name)
+            if isinstance(module, WeightPart) and module.view.shared and "." in module.view.parameter:
+                raise LayerError(
+                    f"'{name}' stands for a function that uses the weight of another layer, and rounds its input: that "
+                    "cannot stay packed in memory. Load the file with packed=False."
+                )
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from lightning_caq import (
     quantize,
     save_quantized,
 )
+from lightning_caq.errors import LayerError
 from lightning_caq.quantizers.fake_quant.swap import restore_modules
 
 LENGTH, SIZE, CLASSES = 5, 8, 3
@@ -231,6 +232,12 @@ def test_rounded_inputs_and_learned_scales_reach_parts(tmp_path, name):
         assert torch.equal(other(x), expected)
         restore_modules(other)
         assert not torch.allclose(other(x), expected, atol=1e-4)  # inputs are rounded no more
+        if name == "functions":
+            with pytest.raises(LayerError, match="packed=False"):
+                load_quantized(build(name), tmp_path / "net.safetensors", packed=True)
+        else:
+            packed = load_quantized(build(name), tmp_path / "net.safetensors", packed=True)
+            torch.testing.assert_close(packed(x), expected)
     keys = list(net.state_dict())
     with learning_scales(net):
         net(x).square().mean().backward()
