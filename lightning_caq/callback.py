@@ -28,6 +28,7 @@ from lightning_caq.bridge.validation import isolated_validation
 from lightning_caq.errors import OptionError
 from lightning_caq.evaluation.run_report import retrained_report
 from lightning_caq.network.layers import chosen_layers
+from lightning_caq.network.parts.expand import every_weight_a_layer
 from lightning_caq.options import QuantizationOptions
 from lightning_caq.plan import QuantizationPlan
 from lightning_caq.profile import CurvatureProfile
@@ -163,7 +164,8 @@ class CurvatureQuantizationCallback(Callback):
         if self.options.objective == "task":
             quiet_loss(pl_module, self.loss_fn)
         if not any(map(is_lazy, pl_module.parameters())):
-            chosen_layers(pl_module, self.options.include, self.options.exclude)
+            with every_weight_a_layer(pl_module):
+                chosen_layers(pl_module, self.options.include, self.options.exclude)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

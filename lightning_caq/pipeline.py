@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,12 @@ from lightning_caq.measures.measure import measure
 from lightning_caq.measures.rounding.rounded_loss import rounded_loss
 from lightning_caq.network.batches import take_samples
 from lightning_caq.network.deployed import find_deployed, stored_widths
-from lightning_caq.network.float_notes import float_notes
+from lightning_caq.network.float_notes import baked_notes, float_notes
 from lightning_caq.network.float_outputs import Reference, make_reference
 from lightning_caq.network.forward import Batch
 from lightning_caq.network.layers import Layer, chosen_layers, find_layers
 from lightning_caq.network.objective import Loss, Objective, objective_from
+from lightning_caq.network.parts.expand import every_weight_a_layer, expand_uses
 from lightning_caq.network.prepare import prepare
 from lightning_caq.notes import Note
 from lightning_caq.options import QuantizationOptions
@@ -158,11 +160,8 @@ def run(
         raise LayerError(
             f"{type(model).__name__} is quantized already; build it anew, with its float weights, to quantize it again."
         )
-    chosen_layers(model, options.include, options.exclude)  # refuses what has none, and weights that are not finite
-    widths = stored_widths(model)
     device = next((p.device for p in model.parameters()), None)
-    # A data loader draws from the global random state as it is read, so that belongs to what is preserved.
-    with curvature_safe(model), preserved(model), InFloat32(model) as float32:
+    with _measurable(model, options) as (float32, widths):
         samples = prepare(
             model,
             batches,
@@ -173,6 +172,7 @@ def run(
             device=device,
             convert=float32.batch,
         )
+        expand_uses(model, samples[0])
         validation = WatchedEvaluation(float32.outside(evaluate)) if evaluate is not None else None
         steps = _Steps(options, loss_fn, validation, sharing, progress)
         network = steps.prepare(model, samples, widths)
@@ -184,6 +184,17 @@ def run(
         report = steps.report(network, profile, selection, evaluation, float_metrics)
         selection.chosen.plan.write(model)
         return QuantizationResult(model, selection.chosen.plan, profile, report)
+
+
+@contextmanager
+def _measurable(model: nn.Module, options: QuantizationOptions) -> Iterator[tuple[InFloat32, Mapping[int, int]]]:
+    """While open, the network can be measured; also what its weights take in memory. A failure leaves it as it was."""
+    with every_weight_a_layer(model):
+        chosen_layers(model, options.include, options.exclude)  # refuses what has none, and weights that are not finite
+        widths = stored_widths(model)
+        # A data loader draws from the global random state as it is read, so that belongs to what is preserved.
+        with curvature_safe(model), preserved(model), InFloat32(model) as float32:
+            yield float32, widths
 
 
 _CHECKED_SAMPLES = 2
@@ -218,10 +229,8 @@ def check(
         LayerError: If there is nothing to quantize.
         BudgetError: If the budget cannot be met.
     """
-    chosen_layers(model, options.include, options.exclude)  # refuses what has none, and weights that are not finite
-    widths = stored_widths(model)
     device = next((p.device for p in model.parameters()), None)
-    with curvature_safe(model), preserved(model), InFloat32(model) as float32:
+    with _measurable(model, options) as (float32, widths):
         samples = prepare(
             model,
             [batch],
@@ -232,6 +241,7 @@ def check(
             device=device,
             convert=float32.batch,
         )
+        expand_uses(model, samples[0])
         steps = _Steps(options, loss_fn, None, ALONE, Progress())
         network = steps.prepare(model, take_samples(samples, _CHECKED_SAMPLES), widths)
         for note in network.notes:
@@ -313,7 +323,12 @@ class _Steps:
         asked = find_layers(model, *samples, include=options.include, exclude=options.exclude)
         deployed = find_deployed(model, asked, samples, patterns=options.deployed, widths=widths)
         layers = deployed.layers
-        notes = (*map(Note, samples[0].forward.notes), *float_notes(deployed), *_ungrouped_note(layers, options))
+        notes = (
+            *map(Note, samples[0].forward.notes),
+            *float_notes(deployed),
+            *baked_notes(model, layers),
+            *_ungrouped_note(layers, options),
+        )
         if not layers:
             raise LayerError(
                 "No calibration batch calls any of the layers to quantize; check the batches, include or deployed."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from lightning_caq.errors import OptionError, PlanError
+from lightning_caq.network.parts.expand import expanded
 from lightning_caq.quantizers.fake_quant.modules import FakeQuant, on_grid
 from lightning_caq.quantizers.fake_quant.state import rounding_state
 from lightning_caq.quantizers.fake_quant.swap import swap
@@ -150,13 +152,13 @@ class QuantizationPlan:
         Raises:
             PlanError: If it is another network or holds other weights; the network is then untouched.
         """
-        self._check_architecture(model)
-        if not self._holds_rounded_weights(model) and self._fingerprint_of(model) != self.fingerprint:
-            raise PlanError(
-                f"The plan was made for other weights than those in {type(model).__name__}; "
-                "load the checkpoint that was quantized, or quantize again."
-            )
-        self.write(model)
+        with self._expanded(model):
+            if not self._holds_rounded_weights(model) and self._fingerprint_of(model) != self.fingerprint:
+                raise PlanError(
+                    f"The plan was made for other weights than those in {type(model).__name__}; "
+                    "load the checkpoint that was quantized, or quantize again."
+                )
+            self.write(model)
 
     def write(self, model: nn.Module) -> None:
         """What ``apply`` does, without its checks: for the very network that the plan was made of."""
@@ -178,11 +180,11 @@ class QuantizationPlan:
         Raises:
             PlanError: If the plan belongs to another network.
         """
-        self._check_architecture(model)
-        if not all(on_grid(_weight(model, x), x.grid.to(_weight(model, x).device)) for x in self.layers):
-            return False
-        swap(model, self.grids(), self.input_grids())
-        return True
+        with self._expanded(model):
+            if not all(on_grid(_weight(model, x), x.grid.to(_weight(model, x).device)) for x in self.layers):
+                return False
+            swap(model, self.grids(), self.input_grids())
+            return True
 
     def settled(self, model: nn.Module) -> QuantizationPlan:
         """The plan after the swapped network was trained on: its weights are snapped to their grids, in place.
@@ -191,9 +193,8 @@ class QuantizationPlan:
             A plan with the new codes for the same bits, and the scales if they were learned, made for the weights that
             the network now holds.
         """
-        self._check_architecture(model)
         layers = []
-        with torch.no_grad():
+        with self._expanded(model), torch.no_grad():
             for layer in self.layers:
                 weight = _weight(model, layer)
                 grid, input_grid = _learned(model, layer)
@@ -325,6 +326,13 @@ class QuantizationPlan:
             return cls(data["method"], data["budget"], data["rounding"], layers, sizes, data["fingerprint"], repairs)
         except (KeyError, TypeError, ValueError, OptionError) as error:
             raise PlanError(f"Plan {where} is damaged: {type(error).__name__} {error}.") from error
+
+    @contextmanager
+    def _expanded(self, model: nn.Module) -> Iterator[None]:
+        """While open, a network that the plan belongs to has all of its layers, those inside other modules too."""
+        with expanded(model, self.grids().keys()):
+            self._check_architecture(model)
+            yield
 
     def _check_architecture(self, model: nn.Module) -> None:
         modules = dict(model.named_modules(remove_duplicate=False))

@@ -30,6 +30,7 @@ from lightning_caq.export.onnx_check import FLIPS, Reference, add_settings, chec
 from lightning_caq.export.onnx_graph import DOMAIN, ROUND_INPUT, dequantize_input, name_dimensions, quantize_rounded
 from lightning_caq.export.onnx_inputs import DynamicShapes, ExampleInputs, check_shapes, read_example
 from lightning_caq.export.packed_modules import check_quantized
+from lightning_caq.network.parts.expand import split_weights
 from lightning_caq.quantizers.fake_quant.modules import FakeQuant, quantized_weight
 from lightning_caq.quantizers.fake_quant.state import rounding_state
 from lightning_caq.quantizers.grids.activations import InputGrid, change_first
@@ -123,6 +124,20 @@ def export_onnx(
         >>> export_onnx(net, f"{tempfile.mkdtemp()}/net.onnx", torch.randn(2, 8)).difference < 1e-5
         True
     """
+    check_quantized(model)
+    with split_weights(model):
+        return _exported(model, path, example_input, dynamic_shapes=dynamic_shapes, opset=opset)
+
+
+def _exported(
+    model: nn.Module,
+    path: str | Path,
+    example_input: Any,
+    *,
+    dynamic_shapes: DynamicShapes | None,
+    opset: int,
+) -> OnnxExport:
+    """What ``export_onnx`` does, once every weight is a parameter of a layer."""
     modules = check_quantized(model)
     if missing := [name for name in _PACKAGES if find_spec(name) is None]:
         raise ExportError(f"export_onnx needs {', '.join(missing)}; run pip install 'lightning-caq[onnx]'.")

@@ -26,7 +26,9 @@ from lightning_caq.export.packed_modules import (
 from lightning_caq.export.packed_table import PackedTable
 from lightning_caq.export.sealed import read_sealed, sealed, write_sealed
 from lightning_caq.network.layers import kind_of
-from lightning_caq.quantizers.fake_quant.modules import on_grid
+from lightning_caq.network.parts.expand import expanded, split_weights
+from lightning_caq.network.parts.part import WeightPart
+from lightning_caq.quantizers.fake_quant.modules import FakeQuant, on_grid
 from lightning_caq.quantizers.fake_quant.state import rounding_state
 from lightning_caq.quantizers.fake_quant.swap import restore_modules, swap
 from lightning_caq.quantizers.grids.activations import InputGrid
@@ -97,6 +99,11 @@ def quantized_bytes(model: nn.Module) -> int:
 def _contents(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Description and tensors of a quantized network."""
     modules = check_quantized(model)
+    with split_weights(model):
+        return _described(model, modules)
+
+
+def _described(model: nn.Module, modules: Mapping[str, FakeQuant]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     state = _state(model)
     tied = _tied(state)
     names: dict[str, list[str]] = {}
@@ -165,19 +172,34 @@ def load_quantized(model: nn.Module, path: str | Path, *, packed: bool = False) 
             f"The weights in {path} are entropy-coded: they are decoded once, as a whole, and cannot stay packed in "
             "memory. Load them with packed=False, or quantize with coding='fixed'."
         )
-    live = _checked(model, layers, tied, tensors, path)
-    weights = {key: weight.to(live[key].device) for key, weight in weights.items()}
-    restore_modules(model)
-    with torch.no_grad():
-        for key, tensor in (*tensors.items(), *((key, weight.values()) for key, weight in weights.items())):
-            live[key].copy_(tensor)
-    by_module = {name: weights[x.key] for x in layers for name in x.modules}
-    inputs = {name: x.input_grid for x in layers if x.input_grid is not None for name in x.modules}
-    if packed:
-        pack_modules(model, {k: x for k, x in by_module.items() if not isinstance(x, CodedWeight)}, inputs)
-    else:
-        swap(model, {name: weight.grid for name, weight in by_module.items()}, inputs)
+    with expanded(model, [name for x in layers for name in x.modules]), split_weights(model):
+        live = _checked(model, layers, tied, tensors, path)
+        if packed:
+            _check_inputs_of_functions(model, layers)
+        weights = {key: weight.to(live[key].device) for key, weight in weights.items()}
+        restore_modules(model)
+        with torch.no_grad():
+            for key, tensor in (*tensors.items(), *((key, weight.values()) for key, weight in weights.items())):
+                live[key].copy_(tensor)
+        by_module = {name: weights[x.key] for x in layers for name in x.modules}
+        inputs = {name: x.input_grid for x in layers if x.input_grid is not None for name in x.modules}
+        if packed:
+            pack_modules(model, {k: x for k, x in by_module.items() if not isinstance(x, CodedWeight)}, inputs)
+        else:
+            swap(model, {name: weight.grid for name, weight in by_module.items()}, inputs)
     return model
+
+
+def _check_inputs_of_functions(model: nn.Module, layers: Sequence[_Layer]) -> None:
+    """Refuse to keep codes where a function is given a weight unpacked, and nobody rounds its input."""
+    for layer in layers:
+        for name in layer.modules if layer.input_grid is not None else ():
+            module = model.get_submodule(name)
+            if isinstance(module, WeightPart) and module.view.shared and "." in module.view.parameter:
+                raise LayerError(
+                    f"'{name}' stands for a function that uses the weight of another layer, and rounds its input: that "
+                    "cannot stay packed in memory. Load the file with packed=False."
+                )
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from lightning_caq.errors import LayerError
 from lightning_caq.export.coded_weights import CodedWeight
 from lightning_caq.export.packed_groups import PackedGroups
 from lightning_caq.export.packed_table import PackedTable
+from lightning_caq.network.parts.part import WeightPart
 from lightning_caq.quantizers.fake_quant.modules import FakeQuant
 from lightning_caq.quantizers.fake_quant.state import PREFIX
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules
@@ -178,6 +179,22 @@ class Packed:
         return _rebuild, (self._lightning_caq_base,), self.__dict__.copy()
 
 
+class PackedPart(Packed):
+    """What every packed part of a weight adds."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, in the order in memory that it has in the parameter that it lay in, as products depend on it."""
+        this: Any = self
+        weight = super().weight
+        return weight.mT.contiguous().mT if this.view.transposed else weight
+
+    @property
+    def rounds_input(self) -> bool:
+        """Whether inputs are rounded before they are multiplied."""
+        return self._lightning_caq_input_grid is not None
+
+
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
@@ -190,7 +207,8 @@ def packed_class(base: type[nn.Module]) -> type[nn.Module]:
     """
     if base not in _classes:
         names = {"__module__": __name__, "_lightning_caq_base": base, "forward": _rounding_forward(base)}
-        _classes[base] = type(f"Packed{base.__name__}", (Packed, base), names)
+        packed = PackedPart if issubclass(base, WeightPart) else Packed
+        _classes[base] = type(f"Packed{base.__name__}", (packed, base), names)
     return _classes[base]
 
 

@@ -21,6 +21,7 @@ from lightning_caq.network.batches import batch_size, take_samples
 from lightning_caq.network.layers import Layer, chosen_layers, find_layers, layer_weight
 from lightning_caq.network.meaning import Output
 from lightning_caq.network.objective import Loss, make_objective
+from lightning_caq.network.parts.expand import every_weight_a_layer, expand_uses
 from lightning_caq.network.prepare import ForwardFunction, ModelUse, prepare
 from lightning_caq.profile import CurvatureProfile, LayerCurvature
 from lightning_caq.quantizers.grids.values import AFFINE, Quantizer
@@ -98,9 +99,15 @@ def measure(
         raise OptionError(f"time_budget={time_budget!r} is not allowed; give a number of seconds above 0.")
     progress = progress or Progress()
     start = time.perf_counter()
-    if layers is None:
-        chosen_layers(model)  # refuses what has none, and weights that are not finite
-    with sharing.agreed("measuring"), curvature_safe(model), preserved(model), InFloat32(model) as float32:
+    with (
+        sharing.agreed("measuring"),
+        every_weight_a_layer(model),
+        curvature_safe(model),
+        preserved(model),
+        InFloat32(model) as float32,
+    ):
+        if layers is None:
+            chosen_layers(model)  # refuses what has none, and weights that are not finite
         device = next((p.device for p in model.parameters()), None)
         chosen: list[Any] = prepare(
             model,
@@ -112,7 +119,9 @@ def measure(
             device=device,
             convert=float32.batch,
         )
-        layers = find_layers(model, *chosen) if layers is None else layers
+        if layers is None:
+            expand_uses(model, chosen[0])
+            layers = find_layers(model, *chosen)
         with differentiable(model, layers):
             measurement = Measurement(
                 model=model,
