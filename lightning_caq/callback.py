@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -19,10 +20,12 @@ from lightning_caq.bridge import averaging, loggers, ranks, trainers
 from lightning_caq.bridge.calibration import as_taken, training_batches
 from lightning_caq.bridge.checkpoints import put_in_force, put_on_grid, restore, state_of
 from lightning_caq.bridge.failures import failures_reported
+from lightning_caq.bridge.folders import earlier_profile, output_directory
 from lightning_caq.bridge.loss import quiet_loss, training_loss
 from lightning_caq.bridge.monitoring import Monitor
-from lightning_caq.bridge.outputs import Outcome, float_weights, output_directory, write
+from lightning_caq.bridge.outputs import Outcome, float_weights, write
 from lightning_caq.bridge.packages import Callback
+from lightning_caq.bridge.saved import Saving, save_network, tell_of_float
 from lightning_caq.bridge.undisturbed import undisturbed
 from lightning_caq.bridge.validation import isolated_validation
 from lightning_caq.errors import OptionError
@@ -34,7 +37,6 @@ from lightning_caq.profile import CurvatureProfile
 from lightning_caq.quantizers.fake_quant.state import rounding_state
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules, restore_modules
 from lightning_caq.report import QuantizationReport
-from lightning_caq.reporting.files import read_profile
 from lightning_caq.utilities.contexts import curvature_safe
 from lightning_caq.utilities.isolation import preserved
 from lightning_caq.utilities.keywords import known_keywords, takes_fields_of
@@ -73,6 +75,10 @@ class CurvatureQuantizationCallback(Callback):
         monitor_every_n_epochs: Measure and log curvature during training at most this often, in epochs; 0 never does.
         on_error: What happens if quantization fails: ``raise`` the error, or ``warn`` and go on with the float network.
             Either way the float network and its checkpoints stay as training left them.
+        save: Whether to write the quantized network: ``<log_dir>/caq/network.safetensors``, which ``load_quantized``
+            takes, and ``quantized.ckpt`` beside the checkpoints of the run, a checkpoint of Lightning.
+        export: ``"onnx"`` writes ``<log_dir>/caq/network.onnx`` too, on the module's ``example_input_array`` or else a
+            training batch.
 
     Raises:
         OptionError: If there is no such argument, or it has a value that is not allowed.
@@ -93,6 +99,8 @@ class CurvatureQuantizationCallback(Callback):
         evaluate: bool = True,
         monitor_every_n_epochs: int = 0,
         on_error: Literal["raise", "warn"] = "raise",
+        save: bool = True,
+        export: Literal["onnx"] | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -107,6 +115,7 @@ class CurvatureQuantizationCallback(Callback):
             raise OptionError(
                 f"monitor_every_n_epochs={monitor_every_n_epochs!r} is not allowed; give a whole number, 0 for never."
             )
+        self.saving = Saving(save=save, export=export)
         self.loss_fn = loss_fn
         self.evaluate = evaluate
         self.on_error = on_error
@@ -189,17 +198,18 @@ class CurvatureQuantizationCallback(Callback):
                 averaging.keep_grids(trainer, self, self._outcome.plan)
             self._monitor.look(trainer, pl_module, self.options)
         elif not self._in_force(pl_module):
+            tell_of_float(trainer)
             self._quantize(trainer, pl_module)
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called when a test starts; makes sure that the network is still swapped."""
-        self._in_force(pl_module)
+        """Called when a test starts; makes sure that the network is still swapped, or says that it is a float one."""
+        self._tell_of_float(trainer, pl_module)
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called when prediction starts; makes sure that the network is still swapped."""
-        self._in_force(pl_module)
+        """Called when prediction starts; the same as when a test starts."""
+        self._tell_of_float(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -207,7 +217,7 @@ class CurvatureQuantizationCallback(Callback):
         if trainers.is_superseded(trainer, self):
             return
         if trainers.is_trial(trainer):
-            rank_zero_info("caq: nothing is quantized under fast_dev_run.")
+            rank_zero_info("caq: nothing is quantized or written under fast_dev_run.")
             return
         swapped = quantized_modules(pl_module).values()
         if self._outcome and swapped and all(rounding_state(module).quantizing for module in swapped):
@@ -252,8 +262,8 @@ class CurvatureQuantizationCallback(Callback):
 
     def _quantize(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A whole run; whatever goes wrong in it, the float network is left."""
-        directory, options, sharing = output_directory(trainer), self.options, ranks.sharing(trainer)
-        with self._working(trainer, pl_module), sharing.agreed("quantization"):
+        options, sharing = self.options, ranks.sharing(trainer)
+        with self._working(trainer, pl_module) as directory, sharing.agreed("quantization"):
             ranks.share_buffers(trainer, pl_module)
             floats = float_weights(trainer, pl_module)
             float_state = ranks.float_values(trainer, pl_module)
@@ -269,7 +279,7 @@ class CurvatureQuantizationCallback(Callback):
                 loss_fn=loss,
                 training_loss=seen,
                 evaluate=validate,
-                profile=read_profile(directory) or self.profile,
+                profile=earlier_profile(directory) or self.profile,
                 progress=Progress(rank_zero_info),
                 sharing=sharing,
             )
@@ -281,8 +291,8 @@ class CurvatureQuantizationCallback(Callback):
 
     def _settle(self, trainer: Trainer, pl_module: LightningModule, before: Outcome) -> None:
         """Snap a network that was trained on to its grid, and validate it again."""
-        directory, sharing = output_directory(trainer), ranks.sharing(trainer)
-        with self._working(trainer, pl_module), sharing.agreed("settling"):
+        sharing = ranks.sharing(trainer)
+        with self._working(trainer, pl_module) as directory, sharing.agreed("settling"):
             ranks.share_buffers(trainer, pl_module)
             plan = before.plan.settled(pl_module)
             sharing.meet("validation")
@@ -293,15 +303,29 @@ class CurvatureQuantizationCallback(Callback):
             self._keep(pl_module, outcome)
 
     @contextmanager
-    def _working(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-        """The surroundings of any work on the network; if it fails, the network is put back whole and that is said."""
+    def _working(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[Path]:
+        """The surroundings of any work on the network; gives the folder for what comes of it, and saves the network.
+
+        If the work fails, the network is put back whole and that is said.
+        """
+        directory, before = output_directory(trainer), self._outcome
         averaged = averaging.averages_settled(trainer, self, pl_module)
         with failures_reported(self.on_error), curvature_safe(pl_module), preserved(pl_module), averaged:
-            yield
+            yield directory
+        if self._outcome is not None and self._outcome is not before:
+            save_network(trainer, pl_module, directory, saving=self.saving, ratio=self._outcome.plan.ratio)
 
     def _keep(self, pl_module: nn.Module, outcome: Outcome) -> None:
         self._outcome = outcome
         self._network = weakref.ref(pl_module)
+
+    def _tell_of_float(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainers.is_trial(trainer) or trainers.is_superseded(trainer, self):
+            return
+        swapped = self._in_force(pl_module)
+        modules = quantized_modules(pl_module).values()
+        if not (swapped and any(rounding_state(module).quantizing for module in modules)):
+            tell_of_float(trainer)
 
     def _in_force(self, pl_module: LightningModule) -> bool:
         """Whether the network is swapped; swaps it again if a ``configure_model`` that ran once more undid that."""

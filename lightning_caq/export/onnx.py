@@ -39,7 +39,7 @@ from lightning_caq.utilities.structures import describe
 
 OPSET = 21  # the first with 4-bit and 16-bit types
 _OPSETS = range(18, 24)  # what torch's exporter writes and onnxruntime reads
-_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def export_onnx(
         True
     """
     modules = check_quantized(model)
-    if missing := [name for name in _PACKAGES if find_spec(name) is None]:
+    if missing := [name for name in PACKAGES if find_spec(name) is None]:
         raise ExportError(f"export_onnx needs {', '.join(missing)}; run pip install 'lightning-caq[onnx]'.")
     if any(rounding_state(module).input_grid is not None for module in modules.values()) and not hasattr(
         torch.onnx, "ops"
