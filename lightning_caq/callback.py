@@ -79,6 +79,8 @@ class CurvatureQuantizationCallback(Callback):
             takes, and ``quantized.ckpt`` beside the checkpoints of the run, a checkpoint of Lightning.
         export: ``"onnx"`` writes ``<log_dir>/caq/network.onnx`` too, on the module's ``example_input_array`` or else a
             training batch.
+        other_dtype: ``"float16"`` rounds statistics and biases to half precision in ``network.safetensors``, for a
+            smaller file; the network in hand and ``quantized.ckpt`` keep every bit.
 
     Raises:
         OptionError: If there is no such argument, or it has a value that is not allowed.
@@ -101,6 +103,7 @@ class CurvatureQuantizationCallback(Callback):
         on_error: Literal["raise", "warn"] = "raise",
         save: bool = True,
         export: Literal["onnx"] | None = None,
+        other_dtype: Literal["float16"] | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -115,7 +118,7 @@ class CurvatureQuantizationCallback(Callback):
             raise OptionError(
                 f"monitor_every_n_epochs={monitor_every_n_epochs!r} is not allowed; give a whole number, 0 for never."
             )
-        self.saving = Saving(save=save, export=export)
+        self.saving = Saving(save=save, export=export, other_dtype=other_dtype)
         self.loss_fn = loss_fn
         self.evaluate = evaluate
         self.on_error = on_error

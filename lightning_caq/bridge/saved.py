@@ -21,7 +21,7 @@ from lightning_caq.bridge.calibration import training_batches
 from lightning_caq.bridge.folders import log_folder, unused
 from lightning_caq.errors import OptionError
 from lightning_caq.export.onnx import PACKAGES, export_onnx
-from lightning_caq.export.packed import save_quantized
+from lightning_caq.export.packed import OtherType, check_other_dtype, save_quantized
 from lightning_caq.network.arguments import possible_arguments
 
 NETWORK, CHECKPOINT, ONNX = "network.safetensors", "quantized.ckpt", "network.onnx"
@@ -34,6 +34,7 @@ class Saving:
     Attributes:
         save: Whether to write the packed file and the checkpoint.
         export: ``"onnx"`` writes that too.
+        other_dtype: What statistics and biases are rounded to in the packed file, see ``save_quantized``.
 
     Raises:
         OptionError: If a value is not allowed, or the packages of an export are missing.
@@ -41,12 +42,14 @@ class Saving:
 
     save: bool = True
     export: Literal["onnx"] | None = None
+    other_dtype: OtherType = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.save, bool):
             raise OptionError(f"save={self.save!r} is not allowed; give True or False.")
         if self.export not in (None, "onnx"):
             raise OptionError(f"export={self.export!r} is not known; give 'onnx' or None.")
+        check_other_dtype(self.other_dtype)
         if self.export and (missing := [name for name in PACKAGES if find_spec(name) is None]):
             raise OptionError(f"export='onnx' needs {', '.join(missing)}; run pip install 'lightning-caq[onnx]'.")
 
@@ -73,7 +76,7 @@ def save_network(
             written.append(path)
 
     if saving.save:
-        attempt(directory / NETWORK, lambda path: save_quantized(pl_module, path))
+        attempt(directory / NETWORK, lambda path: save_quantized(pl_module, path, other_dtype=saving.other_dtype))
         # Not trainer.save_checkpoint: a checkpoint plugin may write later, or elsewhere.
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         path = unused((checkpoint_folder(trainer) or directory) / CHECKPOINT)

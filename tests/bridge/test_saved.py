@@ -89,7 +89,7 @@ def test_the_console_ends_with_the_files_and_what_loads_them(tmp_path, caplog):
 def test_a_full_disk_is_a_warning_and_loses_nothing(tmp_path, monkeypatch):
     real = saved.save_quantized
 
-    def full(model, path):
+    def full(model, path, **options):
         real(model, path)
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -165,11 +165,22 @@ def test_an_export_that_fails_is_a_warning(tmp_path):
     assert (tmp_path / "caq" / "network.safetensors").exists()
 
 
+def test_statistics_are_halved_in_the_packed_file_alone(tmp_path):
+    module, _ = fit(tmp_path, quantizer(other_dtype="float16"))
+    loaded = load_quantized(Classifier(), tmp_path / "caq" / "network.safetensors")
+    assert torch.equal(loaded.net[1].running_mean, module.net[1].running_mean.half().float())
+    assert not torch.equal(loaded.net[1].running_mean, module.net[1].running_mean)
+    state = torch.load(tmp_path / "caq" / "quantized.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(state["net.1.running_mean"], module.net[1].running_mean)
+
+
 def test_wrong_values_are_refused_before_any_work(monkeypatch):
     with pytest.raises(OptionError, match="save='yes' is not allowed; give True or False"):
         quantizer(save="yes")
     with pytest.raises(OptionError, match="export='tflite' is not known; give 'onnx' or None"):
         quantizer(export="tflite")
+    with pytest.raises(OptionError, match="other_dtype='int8' is not known"):
+        quantizer(other_dtype="int8")
     monkeypatch.setattr(saved, "find_spec", lambda name: None)
     with pytest.raises(OptionError, match=r"needs onnx, onnxruntime, onnxscript; run pip install"):
         quantizer(export="onnx")
