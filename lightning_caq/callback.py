@@ -28,6 +28,7 @@ from lightning_caq.bridge.packages import Callback
 from lightning_caq.bridge.saved import Saving, save_network, tell_of_float
 from lightning_caq.bridge.undisturbed import undisturbed
 from lightning_caq.bridge.validation import isolated_validation
+from lightning_caq.bridge.watched_metric import WatchedMetric
 from lightning_caq.errors import OptionError
 from lightning_caq.evaluation.run_report import retrained_report
 from lightning_caq.network.layers import chosen_layers
@@ -124,6 +125,7 @@ class CurvatureQuantizationCallback(Callback):
         self.on_error = on_error
         self.monitor_every_n_epochs = monitor_every_n_epochs
         self._monitor = Monitor(monitor_every_n_epochs)
+        self._watched = WatchedMetric(self.options)
         self._checked = False
         self._outcome: Outcome | None = None
         self._network: weakref.ref[nn.Module] | None = None  # the network that the plan is in force on
@@ -165,6 +167,7 @@ class CurvatureQuantizationCallback(Callback):
         if stage == "fit":
             trainers.warn_of_late_averaging(trainer, self)
             self._monitor.restart()
+            self._watched.restart()
             self._checked = False
 
     @override
@@ -172,6 +175,7 @@ class CurvatureQuantizationCallback(Callback):
         """Called before training; refuses what is certain to fail after it."""
         if self.on_error == "warn" or trainers.is_superseded(trainer, self) or quantized_modules(pl_module):
             return
+        self._watched.refuse_without_validation(trainer)
         if self.options.objective == "task":
             quiet_loss(pl_module, self.loss_fn)
         if not any(map(is_lazy, pl_module.parameters())):
@@ -203,6 +207,14 @@ class CurvatureQuantizationCallback(Callback):
         elif not self._in_force(pl_module):
             tell_of_float(trainer)
             self._quantize(trainer, pl_module)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when validation ends, that of the sanity check too; looks up the metric that ``max_drop`` watches."""
+        if trainer.state.fn != "fit" or trainers.is_trial(trainer) or trainers.is_superseded(trainer, self):
+            return
+        with failures_reported(self.on_error):
+            self._watched.look(trainer, pl_module)
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -282,6 +294,7 @@ class CurvatureQuantizationCallback(Callback):
                 loss_fn=loss,
                 training_loss=seen,
                 evaluate=validate,
+                direction=self._watched.directions(trainer, pl_module),
                 profile=earlier_profile(directory) or self.profile,
                 progress=Progress(rank_zero_info),
                 sharing=sharing,
