@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +33,7 @@ from lightning_caq.bridge.watched_metric import WatchedMetric
 from lightning_caq.errors import OptionError
 from lightning_caq.evaluation.run_report import retrained_report
 from lightning_caq.network.layers import chosen_layers
-from lightning_caq.options import QuantizationOptions
+from lightning_caq.options import QuantizationOptions, plain
 from lightning_caq.plan import QuantizationPlan
 from lightning_caq.profile import CurvatureProfile
 from lightning_caq.quantizers.fake_quant.state import rounding_state
@@ -301,7 +302,8 @@ class CurvatureQuantizationCallback(Callback):
             )
             plan = ranks.agree(trainer, pl_module, result.plan, float_state)
             studies = replace(result.report.studies, training=tuple(self._monitor.epochs))
-            outcome = Outcome(plan, result.profile, replace(result.report, studies=studies))
+            report = replace(result.report, studies=studies, options=result.report.options | self._arguments)
+            outcome = Outcome(plan, result.profile, report)
             write(trainer, directory, outcome, floats)
             self._keep(pl_module, outcome)
 
@@ -317,6 +319,19 @@ class CurvatureQuantizationCallback(Callback):
             outcome = Outcome(plan, before.profile, retrained_report(before.report, metrics))
             write(trainer, directory, outcome, {})
             self._keep(pl_module, outcome)
+
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        """The arguments beside the options that are not their defaults, as plain values."""
+        given: dict[str, Any] = {
+            "loss_fn": plain(self.loss_fn),
+            "evaluate": self.evaluate,
+            "monitor_every_n_epochs": self.monitor_every_n_epochs,
+            "on_error": self.on_error,
+            **asdict(self.saving),
+        }
+        defaults = inspect.signature(type(self)).parameters
+        return {name: value for name, value in given.items() if value != defaults[name].default}
 
     @contextmanager
     def _working(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[Path]:

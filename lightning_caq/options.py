@@ -323,10 +323,10 @@ class QuantizationOptions:
             >>> QuantizationOptions(avg_bits=3, bits=(2, 4)).to_dict()["bits"]
             [2, 4]
         """
-        return {name: _plain(x) for name, x in asdict(self).items()}
+        return {name: plain(x) for name, x in asdict(self).items()}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """An option as a plain value, a function as where it comes from."""
     if callable(value):
         return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
