@@ -30,7 +30,7 @@ from lightning_caq.bridge.saved import Saving, save_network, tell_of_float
 from lightning_caq.bridge.undisturbed import undisturbed
 from lightning_caq.bridge.validation import isolated_validation
 from lightning_caq.bridge.watched_metric import WatchedMetric
-from lightning_caq.errors import OptionError
+from lightning_caq.errors import OptionError, exiting_with_parser
 from lightning_caq.evaluation.run_report import retrained_report
 from lightning_caq.network.layers import chosen_layers
 from lightning_caq.options import QuantizationOptions, plain
@@ -109,18 +109,18 @@ class CurvatureQuantizationCallback(Callback):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.options = QuantizationOptions(method=method, **known_keywords(CurvatureQuantizationCallback, options))
-        if on_error not in ("raise", "warn"):
-            raise OptionError(f"on_error={on_error!r} is not known; choose from 'raise', 'warn'.")
-        if self.options.max_drop is not None and not evaluate:
-            raise OptionError("max_drop needs validation runs; leave evaluate=True.")
-        if loss_fn is not None and not callable(loss_fn):
-            raise OptionError(f"loss_fn={loss_fn!r} is not a function of (module, batch) that returns a loss.")
-        if type(monitor_every_n_epochs) is not int or monitor_every_n_epochs < 0:
-            raise OptionError(
-                f"monitor_every_n_epochs={monitor_every_n_epochs!r} is not allowed; give a whole number, 0 for never."
-            )
-        self.saving = Saving(save=save, export=export, other_dtype=other_dtype)
+        with exiting_with_parser():
+            self.options = QuantizationOptions(method=method, **known_keywords(CurvatureQuantizationCallback, options))
+            if on_error not in ("raise", "warn"):
+                raise OptionError(f"on_error={on_error!r} is not known; choose from 'raise', 'warn'.")
+            if self.options.max_drop is not None and not evaluate:
+                raise OptionError("max_drop needs validation runs; leave evaluate=True.")
+            if loss_fn is not None and not callable(loss_fn):
+                raise OptionError(f"loss_fn={loss_fn!r} is not a function of (module, batch) that returns a loss.")
+            if type(monitor_every_n_epochs) is not int or monitor_every_n_epochs < 0:
+                given = f"monitor_every_n_epochs={monitor_every_n_epochs!r}"
+                raise OptionError(f"{given} is not allowed; give a whole number, 0 for never.")
+            self.saving = Saving(save=save, export=export, other_dtype=other_dtype)
         self.loss_fn = loss_fn
         self.evaluate = evaluate
         self.on_error = on_error
