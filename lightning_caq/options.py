@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -18,6 +18,7 @@ from lightning_caq.network.meaning import Output
 from lightning_caq.network.prepare import ForwardFunction, ModelUse
 from lightning_caq.quantizers.grids.groups import GROUP_SIZES
 from lightning_caq.quantizers.grids.values import Quantizer
+from lightning_caq.utilities.metric_names import Direction
 
 _HOLD_ZERO = ("affine", "codebook")  # quantizers that can have the value zero
 ALWAYS = frozenset({"kappa", "lipschitz", "inputs"})  # what reports show, whatever the method
@@ -39,7 +40,9 @@ class QuantizationOptions:
         max_bytes: Budget: bytes of the file that ``save_quantized`` writes; for ``coding="entropy"``.
         max_drop: Budget: how much worse the metric ``monitor`` may get; the smallest network within it is looked for.
         monitor: The metric that ``max_drop`` watches, by the name it is logged under.
-        monitor_mode: Whether a good network has a large metric (``"max"``) or a small one (``"min"``).
+        monitor_mode: Whether a good network has a large metric (``"max"``) or a small one (``"min"``). ``"auto"`` goes
+            by ``higher_is_better`` of a torchmetrics metric, by the mode of a ``ModelCheckpoint`` or ``EarlyStopping``
+            that watches the same metric, or by its name, such as loss, error, perplexity or accuracy.
         max_evaluations: Networks that may be made and evaluated in the search for ``max_drop``.
         activation_bits: Bits of every quantized layer's input, 2 to 8; the first layer's input has 8, words of
             embeddings are left. ``None`` leaves inputs in float32. ``"mixed"`` chooses those of each layer, of ``bits``
@@ -103,7 +106,7 @@ class QuantizationOptions:
     max_bytes: float | None = None
     max_drop: float | None = None
     monitor: str | None = None
-    monitor_mode: Literal["max", "min"] = "max"
+    monitor_mode: Literal["auto", "max", "min"] = "auto"
     max_evaluations: int = 8
     activation_bits: int | Literal["mixed"] | None = None
     coding: Literal["fixed", "entropy"] = "fixed"
@@ -304,6 +307,31 @@ class QuantizationOptions:
             monitor=self.monitor,
         )
 
+    def directed(self, direction: Callable[[str], Direction | None]) -> QuantizationOptions:
+        """The options with the direction of the metric that ``max_drop`` watches settled.
+
+        Args:
+            direction: Whether more or less of a metric is better, by its name; ``None`` where nothing tells.
+
+        Raises:
+            OptionError: If nothing tells.
+
+        Example:
+            >>> from lightning_caq.utilities.metric_names import direction_of_name
+            >>> options = QuantizationOptions(max_drop=0.1, monitor="val_loss")
+            >>> options.directed(direction_of_name).monitor_mode
+            'min'
+        """
+        if self.monitor is None or self.monitor_mode != "auto":
+            return self
+        mode = direction(self.monitor)
+        if mode is None:
+            raise OptionError(
+                f"Nothing tells whether a good network has a large or a small {self.monitor!r}; give "
+                "monitor_mode='max' or 'min'."
+            )
+        return replace(self, monitor_mode=mode)
+
     @property
     def reach(self) -> tuple[float, float]:
         """The fewest and the most average bits that weights may have."""
@@ -335,10 +363,10 @@ class QuantizationOptions:
             >>> QuantizationOptions(avg_bits=3, bits=(2, 4)).to_dict()["bits"]
             [2, 4]
         """
-        return {name: _plain(x) for name, x in asdict(self).items()}
+        return {name: plain(x) for name, x in asdict(self).items()}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """An option as a plain value, a function as where it comes from."""
     if callable(value):
         return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,6 +53,7 @@ from lightning_caq.studies import RateLimit, Studies, Tightness
 from lightning_caq.utilities.contexts import Evaluate, InFloat32, curvature_safe
 from lightning_caq.utilities.isolation import preserved
 from lightning_caq.utilities.keywords import known_keywords, takes_fields_of
+from lightning_caq.utilities.metric_names import Direction, direction_of_name
 from lightning_caq.utilities.progress import Progress, Say, duration, silent
 from lightning_caq.utilities.sharing import ALONE, Sharing
 
@@ -146,14 +147,16 @@ def run(
     training_loss: Loss | None = None,
     evaluate: Evaluate | None = None,
     profile: CurvatureProfile | None = None,
+    direction: Callable[[str], Direction | None] = direction_of_name,
     progress: Progress | None = None,
     sharing: Sharing = ALONE,
 ) -> QuantizationResult:
     """Quantize a network in place, with options that were checked. See ``quantize``.
 
-    ``training_loss`` is a loss that is not the objective, but tells how the module is run and what its outputs mean. If
-    anything fails the network is exactly as it was before. Processes that hold the same network and the same batches
-    may divide the work of measuring by ``sharing``.
+    ``training_loss`` is a loss that is not the objective, but tells how the module is run and what its outputs mean.
+    ``direction`` says whether more or less of a metric is better, where ``monitor_mode`` leaves that open. If anything
+    fails the network is exactly as it was before. Processes that hold the same network and the same batches may divide
+    the work of measuring by ``sharing``.
     """
     progress = progress or Progress()
     if quantized_modules(model):
@@ -177,6 +180,7 @@ def run(
         steps = _Steps(options, loss_fn, validation, sharing, progress)
         network = steps.prepare(model, samples, widths)
         float_metrics = steps.judge_float(network)
+        steps = replace(steps, options=options.directed(direction))
         profile = steps.measure(network, known=profile)
         chooser, maker = steps.allocator(network, profile), steps.maker(network, profile)
         selection = steps.select(network, chooser, maker, float_metrics)

@@ -155,8 +155,10 @@ class QuantizationPlan:
         with self._expanded(model):
             if not self._holds_rounded_weights(model) and self._fingerprint_of(model) != self.fingerprint:
                 raise PlanError(
-                    f"The plan was made for other weights than those in {type(model).__name__}; "
-                    "load the checkpoint that was quantized, or quantize again."
+                    f"The plan was made for other weights than those in {type(model).__name__}: those at the end of "
+                    "training, which may not be those of the best epoch. Load the last float checkpoint of that run "
+                    "(last.ckpt), or the quantized network itself, from quantized.ckpt or with load_quantized from "
+                    "network.safetensors; or quantize again."
                 )
             self.write(model)
 

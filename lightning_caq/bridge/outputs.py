@@ -70,8 +70,3 @@ def write(trainer: Trainer, directory: Path, outcome: Outcome, floats: Mapping[s
         logger.save()
     trainer.print(f"\n{report.table()}\n")
     rank_zero_info(f"caq: plan, report and figures are in {directory}.")
-
-
-def output_directory(trainer: Trainer) -> Path:
-    """Where the files go. Every rank has to ask: ``log_dir`` is a collective."""
-    return Path(trainer.log_dir or trainer.default_root_dir) / "caq"

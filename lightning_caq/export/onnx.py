@@ -41,7 +41,7 @@ from lightning_caq.utilities.structures import describe
 
 OPSET = 21  # the first with 4-bit and 16-bit types
 _OPSETS = range(18, 24)  # what torch's exporter writes and onnxruntime reads
-_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def export_onnx(
     """
     check_quantized(model)
     with split_weights(model):
-        return _exported(model, path, example_input, dynamic_shapes=dynamic_shapes, opset=opset)
+        return _exported(model, path, example_input, dynamic_shapes=dynamic_shapes, opset=opset, fused=fused)
 
 
 def _exported(
@@ -136,10 +136,11 @@ def _exported(
     *,
     dynamic_shapes: DynamicShapes | None,
     opset: int,
+    fused: bool,
 ) -> OnnxExport:
     """What ``export_onnx`` does, once every weight is a parameter of a layer."""
     modules = check_quantized(model)
-    if missing := [name for name in _PACKAGES if find_spec(name) is None]:
+    if missing := [name for name in PACKAGES if find_spec(name) is None]:
         raise ExportError(f"export_onnx needs {', '.join(missing)}; run pip install 'lightning-caq[onnx]'.")
     if any(rounding_state(module).input_grid is not None for module in modules.values()) and not hasattr(
         torch.onnx, "ops"

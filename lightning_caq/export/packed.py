@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,6 @@ from lightning_caq.quantizers.grids.stepped import SteppedGrid
 from lightning_caq.quantizers.grids.values import QUANTIZERS
 from lightning_caq.sizes import Width, code_bytes, zero_point_bits
 
-VERSION = 1
 _TYPES = {
     "codes": (torch.uint8,),
     "scale": (torch.float32, torch.float16, torch.bfloat16),
@@ -49,24 +48,32 @@ _TYPES = {
 }
 
 
-def save_quantized(model: nn.Module, path: str | Path) -> Path:
+OtherType = Literal["float16"] | None
+"""What statistics and biases are rounded to in a file, if to anything."""
+
+
+def save_quantized(model: nn.Module, path: str | Path, *, other_dtype: OtherType = None) -> Path:
     """Write a quantized network into one file, its weights packed at their bit-width.
 
     The file holds, for every quantized weight, ⌈n b / 8⌉ bytes of codes, a scale and a 16-bit zero point a channel (and
     three bits where channels differ in their bits), or a scale and a zero point of b + 1 bits a group, scales in the
-    type that they were fitted in, or the float32 numbers that its table is made of;
-    every other parameter and buffer of the state dict as it is; and in its header the bit-widths, the grids of inputs
-    and a fingerprint of the whole file. Entropy-coded weights are one stream, and a step each. Tied weights are stored
+    type that they were fitted in, or the float32 numbers that its table is made of; every other parameter and buffer of
+    the state dict as it is; and the bit-widths, the grids of inputs and a fingerprint of the whole file. Entropy-coded
+    weights are one stream, and a step each. Tied weights are stored
     once. Nothing is pickled.
 
     Args:
         model: The quantized network.
         path: The file, such as ``net.safetensors``.
+        other_dtype: ``"float16"`` rounds float32 statistics, biases and scales of norms to half precision in the file,
+            as far as they lie in its range. The network that is loaded has the rounded ones, each off by less than one
+            part in two thousand, and the outputs that come of them. ``None`` keeps every bit.
 
     Returns:
         The path.
 
     Raises:
+        OptionError: If ``other_dtype`` is something else.
         LayerError: If the network is not quantized, holds weights that are not on their grids, or state that is no
             tensor.
 
@@ -80,7 +87,18 @@ def save_quantized(model: nn.Module, path: str | Path) -> Path:
         >>> torch.equal(load_quantized(fresh, path)(x), net(x))
         True
     """
-    return write_sealed(path, VERSION, *_contents(model))
+    check_other_dtype(other_dtype)
+    return write_sealed(path, *_contents(model, halve=other_dtype is not None))
+
+
+def check_other_dtype(other_dtype: Any) -> None:
+    """Refuse what statistics and biases cannot be rounded to.
+
+    Raises:
+        OptionError: If it is neither ``"float16"`` nor ``None``.
+    """
+    if other_dtype not in (None, "float16"):
+        raise OptionError(f"other_dtype={other_dtype!r} is not known; give 'float16', or None to keep every bit.")
 
 
 def quantized_bytes(model: nn.Module) -> int:
@@ -93,17 +111,19 @@ def quantized_bytes(model: nn.Module) -> int:
         >>> quantized_bytes(net) > 8 * 16 * 3 / 8
         True
     """
-    return len(sealed(VERSION, *_contents(model)))
+    return len(sealed(*_contents(model)))
 
 
-def _contents(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _contents(model: nn.Module, *, halve: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Description and tensors of a quantized network."""
     modules = check_quantized(model)
     with split_weights(model):
-        return _described(model, modules)
+        return _described(model, modules, halve=halve)
 
 
-def _described(model: nn.Module, modules: Mapping[str, FakeQuant]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _described(
+    model: nn.Module, modules: Mapping[str, FakeQuant], *, halve: bool
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     state = _state(model)
     tied = _tied(state)
     names: dict[str, list[str]] = {}
@@ -137,8 +157,17 @@ def _described(model: nn.Module, modules: Mapping[str, FakeQuant]) -> tuple[dict
         weights.append(packed)
         tensors |= {f"{key}.{part}": getattr(packed, part) for part in packed.parts}
     tensors |= coded_tensors([x for x in weights if isinstance(x, CodedWeight)])
-    description = {"network": type(model).__name__, "layers": [x.described() for x in layers], "tied": tied}
-    return description, tensors
+    halved = [key for key in tensors if key in state and _keeps_in_half(tensors[key])] if halve else []
+    tensors |= {key: tensors[key].detach().half() for key in halved}
+    described = [x.described() for x in layers]
+    return {"network": type(model).__name__, "layers": described, "tied": tied, "halved": halved}, tensors
+
+
+def _keeps_in_half(tensor: Tensor) -> bool:
+    """Whether a vector of float32 numbers lies in the range in which half precision rounds by 2⁻¹¹ at most."""
+    if tensor.ndim > 1 or tensor.dtype != torch.float32:
+        return False
+    return bool(((tensor.half() - tensor).abs() <= 2**-11 * tensor.abs()).all())
 
 
 def load_quantized(model: nn.Module, path: str | Path, *, packed: bool = False) -> nn.Module:
@@ -160,8 +189,9 @@ def load_quantized(model: nn.Module, path: str | Path, *, packed: bool = False) 
         PlanError: If the file is missing, truncated, changed, of a newer format or of another network.
         LayerError: If the weights are entropy-coded and shall stay packed.
     """
-    description, tensors = read_sealed(path, VERSION)
+    description, tensors = read_sealed(path)
     try:
+        tensors |= {key: tensors[key].float() for key in description.get("halved", ())}
         layers = [_Layer.read(x) for x in description["layers"]]
         weights = _take_all(tensors, layers)
         tied = dict(description["tied"])

@@ -14,8 +14,9 @@ from lightning_caq.profile import CurvatureProfile
 from lightning_caq.report import QuantizationReport
 from lightning_caq.reporting.gallery import ENTRIES, Gallery
 from lightning_caq.reporting.page import page
+from lightning_caq.reporting.repeat import repeat
 from lightning_caq.reporting.vectors import svg
-from lightning_caq.reporting.words import comparison, in_words, layer_columns, reproduce
+from lightning_caq.reporting.words import comparison, in_words, layer_columns
 from lightning_caq.sizes import average_bits
 
 if TYPE_CHECKING:
@@ -49,17 +50,17 @@ def write_html(
     Raises:
         OSError: If the file cannot be written.
     """
+    path = Path(path)
     sections = [
         *_notes(report),
         *_result(report),
         *_layers(report, profile),
         *_figures(gallery),
         *_plan(plan),
-        *_repeat(report),
+        *_repeat(report, profile if path.with_name("profile.json").is_file() else None),
         *_absent(report=report, profile=profile, plan=plan),
     ]
     title = f"Quantized by {report.method} at {report.budget}" if report else "Quantization"
-    path = Path(path)
     path.write_text(page(title, "\n".join(sections)), encoding="utf-8")
     return path
 
@@ -222,19 +223,23 @@ def _plan(plan: QuantizationPlan | None) -> list[str]:
                     table(header, rows), "</details>")]  # fmt: skip
 
 
-def _repeat(report: QuantizationReport | None) -> list[str]:
+def _repeat(report: QuantizationReport | None, profile: CurvatureProfile | None) -> list[str]:
     if report is None:
         return []
-    yaml, python = reproduce(report)
+    texts = repeat(report, profile)
+    allocation = f"<p>The bits again, in the folder of this page:</p><pre>{escape(texts.allocation or '')}</pre>"
     versions: list[list[Cell]] = [[name, version] for name, version in report.versions.items()]
     seconds: list[list[Cell]] = [[step, value] for step, value in report.seconds.items()]
     return [
         section(
             "How to repeat it",
-            f"<p>Seed {escape(json.dumps(report.options.get('seed')))}. With LightningCLI or a configuration file:</p>",
-            f"<pre>{escape(yaml)}</pre>",
-            "<p>In Python, on the same network and calibration batches:</p>",
-            f"<pre>{escape(python)}</pre>",
+            f"<p>Seed {escape(json.dumps(report.options.get('seed')))}. With LightningCLI, as a file for --config:</p>",
+            f"<pre>{escape(texts.yaml)}</pre>",
+            "<p>In Python, for the callbacks of a Trainer:</p>",
+            f"<pre>{escape(texts.callback)}</pre>",
+            "<p>On the same float network and calibration batches, without a Trainer:</p>",
+            f"<pre>{escape(texts.function)}</pre>",
+            allocation if texts.allocation else "",
             table(["package", "version"], versions) if versions else "",
             table(["step", "seconds"], seconds) if seconds else "",
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +9,6 @@ from lightning_caq.evaluation.sweep import variant_metrics
 from lightning_caq.profile import CurvatureProfile, LayerCurvature
 from lightning_caq.report import QuantizationReport
 from lightning_caq.reporting.metrics import headline_metric, smaller_is_better
-
-CLASS = "lightning_caq.CurvatureQuantizationCallback"
 
 
 def in_words(report: QuantizationReport) -> list[str]:
@@ -140,33 +137,3 @@ def comparison(runs: Mapping[str, QuantizationReport]) -> tuple[list[str], list[
             budget = "" if variant == "float" else report.budget
             rows.append([run, report.title(variant), budget, size.avg_bits, size.ratio, size.bytes / 1000, *measured])
     return header, rows
-
-
-def reproduce(report: QuantizationReport) -> tuple[str, str]:
-    """The run as a YAML list of callbacks, and as a call of ``quantize``.
-
-    Example:
-        >>> yaml, python = reproduce(QuantizationReport("cet", "", (), {}, {}, options={"avg_bits": 3, "seed": 0}))
-        >>> print(yaml)
-        trainer:
-          callbacks:
-            - class_path: lightning_caq.CurvatureQuantizationCallback
-              init_args:
-                avg_bits: 3
-                seed: 0
-        >>> print(python)
-        from lightning_caq import quantize
-        <BLANKLINE>
-        result = quantize(
-            model,
-            batches,
-            avg_bits=3,
-            seed=0,
-        )
-    """
-    options = {name: value for name, value in report.options.items() if value is not None}
-    # JSON is YAML.
-    args = "".join(f"\n        {name}: {json.dumps(value)}" for name, value in options.items())
-    yaml = f"trainer:\n  callbacks:\n    - class_path: {CLASS}\n      init_args:{args}"
-    keywords = "".join(f"\n    {name}={value!r}," for name, value in options.items())
-    return yaml, f"from lightning_caq import quantize\n\nresult = quantize(\n    model,\n    batches,{keywords}\n)"

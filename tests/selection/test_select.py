@@ -132,7 +132,7 @@ def test_the_same_bits_are_not_made_twice_for_the_guard():
 def test_the_guard_loses_no_more_of_the_metric_than_max_drop_allows(accuracy, kept):
     cet = {"bits": (2, 4), "error": 0.3, "acc": 0.9}
     networks = MadeUp(cet=cet, uniform={"bits": (3, 3), "error": 0.2, "acc": accuracy})
-    chosen = networks.select(max_drop=0.02, monitor="acc", compare=()).chosen
+    chosen = networks.select(max_drop=0.02, monitor="acc", monitor_mode="max", compare=()).chosen
     assert (chosen.plan.method, chosen.metrics["acc"]) == (kept, 0.9)
 
 
@@ -174,11 +174,18 @@ def test_a_small_metric_may_be_the_good_one(net):
         return {"loss": 1 - _accuracy(model)["acc"]}
 
     result = quantize(
-        net, _batches(), method="uniform", max_drop=0.02, monitor="loss", monitor_mode="min", evaluate=evaluate,
+        net, _batches(), method="uniform", max_drop=0.02, monitor="loss", evaluate=evaluate,  # by its name
         compare=(), **FAST,
     )  # fmt: skip
     metrics = result.report.metrics
     assert metrics["quantized/loss"] <= metrics["float/loss"] + 0.02
+
+
+def test_a_metric_of_which_nobody_knows_the_better_way_is_refused_before_measuring(net):
+    said, options = [], {"max_drop": 0.1, "monitor": "energy", **FAST}
+    with pytest.raises(OptionError, match="large or a small 'energy'; give monitor_mode='max' or 'min'"):
+        quantize(net, _batches(), evaluate=lambda model: {"energy": 1.0}, say=said.append, **options)
+    assert not any("measuring" in line for line in said)
 
 
 def test_a_drop_that_nothing_meets_is_refused_and_the_float_network_left(net):
