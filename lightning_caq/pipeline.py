@@ -42,6 +42,7 @@ from lightning_caq.quantizers.rounding.cost import rounding_seconds
 from lightning_caq.report import QuantizationReport
 from lightning_caq.reporting.gallery import draw_gallery
 from lightning_caq.reporting.html import write_html
+from lightning_caq.scores import Score, as_scores
 from lightning_caq.selection.candidate import CandidateMaker, prepare_candidates
 from lightning_caq.selection.long_axis import prepare_long_axis
 from lightning_caq.selection.select import Selection, Selector
@@ -105,8 +106,10 @@ def quantize(
         batches: Re-iterable calibration batches: tensors, tuples whose first item is the input, or dicts.
         options: Every field of QuantizationOptions.
         loss_fn: Loss of a model and a batch, for ``objective="task"``.
-        evaluate: Metrics of a network, such as its accuracy; called for the float network, the quantized one and each
-            compared one. The calibration objective is always reported.
+        evaluate: Metrics of a network by name, such as its accuracy; called for the float network, the quantized one
+            and each compared one. A metric is a number, or a tensor with one number for each sample, whose mean it is:
+            then standard errors are known, and differences are judged sample by sample. The calibration objective is
+            always reported.
         profile: A profile of an earlier run; what it holds for the same weights and samples is not measured again, so
             that a second budget costs no second measurement.
         inplace: Whether ``model`` itself is quantized, or a copy.
@@ -262,7 +265,7 @@ class _Network:
         input_bits: Candidate bits of each layer's input, a row a layer.
         reference: The calibration samples and the network's outputs on them.
         objective: The calibration objective on the same samples.
-        loss: Its value, nat.
+        loss: Its value, nat, with what it rests on.
     """
 
     model: nn.Module
@@ -272,7 +275,7 @@ class _Network:
     input_bits: Sequence[Sequence[int]]
     reference: Reference
     objective: Objective
-    loss: float
+    loss: Score
 
     def on(self, samples: int) -> tuple[Objective, Reference]:
         """Objective and outputs on the first samples."""
@@ -324,7 +327,7 @@ class _Steps:
         start = time.perf_counter()
         reference = make_reference(model, samples)
         objective = objective_from(options.objective, reference, self.loss_fn)
-        loss = objective.value(model)  # one that is not finite or no scalar shows here, before any work
+        loss = objective.score(model)  # one that is not finite or no scalar shows here, before any work
         seconds = self._seconds(layers, objective.samples, (time.perf_counter() - start) / 2)
         self.progress.say(
             f"{len(layers)} layers, {sum(sizes.weights):,} weights, {objective.samples} samples, {options.method} with "
@@ -349,7 +352,7 @@ class _Steps:
         candidates = len(self.options.methods) * (_CANDIDATE_PASSES * forward + rounding)
         return candidates + _TIGHTNESS_PASSES * forward * min(TIGHTNESS_SAMPLES / samples, 1.0)
 
-    def judge_float(self, network: _Network) -> dict[str, float]:
+    def judge_float(self, network: _Network) -> dict[str, Score]:
         """Metrics of the float network; refuses to watch one that nobody computes, before anything is measured."""
         with self.progress.step("evaluation (float)"):
             metrics = self._metrics(network, network.loss)
@@ -408,13 +411,13 @@ class _Steps:
         return prepare_candidates(model, layers, network.sizes, options, network.reference, long_axis)
 
     def select(
-        self, network: _Network, chooser: Chooser, maker: CandidateMaker, float_metrics: Mapping[str, float]
+        self, network: _Network, chooser: Chooser, maker: CandidateMaker, float_metrics: Mapping[str, Score]
     ) -> Selection:
         """Make the networks that were asked for, and choose the one to keep."""
         return Selector(
             chooser=chooser,
             maker=maker,
-            judge=lambda: self._metrics(network, network.objective.value(network.model)),
+            judge=lambda: self._metrics(network, network.objective.score(network.model)),
             options=self.options,
             progress=self.progress,
             float_metrics=float_metrics,
@@ -441,7 +444,7 @@ class _Steps:
         profile: CurvatureProfile,
         selection: Selection,
         evaluation: _Evaluation,
-        float_metrics: Mapping[str, float],
+        float_metrics: Mapping[str, Score],
     ) -> QuantizationReport:
         """Put together what was done, what it cost and what it gave."""
         return run_report(
@@ -462,7 +465,7 @@ class _Steps:
     def _quantizer(self) -> Quantizer:
         return Quantizer(self.options.quantizer, range=self.options.range, symmetry=self.options.symmetry)
 
-    def _notes(self, network: _Network, float_metrics: Mapping[str, float], selection: Selection) -> list[Note]:
+    def _notes(self, network: _Network, float_metrics: Mapping[str, Score], selection: Selection) -> list[Note]:
         """What the user was told before anything was measured, and what is left to say."""
         bypasses = self.validation is not None and self.validation.bypasses
         metrics, objective = selection.chosen.metrics, network.objective.name
@@ -475,10 +478,10 @@ class _Steps:
             self.progress.tell(note)
         return [*network.notes, *notes]
 
-    def _metrics(self, network: _Network, loss: float) -> dict[str, float]:
+    def _metrics(self, network: _Network, loss: Score) -> dict[str, Score]:
         """Metrics of the network as it is, by name; ``loss`` is its calibration objective."""
         metrics = {network.objective.name: loss}
         if self.validation is not None:
             self.sharing.meet("evaluation")  # it may have collectives of its own
-            metrics |= {name: float(value) for name, value in self.validation(network.model).items()}
+            metrics |= as_scores(self.validation(network.model))
         return self.sharing.first(metrics, "metrics")  # what is tried next has to be the same on every rank

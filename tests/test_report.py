@@ -8,7 +8,16 @@ from dataclasses import replace
 import pytest
 
 from lightning_caq.notes import Note
-from lightning_caq.report import LayerRow, QuantizationReport, Size, markdown_table, text_table
+from lightning_caq.report import (
+    Certainty,
+    LayerRow,
+    OutputError,
+    QuantizationReport,
+    Size,
+    markdown_table,
+    text_table,
+)
+from lightning_caq.scores import LogRatio
 
 
 @pytest.fixture
@@ -18,7 +27,7 @@ def report() -> QuantizationReport:
         LayerRow("linear", "linear", 12345, 12345, None, None, {"quantized": 2, "uniform": 3}),
     )
     sizes = {"float": Size(32.0, 1.0, 51108), "quantized": Size(2.2, 13.5, 3800), "uniform": Size(3.0, 10.0, 5100)}
-    metrics = {"float/val_acc": 0.915, "float/val_loss": 0.3, "quantized/val_acc": 0.9, "uniform/val_acc": 0.8}
+    metrics = {"float/val_acc": 0.915, "float/val_loss": 0.3, "quantized/val_acc": 0.9, "uniform/val_acc": 0.795}
     return QuantizationReport(
         "cet",
         "avg_bits=3",
@@ -86,7 +95,7 @@ def test_table_shows_layers_and_networks(report) -> None:
         "---------------  --------  ------  ----  -------  --------",
         "float               32.00   1.00x  51.1    0.915       0.3",
         "quantized (cet)      2.20  13.50x   3.8      0.9         –",
-        "uniform              3.00  10.00x   5.1      0.8         –",
+        "uniform              3.00  10.00x   5.1    0.795         –",
     ]
 
 
@@ -101,3 +110,22 @@ def test_figures_that_are_not_numbers_stay_in_their_column() -> None:
 
 def test_markdown_escapes_what_would_end_a_cell() -> None:
     assert markdown_table(["layer", "bits"], [["a|b", "8"]]).splitlines()[2] == r"| a\|b | 8 |"
+
+
+def test_the_table_says_how_sure_its_figures_are(report) -> None:
+    certain = {
+        "float/val_acc": Certainty(400, 0.0139, {"quantized": 0.012}),
+        "quantized/val_acc": Certainty(400, 0.015, {"float": 0.012, "uniform": 0.014}),
+        "uniform/val_acc": Certainty(400, 0.02, {"float": 0.013}),
+    }
+    errors = {"quantized": OutputError(0.043), "uniform": OutputError(0.05, LogRatio(0.15, 0.03, 64))}
+    sure = replace(report, certainty=certain, output_errors=errors)
+    assert QuantizationReport.from_json(sure.to_json()) == sure
+    header, rows = sure.variant_cells()
+    assert [row[header.index("val_acc")] for row in rows] == [
+        "0.915 ± 0.014", "0.9 (−0.015 ± 0.012) ≈", "0.795 (−0.12 ± 0.013)",
+    ]  # fmt: skip
+    assert [row[header.index("output error")] for row in rows] == ["–", "4.3%", "5.0% (1.16x ± 0.03)"]
+    assert "val_acc on 400 samples" in sure.legend
+    assert sure.legend in sure.table()
+    assert not report.legend

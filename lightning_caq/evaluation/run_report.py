@@ -10,7 +10,8 @@ from lightning_caq.network.layers import Layer
 from lightning_caq.notes import Note
 from lightning_caq.options import QuantizationOptions
 from lightning_caq.profile import CurvatureProfile
-from lightning_caq.report import LayerRow, QuantizationReport, Size
+from lightning_caq.report import Certainty, LayerRow, OutputError, QuantizationReport, Size
+from lightning_caq.scores import Score, log_ratio
 from lightning_caq.selection.select import Selection
 from lightning_caq.sizes import FLOAT_BITS, LayerSizes
 from lightning_caq.studies import RateLimit, Studies, Tightness
@@ -23,7 +24,7 @@ def run_report(
     *,
     profile: CurvatureProfile,
     selection: Selection,
-    float_metrics: Mapping[str, float],
+    float_metrics: Mapping[str, Score],
     tightness: Tightness | None,
     studies: Studies,
     limit: RateLimit | None = None,
@@ -56,7 +57,9 @@ def run_report(
             "float": Size(float(FLOAT_BITS), 1.0, total * FLOAT_BITS // 8),
             **{v: Size(plan.avg_bits, plan.ratio, plan.bytes, plan.memory_ratio) for v, plan in plans.items()},
         },
-        metrics={f"{variant}/{name}": x for variant, values in metrics.items() for name, x in values.items()},
+        metrics={f"{variant}/{name}": float(x) for variant, values in metrics.items() for name, x in values.items()},
+        certainty=certainty(metrics),
+        output_errors=_output_errors(selection),
         predicted_loss={
             v: x for v, plan in plans.items() if plan.widths and (x := profile.predicted_loss(plan.widths)) is not None
         },
@@ -86,6 +89,40 @@ def retrained_report(report: QuantizationReport, metrics: Mapping[str, float]) -
     now = {f"quantized/{name}": value for name, value in metrics.items()}
     note = Note("The quantized network was trained on; all else is as measured before that.")
     return replace(report, metrics=kept | now, notes=tuple(dict.fromkeys((*report.notes, note))))
+
+
+def certainty(metrics: Mapping[str, Mapping[str, Score]]) -> dict[str, Certainty]:
+    """How sure each network's metrics are, and the differences from each of the other networks'.
+
+    Args:
+        metrics: Variant to metrics by name; those of which nothing but the value is known are left out.
+
+    Returns:
+        ``<variant>/<metric>`` to certainty.
+
+    Example:
+        >>> scores = {"float": {"acc": Score.of_samples([1.0] * 9)}, "quantized": {"acc": Score.of_samples([1.0] * 9)}}
+        >>> certainty(scores)["quantized/acc"]
+        Certainty(samples=9, stderr=0.0, differences={'float': 0.0})
+    """
+    known: dict[str, Certainty] = {}
+    for variant, values in metrics.items():
+        for name, score in values.items():
+            if score.samples is None or score.stderr is None:
+                continue
+            others = {v: x[name] for v, x in metrics.items() if v != variant and name in x}
+            stderrs = {v: score.less(other).stderr for v, other in others.items()}
+            paired = {v: x for v, x in stderrs.items() if x is not None}
+            known[f"{variant}/{name}"] = Certainty(score.samples, score.stderr, paired)
+    return known
+
+
+def _output_errors(selection: Selection) -> dict[str, OutputError]:
+    chosen = selection.chosen
+    return {
+        variant: OutputError(x.error, None if x is chosen else log_ratio(x.distances, chosen.distances))
+        for variant, x in selection.candidates.items()
+    }
 
 
 def _rows(layers: Sequence[Layer], profile: CurvatureProfile, selection: Selection) -> tuple[LayerRow, ...]:

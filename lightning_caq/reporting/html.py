@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -21,7 +21,20 @@ from lightning_caq.sizes import average_bits
 if TYPE_CHECKING:
     from lightning_caq.plan import QuantizationPlan
 
-Cell = str | float | None
+
+class Figures(NamedTuple):
+    """A cell of figures that is sorted by one number.
+
+    Attributes:
+        text: What is shown.
+        value: What it is sorted by.
+    """
+
+    text: str
+    value: float
+
+
+Cell = str | float | Figures | None
 _NUMBER = ' class="number"'
 
 
@@ -118,9 +131,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
 def _cell(value: Cell) -> str:
     if isinstance(value, str):
         return f"<td>{escape(value)}</td>"
+    if isinstance(value, Figures):
+        text, value = value
+    else:
+        text = f"{value:,}" if isinstance(value, int) else f"{value or 0.0:.4g}"
     if value is None or value != value:
         return f"<td{_NUMBER}>–</td>"
-    text = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
     key = repr(value).replace("inf", "Infinity")  # as JavaScript reads it
     return f'<td{_NUMBER} data-value="{key}">{text}</td>'
 
@@ -156,7 +172,8 @@ def _result(report: QuantizationReport | None) -> list[str]:
         return []
     header, rows = report.variant_cells()
     told = [f"<p>{escape(text)}</p>" for text in in_words(report)]
-    return [section("Result", *told, table(header, map(_numbers, rows)))]
+    legend = f"<p>{escape(report.legend)}</p>" if report.legend else ""
+    return [section("Result", *told, table(header, map(_numbers, rows)), legend)]
 
 
 def _numbers(cells: Sequence[str]) -> list[Cell]:
@@ -165,10 +182,13 @@ def _numbers(cells: Sequence[str]) -> list[Cell]:
 
 
 def _number(cell: str) -> Cell:
+    """A cell of figures, which is sorted by the first of them."""
+    first, _, more = cell.partition(" ")
     try:
-        return float(cell.replace(",", "").removesuffix("x"))
+        value = float(first.replace(",", "").rstrip("x%"))
     except ValueError:
         return None
+    return Figures(cell, value) if more or first.endswith("%") else value
 
 
 def _layers(report: QuantizationReport | None, profile: CurvatureProfile | None) -> list[str]:

@@ -8,8 +8,9 @@ from typing import Any
 
 from lightning_caq.evaluation.sweep import variant_metrics
 from lightning_caq.profile import CurvatureProfile, LayerCurvature
-from lightning_caq.report import QuantizationReport
+from lightning_caq.report import QuantizationReport, as_factor, in_figures
 from lightning_caq.reporting.metrics import headline_metric, smaller_is_better
+from lightning_caq.scores import Difference, LogRatio
 
 CLASS = "lightning_caq.CurvatureQuantizationCallback"
 
@@ -65,16 +66,46 @@ def _metric_in_words(report: QuantizationReport, metric: str) -> list[str]:
         return []
     mine = values.pop("quantized")
     told = f"{metric} is {mine:.4g}"
+    sure = report.certainty.get(f"quantized/{metric}")
+    if sure is not None:
+        told += f" ± {sure.stderr:.2g} on {sure.samples:,} samples"
     if "float" in values:
         before = values.pop("float")
+        difference = report.difference("quantized", "float", metric)
         change = f"a change of {mine - before:+.2g}".replace("-", "−") if mine != before else "no change"
+        if difference is not None and difference.stderr is not None:
+            change = f"{in_figures(difference)}, {_verdict(difference)}"
         told += f", against {before:.4g} of the float network ({change})"
     told += "."
     if values:
         better = min if smaller_is_better(metric) else max
         best = better(values, key=lambda v: values[v])
-        told += f" The best of the networks it was compared with, {best}, has {values[best]:.4g}."
-    return [told]
+        told += f" The best of the networks it was compared with, {best}, has {values[best]:.4g}"
+        difference = report.difference(best, "quantized", metric)
+        if difference is not None and difference.stderr is not None:
+            told += f" ({in_figures(difference)} from the quantized one, {_verdict(difference)})"
+        told += "."
+    return [told, *_errors_in_words(report)]
+
+
+def _verdict(difference: Difference | LogRatio) -> str:
+    """Whether a difference can be told from none."""
+    limit = "2 standard errors, paired by samples"
+    return f"within noise: less than {limit}" if difference.within_noise else f"more than {limit}"
+
+
+def _errors_in_words(report: QuantizationReport) -> list[str]:
+    """How the output errors of the compared networks stand to that of the quantized one."""
+    ratios = {v: x.ratio for v, x in report.output_errors.items() if x.ratio is not None and x.ratio.stderr is not None}
+    if not ratios:
+        return []
+    listed = "; ".join(f"{v} {as_factor(x)} ({_verdict(x)})" for v, x in ratios.items())
+    samples = next(iter(ratios.values())).samples
+    return [
+        f"Errors of the output as multiples of the quantized network's, sample by sample on {samples:,} calibration "
+        f"samples that nothing was fitted to: {listed}. Every sample counts here, so that networks can be told apart "
+        "whose other metrics agree."
+    ]
 
 
 def layer_columns(

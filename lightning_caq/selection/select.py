@@ -13,6 +13,7 @@ from lightning_caq.allocation.steps import StepChoice
 from lightning_caq.errors import BudgetError
 from lightning_caq.notes import Note
 from lightning_caq.options import QuantizationOptions
+from lightning_caq.scores import Score
 from lightning_caq.selection.candidate import Candidate, CandidateMaker
 from lightning_caq.selection.steps import StepSearch
 from lightning_caq.studies import RatePoint
@@ -51,16 +52,16 @@ class Selector:
         judge: Metrics of the network as it is, by name.
         options: What the user chose.
         progress: Where to say what is being done.
-        float_metrics: Metrics of the float network.
+        float_metrics: Metrics of the float network, by name.
         steps: Searches for steps where codes are entropy-coded, otherwise ``None``.
     """
 
     chooser: Chooser
     maker: CandidateMaker
-    judge: Callable[[], dict[str, float]]
+    judge: Callable[[], dict[str, Score]]
     options: QuantizationOptions
     progress: Progress
-    float_metrics: Mapping[str, float]
+    float_metrics: Mapping[str, Score]
     steps: StepSearch | None = None
 
     def select(self) -> Selection:
