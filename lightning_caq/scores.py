@@ -122,6 +122,16 @@ class Difference:
     stderr: float | None
 
     @property
+    def most(self) -> float:
+        """The difference and two of its standard errors, as far as these are known.
+
+        Example:
+            >>> Difference(0.25, 0.125).most, Difference(0.25, None).most
+            (0.5, 0.25)
+        """
+        return self.value + NOISE * (self.stderr or 0.0)
+
+    @property
     def within_noise(self) -> bool:
         """Whether it is smaller than two of its standard errors; ``False`` where these are not known.
 
