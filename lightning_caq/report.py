@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_caq.notes import Note
 from lightning_caq.scores import Difference, LogRatio
-from lightning_caq.studies import LayerRate, RateLimit, RatePoint, Studies, Tightness
+from lightning_caq.studies import LayerRate, LayerReason, RateLimit, RatePoint, Studies, Tightness
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,7 @@ class QuantizationReport:
         studies: What was computed for the sake of understanding the result.
         certainty: ``"<variant>/<metric>"`` to how sure it is, where that is known.
         output_errors: Variant to the output error on the samples held out.
+        reasons: Why each layer has its bits.
     """
 
     method: str
@@ -122,6 +123,7 @@ class QuantizationReport:
     studies: Studies = field(default_factory=Studies)
     certainty: dict[str, Certainty] = field(default_factory=dict)
     output_errors: dict[str, OutputError] = field(default_factory=dict)
+    reasons: tuple[LayerReason, ...] = ()
 
     def __post_init__(self) -> None:
         notes = [note if isinstance(note, Note) else Note(note) for note in self.notes]
@@ -159,6 +161,7 @@ class QuantizationReport:
             data["studies"] = Studies.from_dict(data["studies"])
         data["certainty"] = {name: Certainty(**x) for name, x in data.get("certainty", {}).items()}
         data["output_errors"] = {v: _output_error(**x) for v, x in data.get("output_errors", {}).items()}
+        data["reasons"] = tuple(LayerReason(**x) for x in data.get("reasons", ()))
         # Notes of earlier versions are strings.
         notes = tuple(Note(**note) if isinstance(note, dict) else Note(note) for note in data["notes"])
         return cls(**{**data, "notes": notes})
@@ -204,17 +207,22 @@ class QuantizationReport:
         """Header and rows of the table of layers."""
         quantized = [v for v in self.variants if v != "float"]
         with_inputs = [v for v in quantized if any(v in r.input_bits for r in self.layers)]
-        header = ["layer", "kind", "weights", "κ", "L", *(self._bits_title("bits", v) for v in quantized)]
+        why = {reason.name: reason for reason in self.reasons if reason.damage is not None}
+        unit = next((reason.unit for reason in why.values()), "")
+        header = ["layer", "kind", "weights", *(self._bits_title("bits", v) for v in quantized)]
         header += [self._bits_title("input bits", v) for v in with_inputs]
+        header += [f"damage{f' ({unit})' if unit else ''}", "a width less", "a width more", "bought/kB"] if why else []
+        header += ["κ", "L"]
         rows = [
             [
                 r.name,
                 r.kind,
                 f"{r.weights:,}",
-                _figure(r.kappa),
-                _figure(r.lipschitz),
                 *(_bits(r.bits.get(v)) for v in quantized),
                 *(_bits(r.input_bits.get(v)) for v in with_inputs),
+                *(_reason_cells(why.get(r.name)) if why else ()),
+                _figure(r.kappa, 3),
+                _figure(r.lipschitz, 3),
             ]
             for r in self.layers
         ]
@@ -290,8 +298,16 @@ def as_factor(ratio: LogRatio) -> str:
     return f"{ratio.factor:.2f}x{error}{' ≈' if ratio.within_noise else ''}"
 
 
-def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
+def _reason_cells(reason: LayerReason | None) -> tuple[str, ...]:
+    if reason is None:
+        return ("–",) * 4
+    mark = "*" if reason.source != "modelled" else ""
+    figures = (reason.damage_fewer, reason.damage_more, reason.bought)
+    return (f"{_figure(reason.damage, 2)}{mark}", *(_figure(x, 2) for x in figures))
+
+
+def _figure(value: float | None, digits: int = 4) -> str:
+    return "–" if value is None else f"{value:.{digits}g}"
 
 
 def _bits(value: float | None) -> str:

@@ -18,6 +18,7 @@ from lightning_caq.report import (
     text_table,
 )
 from lightning_caq.scores import LogRatio
+from lightning_caq.studies import LayerReason
 
 
 @pytest.fixture
@@ -85,10 +86,10 @@ def test_table_shows_layers_and_networks(report) -> None:
     notes, layers, networks = report.table().split("\n\n")
     assert notes == "Note: A note."
     assert layers.splitlines() == [
-        "layer   kind    weights      κ    L  bits  bits uniform",
-        "------  ------  -------  -----  ---  ----  ------------",
-        "conv1   conv2d      432  12.35  1.5     8             3",
-        "linear  linear   12,345      –    –     2             3",
+        "layer   kind    weights  bits  bits uniform     κ    L",
+        "------  ------  -------  ----  ------------  ----  ---",
+        "conv1   conv2d      432     8             3  12.3  1.5",
+        "linear  linear   12,345     2             3     –    –",
     ]
     assert networks.splitlines() == [
         "network          avg bits   ratio    kB  val_acc  val_loss",
@@ -129,3 +130,15 @@ def test_the_table_says_how_sure_its_figures_are(report) -> None:
     assert "val_acc on 400 samples" in sure.legend
     assert sure.legend in sure.table()
     assert not report.legend
+
+
+def test_the_table_of_layers_says_what_bits_were_chosen_by(report) -> None:
+    why = (
+        LayerReason("conv1", "cet", "nat", 8, 6, None, 0.25, 1.0, None, 432, "measured"),
+        LayerReason("linear", "cet", "nat", 2, None, 3, 0.5, None, 0.125, 12345, "modelled"),
+    )
+    reasoned = replace(report, reasons=why)
+    assert QuantizationReport.from_json(reasoned.to_json()) == reasoned
+    header, rows = reasoned.layer_cells()
+    assert header[-6:] == ["damage (nat)", "a width less", "a width more", "bought/kB", "κ", "L"]
+    assert [row[-6:-2] for row in rows] == [["0.25*", "1", "–", "6.9"], ["0.5", "–", "0.12", "–"]]  # 0.75 nat, 108 B

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from lightning_caq.evaluation.reasons import reasons
 from lightning_caq.evaluation.versions import versions
 from lightning_caq.network.layers import Layer
 from lightning_caq.notes import Note
@@ -60,6 +61,7 @@ def run_report(
         metrics={f"{variant}/{name}": float(x) for variant, values in metrics.items() for name, x in values.items()},
         certainty=certainty(metrics),
         output_errors=_output_errors(selection),
+        reasons=reasons(options.method, profile, options.bits, selection.chosen.plan),
         predicted_loss={
             v: x for v, plan in plans.items() if plan.widths and (x := profile.predicted_loss(plan.widths)) is not None
         },

@@ -15,7 +15,14 @@ from lightning_caq.report import QuantizationReport
 from lightning_caq.reporting.gallery import ENTRIES, Gallery
 from lightning_caq.reporting.page import page
 from lightning_caq.reporting.vectors import svg
-from lightning_caq.reporting.words import comparison, in_words, layer_columns, reproduce
+from lightning_caq.reporting.words import (
+    comparison,
+    in_words,
+    layer_columns,
+    reason_in_words,
+    reasons_in_words,
+    reproduce,
+)
 from lightning_caq.sizes import average_bits
 
 if TYPE_CHECKING:
@@ -195,7 +202,10 @@ def _layers(report: QuantizationReport | None, profile: CurvatureProfile | None)
     header, rows = layer_columns(report, profile)
     if not rows:
         return []
-    return [section("Layers", "<p>Click a heading to sort.</p>", table(header, rows))]
+    told = "".join(f"<p>{escape(text)}</p>" for text in reasons_in_words(report)) if report else ""
+    each = "".join(f"<li>{escape(reason_in_words(reason))}</li>" for reason in report.reasons) if report else ""
+    more = f"<details><summary>Why each layer has its bits</summary><ul>{each}</ul></details>" if each else ""
+    return [section("Layers", f"{told}<p>Click a heading to sort.</p>", table(header, rows), more)]
 
 
 def _figures(gallery: Gallery) -> list[str]:

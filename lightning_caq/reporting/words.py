@@ -11,6 +11,7 @@ from lightning_caq.profile import CurvatureProfile, LayerCurvature
 from lightning_caq.report import QuantizationReport, as_factor, in_figures
 from lightning_caq.reporting.metrics import headline_metric, smaller_is_better
 from lightning_caq.scores import Difference, LogRatio
+from lightning_caq.studies import LayerReason
 
 CLASS = "lightning_caq.CurvatureQuantizationCallback"
 
@@ -108,6 +109,55 @@ def _errors_in_words(report: QuantizationReport) -> list[str]:
     ]
 
 
+def reason_in_words(reason: LayerReason) -> str:
+    """Why a layer has its bits, in one sentence.
+
+    Example:
+        >>> reason_in_words(LayerReason("fc", "cet", "nat", 3, 2, 4, 1.0, 5.0, 0.5, 8000, "modelled"))
+        'fc has 3 bits: cet predicts 1 nat of damage (modelled); at 2 bits it would be 5, so that the last step bought
+        4 nat/kB; at 4 bits it would be 0.5, and the next step would buy 0.5 nat/kB.'
+    """
+    bits = f"{reason.name} has {reason.bits:.3g} bits"
+    if reason.damage is None:
+        why = {
+            "searched": f"{reason.method} chose those of all layers together, by a search, not by a cost of each",
+            "uniform": "all layers have the same bits, as nearly as the budget allows",
+        }
+        return f"{bits}: {why.get(reason.source, f'{reason.method} predicts nothing of it alone')}."
+    unit, rate = (f" {reason.unit}", f" {reason.unit}/kB") if reason.unit else ("", " a kB")
+    told = f"{bits}: {reason.method} predicts {reason.damage:.2g}{unit} of damage ({reason.source})"
+    if reason.fewer is None or reason.damage_fewer is None or reason.bought is None:
+        told += "; there is no smaller width"
+    else:
+        told += f"; at {reason.fewer:.3g} bits it would be {reason.damage_fewer:.2g}, so that the last step bought "
+        told += f"{reason.bought:.2g}{rate}"
+    if reason.more is None or reason.damage_more is None or reason.next is None:
+        return f"{told}; there is no larger width."
+    return (
+        f"{told}; at {reason.more:.3g} bits it would be {reason.damage_more:.2g}, and the next step would buy "
+        f"{reason.next:.2g}{rate}."
+    )
+
+
+def reasons_in_words(report: QuantizationReport) -> list[str]:
+    """How the bits came about as a whole: what steps bought that were taken, and would buy that were not."""
+    known = [reason for reason in report.reasons if reason.damage is not None]
+    if not known:
+        return []
+    told = (
+        f"Bits follow from the damage that {known[0].method} predicts for each layer at each width, within the budget."
+    )
+    if report.method != known[0].method:
+        told = f"Bits are those of {report.method}; the damage is what {known[0].method} predicts of them."
+    bought, more = ([x for r in known if (x := getattr(r, name)) is not None] for name in ("bought", "next"))
+    if bought and more:
+        unit = f" {known[0].unit}/kB" if known[0].unit else " a kB"
+        told += (
+            f" The last steps bought {min(bought):.2g}{unit} or more, further ones would buy {max(more):.2g} at most."
+        )
+    return [f"{told} κ and L are measures of a layer by itself and not what its bits were chosen by."]
+
+
 def layer_columns(
     report: QuantizationReport | None, profile: CurvatureProfile | None
 ) -> tuple[list[str], list[list[str | float | None]]]:
@@ -120,10 +170,12 @@ def layer_columns(
     measured = {row.name: row for row in profile.layers} if profile else {}
     rows: list[dict[str, Any]] = []
     chosen = report.method if report else ""  # goes by "quantized" alone
+    why = {reason.name: reason for reason in report.reasons} if report else {}
     for row in report.layers if report else ():
         line = {"layer": row.name, "kind": row.kind, "weights": row.weights, "MACs": row.macs}
         for what, found in (("bits", row.bits), ("input bits", row.input_bits)):
             line |= {what if v == "quantized" else f"{what}, {v}": b for v, b in found.items() if v != chosen}
+        line |= _why(why.get(row.name))
         line |= {"κ (out²/in²)": row.kappa, "L (out/in)": row.lipschitz}
         rows.append(line | _measured(measured.get(row.name), row.bits.get("quantized")))
     if report is None:
@@ -134,6 +186,20 @@ def layer_columns(
         c for c in dict.fromkeys(c for line in rows for c in line) if any(line.get(c) is not None for line in rows)
     ]
     return columns, [[line.get(column) for column in columns] for line in rows]
+
+
+def _why(reason: LayerReason | None) -> dict[str, str | float | None]:
+    """What the method predicts of a layer, column by column."""
+    if reason is None or reason.damage is None:
+        return {}
+    unit = f" ({reason.unit})" if reason.unit else ""
+    return {
+        f"predicted damage{unit}": reason.damage,
+        f"a width less{unit}": reason.damage_fewer,
+        f"a width more{unit}": reason.damage_more,
+        f"last step bought{unit and f' ({reason.unit}/kB)'}": reason.bought,
+        "by": reason.source,
+    }
 
 
 def _measured(row: LayerCurvature | None, bits: float | None) -> dict[str, float | None]:
