@@ -21,7 +21,7 @@ from lightning_caq.bridge.checkpoints import put_in_force, put_on_grid, restore,
 from lightning_caq.bridge.failures import failures_reported
 from lightning_caq.bridge.loss import quiet_loss, training_loss
 from lightning_caq.bridge.monitoring import Monitor
-from lightning_caq.bridge.outputs import Outcome, float_weights, output_directory, write
+from lightning_caq.bridge.outputs import Outcome, float_weights, output_directory, shows_progress, write
 from lightning_caq.bridge.packages import Callback
 from lightning_caq.bridge.undisturbed import undisturbed
 from lightning_caq.bridge.validation import isolated_validation
@@ -113,6 +113,7 @@ class CurvatureQuantizationCallback(Callback):
         self.monitor_every_n_epochs = monitor_every_n_epochs
         self._monitor = Monitor(monitor_every_n_epochs)
         self._checked = False
+        self._told: set[str] = set()  # notes that the user has had in this run
         self._outcome: Outcome | None = None
         self._network: weakref.ref[nn.Module] | None = None  # the network that the plan is in force on
 
@@ -154,6 +155,7 @@ class CurvatureQuantizationCallback(Callback):
             trainers.warn_of_late_averaging(trainer, self)
             self._monitor.restart()
             self._checked = False
+            self._told.clear()
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -176,7 +178,7 @@ class CurvatureQuantizationCallback(Callback):
             loss = quiet_loss(pl_module, self.loss_fn) if task else None
             seen = loss or training_loss(pl_module, self.loss_fn)
             taken = batch if task else as_taken(pl_module, [batch])[0]
-            progress = Progress(rank_zero_info)
+            progress = Progress(rank_zero_info, told=self._told)
             pipeline.check(pl_module, taken, self.options, loss_fn=loss, training_loss=seen, progress=progress)
 
     @override
@@ -270,7 +272,7 @@ class CurvatureQuantizationCallback(Callback):
                 training_loss=seen,
                 evaluate=validate,
                 profile=read_profile(directory) or self.profile,
-                progress=Progress(rank_zero_info),
+                progress=Progress(rank_zero_info, bar=shows_progress(trainer), told=self._told),
                 sharing=sharing,
             )
             plan = ranks.agree(trainer, pl_module, result.plan, float_state)

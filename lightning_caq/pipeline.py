@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_caq.allocation.budget import MaxDrop, check_budget, check_coded_budget
@@ -50,13 +51,19 @@ from lightning_caq.selection.steps import StepSearch
 from lightning_caq.sizes import STEPPED, LayerSizes
 from lightning_caq.studies import RateLimit, Studies, Tightness
 from lightning_caq.utilities.contexts import Evaluate, InFloat32, curvature_safe
+from lightning_caq.utilities.cores import CpuTimes, crowded, free_cores
 from lightning_caq.utilities.isolation import preserved
 from lightning_caq.utilities.keywords import known_keywords, takes_fields_of
-from lightning_caq.utilities.progress import Progress, Say, duration, silent
+from lightning_caq.utilities.progress import Progress, Say, silent
 from lightning_caq.utilities.sharing import ALONE, Sharing
 
 TIGHTNESS_SAMPLES = 32
-_CANDIDATE_PASSES, _TIGHTNESS_PASSES = 6, 40  # forward passes: over all samples, and over those of tightness
+_CANDIDATE_PASSES, _TIGHTNESS_PASSES, _STUDY_PASSES = (
+    6,
+    40,
+    60,
+)  # forward passes: over all samples, and over those of tightness
+_STEP_SEARCH = 8  # roundings of a search for steps, most of them on few samples
 
 
 @dataclass(frozen=True)
@@ -184,6 +191,7 @@ def run(
         chooser, maker = steps.allocator(network, profile), steps.maker(network, profile)
         selection = steps.select(network, chooser, maker, float_metrics)
         evaluation = steps.evaluate(network, chooser, maker, selection)
+        progress.close()
         report = steps.report(network, profile, selection, evaluation, float_metrics)
         selection.chosen.plan.write(model)
         return QuantizationResult(model, selection.chosen.plan, profile, report)
@@ -266,6 +274,8 @@ class _Network:
         reference: The calibration samples and the network's outputs on them.
         objective: The calibration objective on the same samples.
         loss: Its value, nat, with what it rests on.
+        forward: Seconds of a forward pass over all samples.
+        clocks: Processor times before it was run.
     """
 
     model: nn.Module
@@ -276,6 +286,8 @@ class _Network:
     reference: Reference
     objective: Objective
     loss: Score
+    forward: float
+    clocks: CpuTimes | None
 
     def on(self, samples: int) -> tuple[Objective, Reference]:
         """Objective and outputs on the first samples."""
@@ -324,14 +336,13 @@ class _Steps:
             check_coded_budget(options.budget, sizes)
         if options.rounding == "long_axis":
             check_memory(layers, options.eigenpairs)
-        start = time.perf_counter()
+        start, clocks = time.perf_counter(), CpuTimes.now()
         reference = make_reference(model, samples)
         objective = objective_from(options.objective, reference, self.loss_fn)
         loss = objective.score(model)  # one that is not finite or no scalar shows here, before any work
-        seconds = self._seconds(layers, objective.samples, (time.perf_counter() - start) / 2)
-        self.progress.say(
-            f"{len(layers)} layers, {sum(sizes.weights):,} weights, {objective.samples} samples, {options.method} with "
-            f"{options.budget}: about {duration(seconds)}, curvature not counted"
+        forward = (time.perf_counter() - start) / 2
+        self.progress.headline = (
+            f"{len(layers)} layers, {sum(sizes.weights):,} weights, {options.method} with {options.budget}; "
         )
         return _Network(
             model=model,
@@ -342,20 +353,44 @@ class _Steps:
             reference=reference,
             objective=objective,
             loss=loss,
+            forward=forward,
+            clocks=clocks,
         )
 
-    def _seconds(self, layers: Sequence[Layer], samples: int, forward: float) -> float:
-        """About how long the run takes but for measuring, of what one forward pass over all samples takes."""
-        rounding = 0.0
-        if self.options.rounding == "error_feedback":
-            rounding = rounding_seconds(layers, samples, multiplication_seconds())
-        candidates = len(self.options.methods) * (_CANDIDATE_PASSES * forward + rounding)
-        return candidates + _TIGHTNESS_PASSES * forward * min(TIGHTNESS_SAMPLES / samples, 1.0)
+    def _expect(self, network: _Network, validation: float) -> None:
+        """Count on all that follows measuring.
+
+        Args:
+            network: The float network, with the time that a forward pass over all samples takes.
+            validation: Seconds that evaluating it took.
+        """
+        options, samples, forward = self.options, network.objective.samples, network.forward
+        rounding = _CANDIDATE_PASSES * forward
+        if options.rounding == "error_feedback":
+            rounding += rounding_seconds(network.layers, samples, multiplication_seconds())
+        if options.coding == "entropy":
+            rounding *= _STEP_SEARCH
+        guard = options.guard and "uniform" not in options.methods
+        tries = options.max_evaluations if isinstance(options.budget, MaxDrop) else 1
+        count = len(options.methods) - 1 + guard + tries
+        self.progress.expect(f"{count} networks", rounding, times=count, steps=("rounding",))
+        self.progress.expect("their validation", validation + forward, times=count, steps=("evaluation",))
+        if options.coding == "fixed":
+            passes = _TIGHTNESS_PASSES * min(TIGHTNESS_SAMPLES / samples, 1.0)
+            self.progress.expect(
+                "comparison with predictions", passes * forward, steps=("tightness of the prediction",)
+            )
+        if options.study:
+            self.progress.expect("studies", rounding + _STUDY_PASSES * forward)
+        if told := crowded(torch.get_num_threads(), free_cores(network.clocks, CpuTimes.now())):
+            self.progress.say(told)
 
     def judge_float(self, network: _Network) -> dict[str, Score]:
         """Metrics of the float network; refuses to watch one that nobody computes, before anything is measured."""
+        start = time.perf_counter()
         with self.progress.step("evaluation (float)"):
             metrics = self._metrics(network, network.loss)
+        self._expect(network, time.perf_counter() - start)
         budget = self.options.budget
         if isinstance(budget, MaxDrop) and budget.monitor not in metrics:
             logged = ", ".join(map(repr, metrics))

@@ -169,8 +169,18 @@ class QuantizationReport:
     def table(self) -> str:
         """As text what the reader should know, then two tables: the layers, and the variants with sizes and metrics."""
         notes = "\n".join(f"Warning: {note}" if note.severity == "warning" else f"Note: {note}" for note in self.notes)
-        networks = "\n".join(filter(None, (text_table(*self.variant_cells()), self.legend)))
-        return "\n\n".join(filter(None, (notes, text_table(*self.layer_cells()), networks)))
+        return "\n\n".join(filter(None, (notes, self.tables())))
+
+    def tables(self) -> str:
+        """``table`` without notes, for a reader who has had them."""
+        layers, networks = text_table(*self.layer_cells()), text_table(*self.variant_cells())
+        marked = any(reason.source != "modelled" and reason.damage is not None for reason in self.reasons)
+        of_layers = (
+            "\n* measured on the network with only this layer rounded; the others by the quadratic model"
+            if marked
+            else ""
+        )
+        return f"{layers}{of_layers}\n\n" + "\n".join(filter(None, (networks, self.legend)))
 
     def difference(self, variant: str, other: str, metric: str) -> Difference | None:
         """By how much a metric of one network is above that of another; ``None`` where one of them lacks it.
@@ -199,8 +209,8 @@ class QuantizationReport:
             return ""
         listed = "; ".join(f"{', '.join(names)} on {n:,} samples" for n, names in counts.items())
         return (
-            f"± is one standard error ({listed}); in brackets the difference from the float network, paired by "
-            "samples; ≈ within noise, less than 2 of its standard errors."
+            f"± one standard error ({listed}), in brackets the difference from float,\npaired by samples; "
+            "≈ within noise: less than 2 standard errors."
         )
 
     def layer_cells(self) -> tuple[list[str], list[list[str]]]:
@@ -258,7 +268,7 @@ class QuantizationReport:
         if value is None or sure is None:
             return _figure(value)
         change = self.difference(variant, "float", name)
-        if variant == "float" or change is None or change.stderr is None:
+        if variant == "float" or change is None or change.stderr is None or self.metrics[f"float/{name}"] == 0:
             return f"{value:.4g} ± {sure.stderr:.2g}" if sure.stderr else f"{value:.4g}"
         return f"{value:.4g} ({in_figures(change)}){' ≈' if change.within_noise else ''}"
 

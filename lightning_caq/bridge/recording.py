@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,10 +16,12 @@ from typing_extensions import override
 from lightning_caq.bridge.metric_groups import MetricGroups, Parts
 from lightning_caq.bridge.packages import Callback
 from lightning_caq.bridge.ranks import sharing
-from lightning_caq.network.batches import batch_size
+from lightning_caq.bridge.undisturbed import undisturbed
+from lightning_caq.network.batches import FAILURES, batch_size, pick
 from lightning_caq.scores import Score
 
 _GROUPS = 64
+_ENOUGH, _PARTS = 8, 32  # batches that are groups enough, and parts that fewer are cut into
 _MOST_UPDATES = 4096  # of one metric by groups, about a second
 
 
@@ -25,8 +29,9 @@ class Recorder(Callback):
     """Watches a validation loop and tells what its metrics rest on.
 
     Metrics of torchmetrics are kept by 64 groups, which samples are dealt to at random, the same for every network.
-    Of numbers that are logged batch by batch the batches are the groups. Numbers that a module logs when validation
-    ends are known by their values alone.
+    Of numbers that are logged batch by batch the batches are the groups; where these are fewer than 8, they are
+    validated once more in parts, if a number is the mean over these. Numbers that a module logs when validation ends
+    are known by their values alone.
 
     Args:
         module: The module that is validated.
@@ -42,6 +47,8 @@ class Recorder(Callback):
         self._parts: Parts = {}
         self._metrics: dict[int, tuple[MetricGroups, MetricGroups]] = {}  # by groups of samples, and by batches
         self._sums: dict[str, list[tuple[float, float]]] = {}
+        self._batches, self._listening = batches, True
+        self._of_parts: dict[tuple[str, int], list[tuple[float, int]]] = {}
 
     @override
     def on_validation_batch_start(
@@ -63,11 +70,32 @@ class Recorder(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
-        """Called after a batch; notes what logged means have come to."""
+        """Called after a batch; notes what logged means have come to, and those of its parts where batches are few."""
         for result in _results(trainer):
             if result.is_tensor and result.meta.on_epoch and result.meta.is_mean_reduction:
                 so_far = float(result.value), float(result.cumulated_batch_size)
                 self._sums.setdefault(_name(result), []).append(so_far)
+        if self._batches < _ENOUGH and self._samples > 1:
+            self._validate_parts(batch, batch_idx, dataloader_idx)
+
+    def _validate_parts(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+        """Run the validation step on parts of a batch, and note the numbers that it logs."""
+        count = min(math.ceil(_PARTS / self._batches), self._samples)
+        places = self._random.permutation(self._samples)
+        taken = inspect.signature(self._module.validation_step).parameters
+        loader = {"dataloader_idx": dataloader_idx} if "dataloader_idx" in taken else {}
+        for part in np.array_split(places, count):
+            logged: dict[str, float] = {}
+            self._listening = False
+            with undisturbed(self._module), _logging_to(self._module, logged):
+                try:
+                    self._module.validation_step(pick(batch, part.tolist()), batch_idx, **loader)
+                except FAILURES:
+                    return
+                finally:
+                    self._listening = True
+            for name, value in logged.items():
+                self._of_parts.setdefault((name, dataloader_idx), []).append((value, len(part)))
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -111,7 +139,7 @@ class Recorder(Callback):
 
         def watched(name: str) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:
-                if not inside:
+                if not inside and self._listening:
                     self._add(metric, args, kwargs)
                 inside.append(True)
                 try:
@@ -151,9 +179,32 @@ class Recorder(Callback):
         if not len(sums):
             return None
         score = Score.of_means(sums[:, 0] / sums[:, 1], sums[:, 1])
+        plain, _, loader = name.partition("/dataloader_idx_")
+        parts = self._of_parts.get((plain, int(loader or 0)), [])
+        if len(parts) > len(sums):
+            means, sizes = zip(*parts, strict=True)
+            finer = Score.of_means(means, sizes)
+            if np.isclose(float(finer), float(score), rtol=1e-3):
+                score = finer
         if value is None:
             return score
         return Score(value, score.groups, score.sizes) if np.isclose(float(score), value, rtol=1e-4) else None
+
+
+@contextmanager
+def _logging_to(module: LightningModule, logged: dict[str, float]) -> Iterator[None]:
+    """Let a module log single numbers into a dictionary, and nothing anywhere else."""
+
+    def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(value, Metric) and kwargs.get("on_epoch") is not False:
+            logged[name] = float(value)
+
+    own = vars(module).get("log")
+    vars(module)["log"] = log
+    try:
+        yield
+    finally:
+        vars(module).pop("log") if own is None else vars(module).__setitem__("log", own)
 
 
 def _results(trainer: Any) -> list[Any]:

@@ -1,5 +1,6 @@
 """A validation loop that can be run inside a hook and that nobody else notices."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -52,11 +53,14 @@ def isolated_validation(trainer: Trainer, pl_module: LightningModule) -> Validat
         loop._max_batches = live._max_batches
         recorder = Recorder(pl_module, sum(live.max_batches) if live.max_batches else 1)
         with (
+            warnings.catch_warnings(),
             undisturbed(pl_module),
             own_iterators(combined.flattened),
             _alone(trainer, holder, slot, loop, recorder),
             recorder.watching(),
         ):
+            # Lightning's own; it would come again with every network.
+            warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated", FutureWarning)
             try:
                 loop.run()
                 return recorder.scores(trainer, _figures(trainer._logger_connector._callback_metrics))

@@ -46,7 +46,7 @@ class Candidate:
         plan: What was done to the network.
         choice: The bits, or the steps, that it was made with.
         error: The output error on the samples that nothing was fitted to, a part of the output.
-        notes: What the reader of the report should know; none as a rule.
+        dropped: What was seen of a repair that was dropped; empty as a rule.
         metrics: Metrics of the network by name; empty where it was not evaluated.
         distances: ‖F_q(x) − F(x)‖ of each of these samples.
     """
@@ -54,7 +54,7 @@ class Candidate:
     plan: QuantizationPlan
     choice: Choice | StepChoice
     error: float
-    notes: tuple[str, ...] = ()
+    dropped: str = ""
     metrics: Mapping[str, Score] = field(default_factory=dict)
     distances: tuple[float, ...] = ()
 
@@ -136,7 +136,7 @@ class CandidateMaker:
         made_for = weights_fingerprint(self.model, [layer.name for layer in self.layers])
         plans, inputs = self._rounded(choice)
         with rounded_inputs(self.model, self.layers, inputs):
-            repairs, note = self.repair(self.model) if self.repair is not None else ({}, "")
+            repairs, dropped = self.repair(self.model) if self.repair is not None else ({}, "")
         widths = sum(map(width_bits, choice.bits)) if isinstance(choice, Choice) else 0
         plan = QuantizationPlan(
             method=method,
@@ -153,7 +153,7 @@ class CandidateMaker:
             plan,
             choice,
             self.held_out.relative(distances),
-            notes=(note,) if note else (),
+            dropped=dropped,
             distances=tuple(distances.tolist()),
         )
 

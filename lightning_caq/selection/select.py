@@ -83,8 +83,10 @@ class Selector:
         if self.options.guard and (better := self._better_uniform(candidates, budget)):
             candidates |= {method: chosen, CHOSEN: better}
             notes.append(self._uniform_note(chosen, better))
-        of_candidates = dict.fromkeys(f"{x.plan.method}: {note}." for x in candidates.values() for note in x.notes)
-        notes += map(Note, of_candidates)
+        dropped = {x.plan.method: x.dropped for x in candidates.values() if x.dropped}
+        if dropped:
+            listed = "; ".join(f"{method}, {seen}" for method, seen in dropped.items())
+            notes.append(Note(f"Repairs of statistics and biases were dropped, on samples held out: {listed}."))
         for note in notes:
             self.progress.tell(note)
         tried_steps = self.steps.tried if self.steps is not None else {}

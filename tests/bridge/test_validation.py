@@ -218,3 +218,21 @@ def test_the_same_groups_are_left_out_of_every_network(tmp_path):
         assert before[name].less(after[name]).stderr is not None
     # Networks that agree on most samples differ by less than each is uncertain.
     assert before["loss"].less(after["loss"]).stderr < before["loss"].stderr
+
+
+def test_a_mean_of_few_batches_is_known_by_their_parts(tmp_path):
+    shuffled = Subset(blobs(192, seed=1), torch.randperm(192, generator=torch.Generator().manual_seed(3)).tolist())
+    loaders = train_loader(), DataLoader(shuffled, batch_size=96)
+    before, result, after = at(
+        "on_train_end",
+        lambda t, m: (snapshot(m, t), isolated_validation(t, m)(m), snapshot(m, t)),
+        tmp_path,
+        per_sample(lightning.pytorch),
+        loaders,
+    )
+    assert before == after
+    p = float(result["correct"])
+    assert result["correct"].samples == 192
+    assert result["correct"].stderr == pytest.approx((p * (1 - p) / 191) ** 0.5, rel=0.35)
+    assert result["loss"].stderr > 0
+    assert result["micro"].stderr == pytest.approx(result["correct"].stderr, rel=0.4)
