@@ -27,6 +27,7 @@ from lightning_caq.measures.measure import measure
 from lightning_caq.measures.rounding.rounded_loss import rounded_loss
 from lightning_caq.network.batches import take_samples
 from lightning_caq.network.deployed import find_deployed, stored_widths
+from lightning_caq.network.drawn import drawn
 from lightning_caq.network.float_notes import float_notes
 from lightning_caq.network.float_outputs import Reference, make_reference
 from lightning_caq.network.forward import Batch
@@ -110,7 +111,9 @@ def quantize(
 
     Args:
         model: The network.
-        batches: Re-iterable calibration batches: tensors, tuples whose first item is the input, or dicts.
+        batches: Re-iterable calibration batches: tensors, tuples whose first item is the input, or dicts. Of a data set
+            with indices, or a plain loader of one, ``calibration_samples`` items are drawn by ``seed``; of all else the
+            first are taken, whatever the seed.
         options: Every field of QuantizationOptions.
         loss_fn: Loss of a model and a batch, for ``objective="task"``.
         evaluate: Metrics of a network by name, such as its accuracy; called for the float network, the quantized one
@@ -142,6 +145,7 @@ def quantize(
     """
     chosen = QuantizationOptions(**known_keywords(quantize, options))
     target = model if inplace else copy.deepcopy(model)
+    batches = drawn(batches, chosen.calibration_samples, chosen.seed)
     return run(target, batches, chosen, loss_fn=loss_fn, evaluate=evaluate, profile=profile, progress=Progress(say))
 
 

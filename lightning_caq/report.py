@@ -175,11 +175,7 @@ class QuantizationReport:
         """``table`` without notes, for a reader who has had them."""
         layers, networks = text_table(*self.layer_cells()), text_table(*self.variant_cells())
         marked = any(reason.source != "modelled" and reason.damage is not None for reason in self.reasons)
-        of_layers = (
-            "\n* measured on the network with only this layer rounded; the others by the quadratic model"
-            if marked
-            else ""
-        )
+        of_layers = "\n* measured, with only this layer rounded; all else is modelled" if marked else ""
         return f"{layers}{of_layers}\n\n" + "\n".join(filter(None, (networks, self.legend)))
 
     def difference(self, variant: str, other: str, metric: str) -> Difference | None:
@@ -215,7 +211,7 @@ class QuantizationReport:
 
     def layer_cells(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows of the table of layers."""
-        quantized = [v for v in self.variants if v != "float"]
+        quantized = [v for v in self.variants if any(v in r.bits for r in self.layers)]
         with_inputs = [v for v in quantized if any(v in r.input_bits for r in self.layers)]
         why = {reason.name: reason for reason in self.reasons if reason.damage is not None}
         unit = next((reason.unit for reason in why.values()), "")

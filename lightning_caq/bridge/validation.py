@@ -47,20 +47,16 @@ def isolated_validation(trainer: Trainer, pl_module: LightningModule) -> Validat
         return None
 
     def validate(model: nn.Module) -> dict[str, Score]:
-        loop = type(live)(trainer, live._trainer_fn, live._stage, verbose=False, inference_mode=False)
-        loop.setup_data = lambda: None  # the live loop has done that; the loaders are shared, their iterators are not
-        loop._combined_loader = type(combined)(combined.iterables, combined._mode)
-        loop._max_batches = live._max_batches
         recorder = Recorder(pl_module, sum(live.max_batches) if live.max_batches else 1)
-        with (
-            warnings.catch_warnings(),
-            undisturbed(pl_module),
-            own_iterators(combined.flattened),
-            _alone(trainer, holder, slot, loop, recorder),
-            recorder.watching(),
-        ):
+        with warnings.catch_warnings(), undisturbed(pl_module), own_iterators(combined.flattened), ExitStack() as stack:
             # Lightning's own; it would come again with every network.
             warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated", FutureWarning)
+            loop = type(live)(trainer, live._trainer_fn, live._stage, verbose=False, inference_mode=False)
+            loop.setup_data = lambda: None  # the live loop has done that; the loaders are shared, no iterators
+            loop._combined_loader = type(combined)(combined.iterables, combined._mode)
+            loop._max_batches = live._max_batches
+            stack.enter_context(_alone(trainer, holder, slot, loop, recorder))
+            stack.enter_context(recorder.watching())
             try:
                 loop.run()
                 return recorder.scores(trainer, _figures(trainer._logger_connector._callback_metrics))

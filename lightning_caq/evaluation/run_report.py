@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from lightning_caq.evaluation.reasons import reasons
 from lightning_caq.evaluation.versions import versions
@@ -75,22 +76,54 @@ def run_report(
     )
 
 
-def retrained_report(report: QuantizationReport, metrics: Mapping[str, float]) -> QuantizationReport:
-    """The report of a quantized network that was trained on after the run.
+BEFORE = "before training on"
+"""The variant that the quantized network was until it was trained on."""
+
+T = TypeVar("T")
+
+
+def retrained_report(report: QuantizationReport, metrics: Mapping[str, Score]) -> QuantizationReport:
+    """The report of a quantized network that was trained on after the run, which it has before and after.
 
     Args:
-        report: The report of the run.
-        metrics: Metrics of the network as it is now; those of the run are left out.
+        report: The report of the run, or of the last time that the network was trained on.
+        metrics: Metrics of the network as it is now.
 
     Example:
         >>> report = QuantizationReport("cet", "avg_bits=3", (), {}, {"float/acc": 0.9, "quantized/acc": 0.7})
-        >>> retrained_report(report, {"acc": 0.8}).metrics
-        {'float/acc': 0.9, 'quantized/acc': 0.8}
+        >>> retrained_report(report, {"acc": Score(0.8)}).metrics
+        {'float/acc': 0.9, 'before training on/acc': 0.7, 'quantized/acc': 0.8}
     """
-    kept = {name: value for name, value in report.metrics.items() if not name.startswith("quantized/")}
-    now = {f"quantized/{name}": value for name, value in metrics.items()}
-    note = Note("The quantized network was trained on; all else is as measured before that.")
-    return replace(report, metrics=kept | now, notes=tuple(dict.fromkeys((*report.notes, note))))
+    earlier, sure, sizes = report.metrics, report.certainty, report.sizes
+    if BEFORE not in sizes:  # what the run gave; it stays if the network is trained on once more
+        earlier, sure = _as_before(earlier), _as_before(sure)
+        sizes = {**sizes, **({BEFORE: sizes["quantized"]} if "quantized" in sizes else {})}
+    certain = {
+        f"quantized/{name}": Certainty(score.samples, score.stderr)
+        for name, score in metrics.items()
+        if score.samples is not None and score.stderr is not None
+    }
+    now = {f"quantized/{name}": float(score) for name, score in metrics.items()}
+    note = Note(
+        "The quantized network was trained on; its metrics are those after that, and all else is as measured before."
+    )
+    return replace(
+        report,
+        metrics=_of_others(earlier) | now,
+        certainty=_of_others(sure) | certain,
+        sizes=sizes,
+        notes=tuple(dict.fromkeys((*report.notes, note))),
+    )
+
+
+def _as_before(known: Mapping[str, T]) -> dict[str, T]:
+    """What is known of the quantized network, under the name that it has once that was trained on."""
+    mine = "quantized/"
+    return {(f"{BEFORE}/{k.removeprefix(mine)}" if k.startswith(mine) else k): x for k, x in known.items()}
+
+
+def _of_others(known: Mapping[str, T]) -> dict[str, T]:
+    return {name: x for name, x in known.items() if not name.startswith("quantized/")}
 
 
 def certainty(metrics: Mapping[str, Mapping[str, Score]]) -> dict[str, Certainty]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_caq import QuantizationReport, quantize
-from lightning_caq.evaluation.run_report import certainty
+from lightning_caq.evaluation.run_report import BEFORE, certainty, retrained_report
 from lightning_caq.scores import Score
 
 FAST = {"calibration_samples": 64, "curvature_samples": 24, "bits": (2, 3, 4, 8)}
@@ -58,3 +58,18 @@ def test_the_calibration_objective_is_known_by_samples(result):
 
 def test_what_is_known_by_its_value_alone_has_no_certainty():
     assert certainty({"float": {"acc": Score(0.5)}}) == {}
+
+
+def test_a_network_that_was_trained_on_has_its_figures_before_and_after(result):
+    report = result.report
+    once = retrained_report(report, {"acc": Score.of_samples([1.0, 0.0] * 100)})
+    twice = retrained_report(once, {"acc": Score(0.75)})
+    for later, accuracy in ((once, 0.5), (twice, 0.75)):
+        assert later.metrics[f"{BEFORE}/acc"] == report.metrics["quantized/acc"]
+        assert later.metrics["quantized/acc"] == accuracy
+        assert later.certainty[f"{BEFORE}/acc"] == report.certainty["quantized/acc"]
+        assert [row[0] for row in later.variant_cells()[1]] == ["float", "quantized (cet)", "uniform", BEFORE]
+        assert later.layer_cells()[0] == report.layer_cells()[0]
+        assert len(later.notes) == len(report.notes) + 1
+    assert once.certainty["quantized/acc"].samples == 200
+    assert "quantized/acc" not in twice.certainty
