@@ -256,5 +256,5 @@ def _tightness(report: QuantizationReport) -> Figure:
 
 def _landscape(report: QuantizationReport) -> Figure:
     if report.studies.landscape is None:
-        raise ValueError("The loss was not computed on a plane.")
+        raise ValueError("The loss was not computed on a plane; study=True does that.")
     return loss_landscape(report.studies.landscape)

@@ -54,7 +54,8 @@ def in_words(report: QuantizationReport) -> list[str]:
     if (held := report.tightness) is not None:
         told.append(
             f"With the plan's bits and nearest rounding the output is off by {held.observed:.3g} (its own unit, rms "
-            f"over samples); Φ predicts {held.ratios['bound']:.2f} times as much, the signed first-order sum "
+            "over samples). Φ, the errors of all layers carried to the output and added as if they all pointed the "
+            f"same way, is {held.ratios['bound']:.2f} times as much; their signed first-order sum is "
             f"{held.ratios['linear']:.2f} times."
         )
     told.append("Quantization is simulated: weights lie on their grids, arithmetic is in floating point.")

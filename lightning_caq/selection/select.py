@@ -14,8 +14,8 @@ from lightning_caq.allocation.steps import StepChoice
 from lightning_caq.errors import BudgetError
 from lightning_caq.notes import Note
 from lightning_caq.options import QuantizationOptions
-from lightning_caq.report import in_figures
-from lightning_caq.scores import NOISE, Difference, Score
+from lightning_caq.report import as_factor, in_figures
+from lightning_caq.scores import NOISE, Difference, Score, log_ratio
 from lightning_caq.selection.candidate import Candidate, CandidateMaker
 from lightning_caq.selection.steps import StepSearch
 from lightning_caq.studies import RatePoint
@@ -189,9 +189,10 @@ class Selector:
         return True
 
     def _uniform_note(self, chosen: Candidate, uniform: Candidate) -> Note:
-        method = self.options.method
+        method, ratio = self.options.method, log_ratio(chosen.distances, uniform.distances)
+        told = f", {as_factor(ratio)} sample by sample" if ratio is not None else ""
         return Note(
             f"Uniform bits are better than those of {method} on samples held out (output error {uniform.error:.1%} "
-            f"against {chosen.error:.1%}) and are used instead; pass guard=False to keep those of {method}.",
+            f"against {chosen.error:.1%}{told}) and are used instead; pass guard=False to keep those of {method}.",
             "warning",
         )
