@@ -24,7 +24,7 @@ from lightning_caq.bridge.failures import failures_reported
 from lightning_caq.bridge.folders import earlier_profile, output_directory
 from lightning_caq.bridge.loss import quiet_loss, training_loss
 from lightning_caq.bridge.monitoring import Monitor
-from lightning_caq.bridge.outputs import Outcome, float_weights, write
+from lightning_caq.bridge.outputs import Outcome, float_weights, shows_progress, write
 from lightning_caq.bridge.packages import Callback
 from lightning_caq.bridge.saved import Saving, save_network, tell_of_float
 from lightning_caq.bridge.undisturbed import undisturbed
@@ -129,6 +129,7 @@ class CurvatureQuantizationCallback(Callback):
         self._monitor = Monitor(monitor_every_n_epochs)
         self._watched = WatchedMetric(self.options)
         self._checked = False
+        self._told: set[str] = set()  # notes that the user has had in this run
         self._outcome: Outcome | None = None
         self._network: weakref.ref[nn.Module] | None = None  # the network that the plan is in force on
 
@@ -171,6 +172,7 @@ class CurvatureQuantizationCallback(Callback):
             self._monitor.restart()
             self._watched.restart()
             self._checked = False
+            self._told.clear()
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -195,7 +197,7 @@ class CurvatureQuantizationCallback(Callback):
             loss = quiet_loss(pl_module, self.loss_fn) if task else None
             seen = loss or training_loss(pl_module, self.loss_fn)
             taken = batch if task else as_taken(pl_module, [batch])[0]
-            progress = Progress(rank_zero_info)
+            progress = Progress(rank_zero_info, told=self._told)
             pipeline.check(pl_module, taken, self.options, loss_fn=loss, training_loss=seen, progress=progress)
 
     @override
@@ -299,7 +301,7 @@ class CurvatureQuantizationCallback(Callback):
                 evaluate=validate,
                 direction=self._watched.directions(trainer, pl_module),
                 profile=earlier_profile(directory) or self.profile,
-                progress=Progress(rank_zero_info),
+                progress=Progress(rank_zero_info, bar=shows_progress(trainer), told=self._told),
                 sharing=sharing,
             )
             plan = ranks.agree(trainer, pl_module, result.plan, float_state)

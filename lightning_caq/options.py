@@ -38,7 +38,8 @@ class QuantizationOptions:
         bops: Budget: billions of bit operations a sample, alone or together with ``avg_bits`` or ``ratio``.
         error: Budget: predicted output error as a part of the output; the smallest network within it is made.
         max_bytes: Budget: bytes of the file that ``save_quantized`` writes; for ``coding="entropy"``.
-        max_drop: Budget: how much worse the metric ``monitor`` may get; the smallest network within it is looked for.
+        max_drop: Budget: how much worse the metric ``monitor`` may get, two standard errors counted where they are
+            known; the smallest network within it is looked for.
         monitor: The metric that ``max_drop`` watches, by the name it is logged under.
         monitor_mode: Whether a good network has a large metric (``"max"``) or a small one (``"min"``). ``"auto"`` goes
             by ``higher_is_better`` of a torchmetrics metric, by the mode of a ``ModelCheckpoint`` or ``EarlyStopping``

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_caq.allocation.budget import MaxDrop, check_budget, check_coded_budget
@@ -27,6 +28,7 @@ from lightning_caq.measures.measure import measure
 from lightning_caq.measures.rounding.rounded_loss import rounded_loss
 from lightning_caq.network.batches import take_samples
 from lightning_caq.network.deployed import find_deployed, stored_widths
+from lightning_caq.network.drawn import drawn
 from lightning_caq.network.float_notes import baked_notes, float_notes
 from lightning_caq.network.float_outputs import Reference, make_reference
 from lightning_caq.network.forward import Batch
@@ -44,6 +46,7 @@ from lightning_caq.quantizers.rounding.cost import rounding_seconds
 from lightning_caq.report import QuantizationReport
 from lightning_caq.reporting.gallery import draw_gallery
 from lightning_caq.reporting.html import write_html
+from lightning_caq.scores import Score, as_scores
 from lightning_caq.selection.candidate import CandidateMaker, prepare_candidates
 from lightning_caq.selection.long_axis import prepare_long_axis
 from lightning_caq.selection.select import Selection, Selector
@@ -51,14 +54,20 @@ from lightning_caq.selection.steps import StepSearch
 from lightning_caq.sizes import SCALE_BITS, STEPPED, LayerSizes
 from lightning_caq.studies import RateLimit, Studies, Tightness
 from lightning_caq.utilities.contexts import Evaluate, InFloat32, curvature_safe
+from lightning_caq.utilities.cores import CpuTimes, crowded, free_cores
 from lightning_caq.utilities.isolation import preserved
 from lightning_caq.utilities.keywords import known_keywords, takes_fields_of
 from lightning_caq.utilities.metric_names import Direction, direction_of_name
-from lightning_caq.utilities.progress import Progress, Say, duration, silent
+from lightning_caq.utilities.progress import Progress, Say, silent
 from lightning_caq.utilities.sharing import ALONE, Sharing
 
 TIGHTNESS_SAMPLES = 32
-_CANDIDATE_PASSES, _TIGHTNESS_PASSES = 6, 40  # forward passes: over all samples, and over those of tightness
+_CANDIDATE_PASSES, _TIGHTNESS_PASSES, _STUDY_PASSES = (
+    6,
+    40,
+    60,
+)  # forward passes: over all samples, and over those of tightness
+_STEP_SEARCH = 8  # roundings of a search for steps, most of them on few samples
 
 
 @dataclass(frozen=True)
@@ -105,11 +114,15 @@ def quantize(
 
     Args:
         model: The network.
-        batches: Re-iterable calibration batches: tensors, tuples whose first item is the input, or dicts.
+        batches: Re-iterable calibration batches: tensors, tuples whose first item is the input, or dicts. Of a data set
+            with indices, or a plain loader of one, ``calibration_samples`` items are drawn by ``seed``; of all else the
+            first are taken, whatever the seed.
         options: Every field of QuantizationOptions.
         loss_fn: Loss of a model and a batch, for ``objective="task"``.
-        evaluate: Metrics of a network, such as its accuracy; called for the float network, the quantized one and each
-            compared one. The calibration objective is always reported.
+        evaluate: Metrics of a network by name, such as its accuracy; called for the float network, the quantized one
+            and each compared one. A metric is a number, or a tensor with one number for each sample, whose mean it is:
+            then standard errors are known, and differences are judged sample by sample. The calibration objective is
+            always reported.
         profile: A profile of an earlier run; what it holds for the same weights and samples is not measured again, so
             that a second budget costs no second measurement.
         inplace: Whether ``model`` itself is quantized, or a copy.
@@ -135,6 +148,7 @@ def quantize(
     """
     chosen = QuantizationOptions(**known_keywords(quantize, options))
     target = model if inplace else copy.deepcopy(model)
+    batches = drawn(batches, chosen.calibration_samples, chosen.seed)
     return run(target, batches, chosen, loss_fn=loss_fn, evaluate=evaluate, profile=profile, progress=Progress(say))
 
 
@@ -185,6 +199,7 @@ def run(
         chooser, maker = steps.allocator(network, profile), steps.maker(network, profile)
         selection = steps.select(network, chooser, maker, float_metrics)
         evaluation = steps.evaluate(network, chooser, maker, selection)
+        progress.close()
         report = steps.report(network, profile, selection, evaluation, float_metrics)
         selection.chosen.plan.write(model)
         return QuantizationResult(model, selection.chosen.plan, profile, report)
@@ -276,7 +291,9 @@ class _Network:
         input_bits: Candidate bits of each layer's input, a row a layer.
         reference: The calibration samples and the network's outputs on them.
         objective: The calibration objective on the same samples.
-        loss: Its value, nat.
+        loss: Its value, nat, with what it rests on.
+        forward: Seconds of a forward pass over all samples.
+        clocks: Processor times before it was run.
     """
 
     model: nn.Module
@@ -286,7 +303,9 @@ class _Network:
     input_bits: Sequence[Sequence[int]]
     reference: Reference
     objective: Objective
-    loss: float
+    loss: Score
+    forward: float
+    clocks: CpuTimes | None
 
     def on(self, samples: int) -> tuple[Objective, Reference]:
         """Objective and outputs on the first samples."""
@@ -354,14 +373,13 @@ class _Steps:
             check_coded_budget(options.budget, sizes)
         if options.rounding == "long_axis":
             check_memory(layers, options.eigenpairs)
-        start = time.perf_counter()
+        start, clocks = time.perf_counter(), CpuTimes.now()
         reference = make_reference(model, samples)
         objective = objective_from(options.objective, reference, self.loss_fn)
-        loss = objective.value(model)  # one that is not finite or no scalar shows here, before any work
-        seconds = self._seconds(layers, objective.samples, (time.perf_counter() - start) / 2)
-        self.progress.say(
-            f"{len(layers)} layers, {sum(sizes.weights):,} weights, {objective.samples} samples, {options.method} with "
-            f"{options.budget}: about {duration(seconds)}, curvature not counted"
+        loss = objective.score(model)  # one that is not finite or no scalar shows here, before any work
+        forward = (time.perf_counter() - start) / 2
+        self.progress.headline = (
+            f"{len(layers)} layers, {sum(sizes.weights):,} weights, {options.method} with {options.budget}; "
         )
         return _Network(
             model=model,
@@ -372,20 +390,44 @@ class _Steps:
             reference=reference,
             objective=objective,
             loss=loss,
+            forward=forward,
+            clocks=clocks,
         )
 
-    def _seconds(self, layers: Sequence[Layer], samples: int, forward: float) -> float:
-        """About how long the run takes but for measuring, of what one forward pass over all samples takes."""
-        rounding = 0.0
-        if self.options.rounding == "error_feedback":
-            rounding = rounding_seconds(layers, samples, multiplication_seconds())
-        candidates = len(self.options.methods) * (_CANDIDATE_PASSES * forward + rounding)
-        return candidates + _TIGHTNESS_PASSES * forward * min(TIGHTNESS_SAMPLES / samples, 1.0)
+    def _expect(self, network: _Network, validation: float) -> None:
+        """Count on all that follows measuring.
 
-    def judge_float(self, network: _Network) -> dict[str, float]:
+        Args:
+            network: The float network, with the time that a forward pass over all samples takes.
+            validation: Seconds that evaluating it took.
+        """
+        options, samples, forward = self.options, network.objective.samples, network.forward
+        rounding = _CANDIDATE_PASSES * forward
+        if options.rounding == "error_feedback":
+            rounding += rounding_seconds(network.layers, samples, multiplication_seconds())
+        if options.coding == "entropy":
+            rounding *= _STEP_SEARCH
+        guard = options.guard and "uniform" not in options.methods
+        tries = options.max_evaluations if isinstance(options.budget, MaxDrop) else 1
+        count = len(options.methods) - 1 + guard + tries
+        self.progress.expect(f"{count} networks", rounding, times=count, steps=("rounding",))
+        self.progress.expect("their validation", validation + forward, times=count, steps=("evaluation",))
+        if options.coding == "fixed":
+            passes = _TIGHTNESS_PASSES * min(TIGHTNESS_SAMPLES / samples, 1.0)
+            self.progress.expect(
+                "comparison with predictions", passes * forward, steps=("tightness of the prediction",)
+            )
+        if options.study:
+            self.progress.expect("studies", rounding + _STUDY_PASSES * forward)
+        if told := crowded(torch.get_num_threads(), free_cores(network.clocks, CpuTimes.now())):
+            self.progress.say(told)
+
+    def judge_float(self, network: _Network) -> dict[str, Score]:
         """Metrics of the float network; refuses to watch one that nobody computes, before anything is measured."""
+        start = time.perf_counter()
         with self.progress.step("evaluation (float)"):
             metrics = self._metrics(network, network.loss)
+        self._expect(network, time.perf_counter() - start)
         budget = self.options.budget
         if isinstance(budget, MaxDrop) and budget.monitor not in metrics:
             logged = ", ".join(map(repr, metrics))
@@ -441,13 +483,13 @@ class _Steps:
         return prepare_candidates(model, layers, network.sizes, options, network.reference, long_axis)
 
     def select(
-        self, network: _Network, chooser: Chooser, maker: CandidateMaker, float_metrics: Mapping[str, float]
+        self, network: _Network, chooser: Chooser, maker: CandidateMaker, float_metrics: Mapping[str, Score]
     ) -> Selection:
         """Make the networks that were asked for, and choose the one to keep."""
         return Selector(
             chooser=chooser,
             maker=maker,
-            judge=lambda: self._metrics(network, network.objective.value(network.model)),
+            judge=lambda: self._metrics(network, network.objective.score(network.model)),
             options=self.options,
             progress=self.progress,
             float_metrics=float_metrics,
@@ -474,7 +516,7 @@ class _Steps:
         profile: CurvatureProfile,
         selection: Selection,
         evaluation: _Evaluation,
-        float_metrics: Mapping[str, float],
+        float_metrics: Mapping[str, Score],
     ) -> QuantizationReport:
         """Put together what was done, what it cost and what it gave."""
         return run_report(
@@ -491,7 +533,7 @@ class _Steps:
             notes=self._notes(network, float_metrics, selection),
         )
 
-    def _notes(self, network: _Network, float_metrics: Mapping[str, float], selection: Selection) -> list[Note]:
+    def _notes(self, network: _Network, float_metrics: Mapping[str, Score], selection: Selection) -> list[Note]:
         """What the user was told before anything was measured, and what is left to say."""
         bypasses = self.validation is not None and self.validation.bypasses
         metrics, objective = selection.chosen.metrics, network.objective.name
@@ -504,10 +546,10 @@ class _Steps:
             self.progress.tell(note)
         return [*network.notes, *notes]
 
-    def _metrics(self, network: _Network, loss: float) -> dict[str, float]:
+    def _metrics(self, network: _Network, loss: Score) -> dict[str, Score]:
         """Metrics of the network as it is, by name; ``loss`` is its calibration objective."""
         metrics = {network.objective.name: loss}
         if self.validation is not None:
             self.sharing.meet("evaluation")  # it may have collectives of its own
-            metrics |= {name: float(value) for name, value in self.validation(network.model).items()}
+            metrics |= as_scores(self.validation(network.model))
         return self.sharing.first(metrics, "metrics")  # what is tried next has to be the same on every rank

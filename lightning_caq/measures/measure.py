@@ -136,18 +136,19 @@ def measure(
             )
             seconds = sharing.first(_seconds(measurement, measures) / sharing.size, "estimate of the time")
             count = measurement.objective.samples
-            progress.say(f"measuring on {count} samples: about {duration(seconds)}")
             if time_budget is not None and seconds > time_budget:
                 chosen = take_samples(chosen, max(int(count * time_budget / seconds), 1))
                 measurement = replace(measurement, objective=make_objective(objective, model, chosen, loss_fn))
-                count = measurement.objective.samples
-                progress.say(f"measuring on {count} samples only, to stay within {duration(time_budget)}")
+                seconds, count = time_budget, measurement.objective.samples
             mark = _fingerprint(measurement)
             usable = known is not None and known.fingerprint == mark and needs <= set(known.needs)
             earlier = sharing.first(known if usable else None, "profile of an earlier run")
             if earlier is not None:
-                progress.say("measured before: the profile of the same weights and samples is used")
+                progress.announce("measured before, the profile of the same weights and samples is used")
                 return earlier
+            within = f" only, to stay within {duration(seconds)}" if seconds == time_budget else ""
+            progress.expect("curvature", seconds, steps=tuple(dict.fromkeys(x.step for x in measures)))
+            progress.announce(f"measuring on {count} samples{within}")
             profile = _take(measurement, measures, progress)
         profile = replace(profile, seconds=time.perf_counter() - start, needs=tuple(sorted(needs)), fingerprint=mark)
         return sharing.first(profile, "profile")

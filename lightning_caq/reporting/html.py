@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -16,13 +16,32 @@ from lightning_caq.reporting.gallery import ENTRIES, Gallery
 from lightning_caq.reporting.page import page
 from lightning_caq.reporting.repeat import repeat
 from lightning_caq.reporting.vectors import svg
-from lightning_caq.reporting.words import comparison, in_words, layer_columns
+from lightning_caq.reporting.words import (
+    comparison,
+    in_words,
+    layer_columns,
+    reason_in_words,
+    reasons_in_words,
+)
 from lightning_caq.sizes import average_bits
 
 if TYPE_CHECKING:
     from lightning_caq.plan import QuantizationPlan
 
-Cell = str | float | None
+
+class Figures(NamedTuple):
+    """A cell of figures that is sorted by one number.
+
+    Attributes:
+        text: What is shown.
+        value: What it is sorted by.
+    """
+
+    text: str
+    value: float
+
+
+Cell = str | float | Figures | None
 _NUMBER = ' class="number"'
 
 
@@ -119,9 +138,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
 def _cell(value: Cell) -> str:
     if isinstance(value, str):
         return f"<td>{escape(value)}</td>"
+    if isinstance(value, Figures):
+        text, value = value
+    else:
+        text = f"{value:,}" if isinstance(value, int) else f"{value or 0.0:.4g}"
     if value is None or value != value:
         return f"<td{_NUMBER}>–</td>"
-    text = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
     key = repr(value).replace("inf", "Infinity")  # as JavaScript reads it
     return f'<td{_NUMBER} data-value="{key}">{text}</td>'
 
@@ -157,7 +179,8 @@ def _result(report: QuantizationReport | None) -> list[str]:
         return []
     header, rows = report.variant_cells()
     told = [f"<p>{escape(text)}</p>" for text in in_words(report)]
-    return [section("Result", *told, table(header, map(_numbers, rows)))]
+    legend = f"<p>{escape(report.legend)}</p>" if report.legend else ""
+    return [section("Result", *told, table(header, map(_numbers, rows)), legend)]
 
 
 def _numbers(cells: Sequence[str]) -> list[Cell]:
@@ -166,17 +189,23 @@ def _numbers(cells: Sequence[str]) -> list[Cell]:
 
 
 def _number(cell: str) -> Cell:
+    """A cell of figures, which is sorted by the first of them."""
+    first, _, more = cell.partition(" ")
     try:
-        return float(cell.replace(",", "").removesuffix("x"))
+        value = float(first.replace(",", "").rstrip("x%"))
     except ValueError:
         return None
+    return Figures(cell, value) if more or first.endswith("%") else value
 
 
 def _layers(report: QuantizationReport | None, profile: CurvatureProfile | None) -> list[str]:
     header, rows = layer_columns(report, profile)
     if not rows:
         return []
-    return [section("Layers", "<p>Click a heading to sort.</p>", table(header, rows))]
+    told = "".join(f"<p>{escape(text)}</p>" for text in reasons_in_words(report)) if report else ""
+    each = "".join(f"<li>{escape(reason_in_words(reason))}</li>" for reason in report.reasons) if report else ""
+    more = f"<details><summary>Why each layer has its bits</summary><ul>{each}</ul></details>" if each else ""
+    return [section("Layers", f"{told}<p>Click a heading to sort.</p>", table(header, rows), more)]
 
 
 def _figures(gallery: Gallery) -> list[str]:
