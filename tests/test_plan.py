@@ -214,7 +214,8 @@ def test_other_weights(done):
     other = copy.deepcopy(net)
     with torch.no_grad():
         other[10].weight[0, 0] += 1e-6
-    _untouched(other, lambda: plan.apply(other), "made for other weights than those in Sequential")
+    words = r"other weights than those in Sequential.*last float checkpoint of that run.*quantized\.ckpt"
+    _untouched(other, lambda: plan.apply(other), words)
 
 
 @every(

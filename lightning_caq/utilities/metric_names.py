@@ -12,8 +12,8 @@ _PARTS = {
     "max": ("accuracy", "precision", "recall", "similarity", "auroc"),
 }
 _WORDS = {
-    "min": ("err", "mse", "mae", "rmse", "mape", "nll", "bce", "ce", "kl", "ppl", "wer", "cer", "fid", "lpips", "task"),
-    "max": ("acc", "top1", "top5", "f1", "auc", "iou", "miou", "dice", "map", "r2", "psnr", "ssim", "bleu", "rouge"),
+    "min": ("err", "mse", "mae", "rmse", "nll", "bce", "ce", "kl", "ppl", "wer", "cer", "fid", "lpips", "task"),
+    "max": ("acc", "top1", "top5", "f1", "auc", "iou", "miou", "dice", "map", "r2", "psnr", "ssim", "bleu"),
 }
 
 
