@@ -379,7 +379,8 @@ class _Steps:
         loss = objective.score(model)  # one that is not finite or no scalar shows here, before any work
         forward = (time.perf_counter() - start) / 2
         self.progress.headline = (
-            f"{len(layers)} layers, {sum(sizes.weights):,} weights, {options.method} with {options.budget}; "
+            f"{len(layers)} layers, {sum(sizes.weights):,} weights, {objective.samples} samples, {options.method} with "
+            f"{options.budget}; "
         )
         return _Network(
             model=model,

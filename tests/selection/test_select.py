@@ -284,7 +284,7 @@ class Noisy:
             chooser=SimpleNamespace(choose=lambda method, budget: Choice((budget.value,))),
             maker=SimpleNamespace(made=self.made, shortage=""),
             judge=lambda: {"acc": self.score(self.bits)},
-            options=QuantizationOptions(monitor="acc", compare=(), guard=False, **options),
+            options=QuantizationOptions(monitor="acc", monitor_mode="max", compare=(), guard=False, **options),
             progress=Progress(self.said.append),
             float_metrics={"acc": self.score(32.0)},
         ).select()

@@ -21,12 +21,12 @@ def test_clocks_run():
     if before is None:
         assert not cores._STAT.exists()
         return
-    end = time.perf_counter() + 0.1
-    while time.perf_counter() < end:
+    end = time.process_time() + 0.05
+    while time.process_time() < end:
         pass
     after = CpuTimes.now()
-    assert after.process - before.process > 0.02
-    assert after.machine >= before.machine
+    assert after.process - before.process > 0.04
+    assert after.machine - before.machine > 0.02  # in hundredths of a second
 
 
 def test_a_quota_of_the_container_counts(tmp_path):
