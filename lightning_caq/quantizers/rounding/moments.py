@@ -88,6 +88,8 @@ def input_moments(layer: Layer, weight: Tensor, passes: PairedPasses) -> InputMo
                 if not torch.equal(inputs, float_inputs):
                     moved = _flat(columns(layer, call.module, float_inputs - inputs, chosen))
                     pull.baddbmm_(matrix @ moved if few_outputs else moved, z.transpose(1, 2))
+    if not count:  # only samples held out reach it, as they reach an expert
+        return None
     pull = pull if few_outputs else matrix @ pull
     return InputMoments(curvature / count, pull / count)
 

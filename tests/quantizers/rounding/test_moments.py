@@ -11,8 +11,8 @@ from torch import nn
 from lightning_caq.network.layer_matrix import columns
 from lightning_caq.network.layers import Layer, find_layers
 from lightning_caq.quantizers.rounding import moments as module_under_test
-from lightning_caq.quantizers.rounding.moments import damped, samples_needed
-from lightning_caq.quantizers.rounding.passes import holding
+from lightning_caq.quantizers.rounding.moments import damped, input_moments, samples_needed
+from lightning_caq.quantizers.rounding.passes import PairedPasses, holding
 
 
 def _rows(module, x):
@@ -156,3 +156,20 @@ def test_words_and_idle_layers_need_no_samples():
     words, tokens = nets.Words(), torch.randint(0, 6, (3, 4))
     found = samples_needed(words, find_layers(words, tokens)[:1], 0)
     assert found == {}
+
+
+def test_a_layer_that_other_samples_reach_has_no_moments():
+    """As an expert has that only samples held out are sent to."""
+
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.expert = nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.expert(x) if x.sum() > 0 else x
+
+    net, layer = Routed(), Layer("expert", "linear", (2, 2), calls=1, modules=("expert",))
+    for sign in (1.0, -1.0):
+        with PairedPasses(net, [layer], [sign * torch.ones(3, 2)], {}) as passes:
+            assert (input_moments(layer, net.expert.weight.detach(), passes) is None) == (sign < 0)
