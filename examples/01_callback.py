@@ -15,13 +15,13 @@ Run it (about a minute and a half on two CPU cores)::
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 import warnings
 
 from data import Digits
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning_utilities.core import rank_zero
 from models import Classifier
 
 from lightning_caq import CurvatureQuantizationCallback
@@ -40,7 +40,7 @@ def main() -> None:
     args = parser.parse_args()
 
     # Lightning's lines on devices and its tips say nothing about quantization.
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "caq" in record.getMessage())
+    rank_zero.log.addFilter(lambda record: "caq" in record.getMessage())
     warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated", FutureWarning)
     data = Digits(args.dataset, args.data_dir)
     for network in args.network:

@@ -92,6 +92,8 @@ def check_scale_type(model: nn.Module, layers: Sequence[Layer], scale_dtype: str
         >>> net = nn.Linear(2, 2)
         >>> check_scale_type(net, [Layer("", "linear", (2, 2))], "float16", 8)
     """
+    if scale_dtype == "float32":  # weights are no larger
+        return
     info = torch.finfo(getattr(torch, scale_dtype))
     # Numbers below the normal range lose digits; to an eighth of it float16 is no coarser than bfloat16.
     least = info.tiny / 8
