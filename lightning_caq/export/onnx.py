@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from lightning_caq.errors import ExportError
+from lightning_caq.export.integer_check import checked_integers
+from lightning_caq.export.integer_export import check_input_grids, to_integer_graph
 from lightning_caq.export.integers import TYPES, Integers, to_integers
 from lightning_caq.export.onnx_check import FLIPS, Reference, checked, largest
 from lightning_caq.export.onnx_graph import DOMAIN, ROUND_INPUT, dequantize_input, name_dimensions, quantize_rounded
@@ -72,6 +74,7 @@ def export_onnx(
     *,
     dynamic_shapes: DynamicShapes | None = None,
     opset: int = OPSET,
+    integers: Literal["weights", "all"] = "weights",
 ) -> OnnxExport:
     """Write a quantized network as ONNX with integer weights, and check every output in ONNX Runtime.
 
@@ -90,6 +93,11 @@ def export_onnx(
             dicts. Outputs are compared at twice the size too. By default the first dimension of every input varies
             where the network allows it.
         opset: Version of ONNX's operators, 18 to 23. Before 21 there are no types of 4 and 16 bits: weights are uint8.
+        integers: ``"weights"`` stores weights as integers and computes in floating point. ``"all"`` computes in
+            integers, in the pattern that ONNX Runtime turns into its integer kernels; inputs of layers have to be
+            rounded to 8 bits (``activation_bits=8``), and weights fit into a signed byte (``runtime="onnxruntime"``).
+            What else is rounded, such as the sums of residual blocks, takes its ranges from ``example_input``: give it
+            some dozens of samples.
 
     Returns:
         The path, the types, notes on what was widened, and the differences.
@@ -118,11 +126,13 @@ def export_onnx(
         raise ExportError("Rounded activations are exported by torch 2.8 and later; install a newer torch.")
     if opset not in _OPSETS:
         raise ExportError(f"opset={opset!r} is not allowed; give a number from {_OPSETS[0]} to {_OPSETS[-1]}.")
+    if integers not in ("weights", "all"):
+        raise ExportError(f"integers={integers!r} is not known; give 'weights' or 'all'.")
     example = read_example(model, example_input)
     check_shapes(example, dynamic_shapes)
     weights = _weights(model, modules)
     types = ("uint8",) if opset < OPSET else tuple(TYPES)
-    integers = {k: to_integers(quantized_weight(module), _affine(k, module), types) for k, module in weights.items()}
+    stored = {k: to_integers(quantized_weight(module), _affine(k, module), types) for k, module in weights.items()}
     with preserved(model), torch.no_grad():
         references = [_reference(model, modules, example)]
         notes = []
@@ -134,20 +144,31 @@ def export_onnx(
         with _opened(modules):
             proto = _traced(model, weights, example, references[0].names, dynamic_shapes, opset)
     name_dimensions(proto.graph, dynamic_shapes or {})
-    for key, stored in integers.items():
-        dequantize_input(proto.graph, key, stored)
-    quantize_rounded(proto)
-    check = checked(proto, references)
+    if integers == "all":
+        check_input_grids(proto)
+    plain = type(proto)()
+    plain.CopyFrom(proto)
+    _store(plain, stored)
+    check, types = checked(plain, references), {key: x.type for key, x in stored.items()}
+    kept = stored
+    if integers == "all":
+        graph = to_integer_graph(proto, stored, plain, example.named)
+        kept = {key: x for key, x in stored.items() if key not in graph.types}
+        _store(proto, kept)
+        check, types = checked_integers(proto, references, graph.layers), types | graph.types
+        notes += graph.notes
+    notes += _notes({key: rounding_state(weights[key]).bits for key in kept}, kept)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(check.payload)
-    widened = _notes({key: rounding_state(module).bits for key, module in weights.items()}, integers)
-    return OnnxExport(
-        path=path,
-        types={key: stored.type for key, stored in integers.items()},
-        notes=(*widened, *notes, *check.notes),
-        differences=check.differences,
-    )
+    return OnnxExport(path=path, types=types, notes=(*notes, *check.notes), differences=check.differences)
+
+
+def _store(proto: Any, weights: Mapping[str, Integers]) -> None:
+    """Put weights and roundings of inputs into a graph."""
+    for key, stored in weights.items():
+        dequantize_input(proto.graph, key, stored)
+    quantize_rounded(proto)
 
 
 class _Opened(nn.Module):
