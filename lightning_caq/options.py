@@ -16,6 +16,7 @@ from lightning_caq.allocation.steps import check_continuous
 from lightning_caq.errors import BudgetError, OptionError
 from lightning_caq.network.meaning import Output
 from lightning_caq.network.prepare import ForwardFunction, ModelUse
+from lightning_caq.quantizers.grids.values import Quantizer
 
 _HOLD_ZERO = ("affine", "codebook")  # quantizers that can have the value zero
 ALWAYS = frozenset({"kappa", "lipschitz", "inputs"})  # what reports show, whatever the method
@@ -55,6 +56,9 @@ class QuantizationOptions:
         range: Where an affine grid begins and ends: ``"mse"``, ``"minmax"``, ``"percentile"``, ``"aciq"`` or
             ``"curvature"``.
         symmetry: Where the zero of an affine grid lies: ``"asymmetric"``, ``"symmetric"`` or ``"mid_rise"``.
+        runtime: What will execute the network: ``"onnxruntime"`` restricts grids of weights to what its integer kernels
+            take, before anything is rounded, for ``export_onnx(integers="all")``; the report says what that costs.
+            ``"any"`` restricts nothing.
         batchnorm: ``"recentre"`` moves the batch-norm statistics, and the biases of layers without batch-norm, by what
             quantization changed; ``"keep"`` leaves them.
         keep_zeros: Whether weights that are exactly zero, as after pruning, stay zero; for ``quantizer="affine"`` and
@@ -108,6 +112,7 @@ class QuantizationOptions:
     quantizer: Literal["affine", "codebook", "lq_nets", "abc_net", "series", "dorefa"] = "affine"
     range: Literal["mse", "minmax", "percentile", "aciq", "curvature"] = "mse"
     symmetry: Literal["asymmetric", "symmetric", "mid_rise"] = "asymmetric"
+    runtime: Literal["any", "onnxruntime"] = "any"
     batchnorm: Literal["recentre", "keep"] = "recentre"
     keep_zeros: bool | None = None
     objective: Literal["distill", "task"] = "distill"
@@ -149,6 +154,7 @@ class QuantizationOptions:
         _ = self.use
         self._check_inputs()
         self._check_coding()
+        self._check_runtime()
         seconds = self.time_budget
         if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, Real) or not seconds > 0):
             raise OptionError(f"time_budget={seconds!r} is not allowed; give a number of seconds above 0.")
@@ -221,6 +227,22 @@ class QuantizationOptions:
             raise OptionError("rounding='long_axis' is for coding='fixed'; give 'error_feedback' or 'nearest'.")
         for name in self.methods:
             check_continuous(name)
+
+    def _check_runtime(self) -> None:
+        if self.runtime == "any":
+            return
+        for name, allowed in (("quantizer", "affine"), ("symmetry", "asymmetric"), ("coding", "fixed")):
+            if getattr(self, name) != allowed:
+                raise OptionError(
+                    f"{name}={getattr(self, name)!r} does not go with runtime={self.runtime!r}, which chooses grids of "
+                    f"whole signed bytes; leave {name}={allowed!r}."
+                )
+
+    @property
+    def grids(self) -> Quantizer:
+        """How the values are chosen that weights may take."""
+        symmetry = self.symmetry if self.runtime == "any" else "signed_byte"
+        return Quantizer(self.quantizer, range=self.range, symmetry=symmetry, keep_zeros=self.zeros_kept)
 
     def _check_inputs(self) -> None:
         a = self.activation_bits

@@ -16,6 +16,7 @@ from lightning_caq.allocation.choose import Chooser
 from lightning_caq.allocation.mixed import MIXED, input_candidates
 from lightning_caq.errors import BudgetError, LayerError
 from lightning_caq.evaluation.explain_run import explain
+from lightning_caq.evaluation.grid_cost import restriction_cost
 from lightning_caq.evaluation.rate_limit import plan_limit
 from lightning_caq.evaluation.run_report import run_report
 from lightning_caq.evaluation.same_metrics import WatchedEvaluation, same_metrics_note
@@ -460,7 +461,7 @@ class _Steps:
 
     @property
     def _quantizer(self) -> Quantizer:
-        return Quantizer(self.options.quantizer, range=self.options.range, symmetry=self.options.symmetry)
+        return replace(self.options.grids, keep_zeros=False)  # measures are of all weights
 
     def _notes(self, network: _Network, float_metrics: Mapping[str, float], selection: Selection) -> list[Note]:
         """What the user was told before anything was measured, and what is left to say."""
@@ -470,6 +471,16 @@ class _Steps:
         if self.options.range == "curvature":
             notes.append(
                 Note("Bits were chosen by rounding errors of grids in whose range all weights count the same.")
+            )
+        plan = selection.chosen.plan
+        if self.options.runtime != "any" and plan.widths:
+            free = replace(self._quantizer, symmetry=self.options.symmetry)
+            more = restriction_cost(network.model, network.layers, list(plan.widths.values()), restricted=self._quantizer, free=free)
+            notes.append(
+                Note(
+                    f"Grids of weights are those that {self.options.runtime} executes fast; that makes the squared error "
+                    f"of rounding {more:.3g} times what it is on free grids."
+                )
             )
         for note in notes:
             self.progress.tell(note)

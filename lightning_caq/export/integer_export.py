@@ -15,6 +15,7 @@ from lightning_caq.export.integer_nodes import write_integer_nodes
 from lightning_caq.export.integer_ranges import observed_grids
 from lightning_caq.export.integer_scheme import Scheme, grid_of, make_scheme
 from lightning_caq.export.integer_view import replace_nodes
+from lightning_caq.export.integer_tables import find_integer_tables
 from lightning_caq.export.integers import Integers
 from lightning_caq.export.onnx_graph import ROUND_INPUT
 
@@ -25,11 +26,13 @@ class IntegerGraph:
 
     Attributes:
         types: Integer type of every weight of an integer layer, by its key.
+        left: Keys of the weights that are still among the inputs of the graph.
         layers: Names of the nodes that are integer layers.
         notes: What is not computed in integers, and what was rounded again.
     """
 
     types: dict[str, str]
+    left: frozenset[str]
     layers: frozenset[str]
     notes: tuple[str, ...]
 
@@ -67,11 +70,12 @@ def to_integer_graph(
     scheme = make_scheme(graph, layers)
     grids = observed_grids(observed, list(scheme.open.values()), inputs)
     scheme = replace(scheme, grids=scheme.grids | {name: grids[seen] for name, seen in scheme.open.items()}, open={})
-    types = write_integer_nodes(graph, scheme, opset)
-    left = [x for x in graph.input if x.name not in types or any(x.name in node.input for node in graph.node)]
+    types = write_integer_nodes(graph, scheme, find_integer_tables(graph, weights), opset)
+    taken = {name for node in graph.node for name in node.input}
+    left = [x for x in graph.input if x.name not in weights or x.name in taken]
     del graph.input[:]
     graph.input.extend(left)
-    return IntegerGraph(types, frozenset(scheme.layers), _notes(scheme, reasons))
+    return IntegerGraph(types, frozenset(taken & weights.keys()), frozenset(scheme.layers), _notes(scheme, reasons))
 
 
 def _notes(scheme: Scheme, reasons: Mapping[str, str]) -> tuple[str, ...]:

@@ -114,6 +114,20 @@ def find_integer_layers(
     return layers, reasons, absorbed
 
 
+def signed_codes(stored: Integers) -> np.ndarray:
+    """The integers of a weight less their zero points, int32.
+
+    Example:
+        >>> import torch
+        >>> four, zero = torch.tensor([[1, 2]], dtype=torch.int32), torch.tensor(3, dtype=torch.int32)
+        >>> signed_codes(Integers("uint4", four, torch.tensor(0.5), zero, axis=0, doubled=False)).tolist()
+        [[-2, -1]]
+    """
+    zero = stored.zero_point.cpu().numpy()
+    shape = [-1 if d == stored.axis else 1 for d in range(stored.values.ndim)] if zero.ndim else []
+    return np.asarray(stored.values.cpu().numpy() - zero.reshape(shape), dtype=np.int32)
+
+
 def _weight_of(view: GraphView, node: Any, weights: Collection[str]) -> tuple[str | None, bool]:
     """The key of a node's weight, and whether it is transposed first."""
     name = node.input[1]
@@ -133,9 +147,7 @@ def _layer(view: GraphView, node: Any, key: str, stored: Integers, turned: bool)
     plain = (attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0), attribute(node, "transA", 0)) == (1, 1, 0)
     if not plain:
         return "a Gemm with factors"
-    zero = stored.zero_point.cpu().numpy()
-    shape = [-1 if d == stored.axis else 1 for d in range(stored.values.ndim)] if zero.ndim else []
-    codes = (stored.values.cpu().numpy() - zero.reshape(shape)).astype(np.int32)
+    codes = signed_codes(stored)
     if codes.min(initial=0) < -128 or codes.max(initial=0) > 127:
         return (
             f"weights less zero point span {codes.min()} to {codes.max()}, more than a signed byte; quantize with "
@@ -197,15 +209,20 @@ def folded_graph(graph: Any, layers: Mapping[str, IntegerLayer], absorbed: Colle
         new.CopyFrom(node)
         if node.name in layers:
             new.output[0] = layers[node.name].output
-        nodes.append(_global_pool(view, new))
+        nodes += _global_pool(view, new)
     return nodes
 
 
-def _global_pool(view: GraphView, node: Any) -> Any:
-    """A mean over height and width as the node for which ONNX Runtime has an integer kernel."""
-    if node.op_type != "ReduceMean" or len(node.input) < 2 or not attribute(node, "keepdims", 1):
-        return node
-    axes = view.constant(node.input[1])
-    if view.rank(node.input[0]) != 4 or axes is None or sorted(int(a) % 4 for a in axes) != [2, 3]:
-        return node
-    return import_module("onnx").helper.make_node("GlobalAveragePool", node.input[:1], node.output, node.name)
+def _global_pool(view: GraphView, node: Any) -> list[Any]:
+    """A mean over height and width as the node for which ONNX Runtime has an integer kernel; others as they are."""
+    axes = view.constant(node.input[1]) if node.op_type == "ReduceMean" and len(node.input) > 1 else None
+    if axes is None or view.rank(node.input[0]) != 4 or sorted(int(a) % 4 for a in axes) != [2, 3]:
+        return [node]
+    make = import_module("onnx").helper.make_node
+    if attribute(node, "keepdims", 1):
+        return [make("GlobalAveragePool", node.input[:1], node.output, node.name)]
+    pooled = f"{node.output[0]}.pooled"
+    return [
+        make("GlobalAveragePool", node.input[:1], [pooled], node.name),
+        make("Flatten", [pooled], node.output, f"{node.name}.flatten", axis=1),
+    ]

@@ -15,6 +15,7 @@ import numpy as np
 
 from lightning_caq.export.integer_layers import IntegerLayer
 from lightning_caq.export.integer_scheme import Scheme, moves
+from lightning_caq.export.integer_tables import IntegerTable
 from lightning_caq.export.integer_view import GraphView, replace_nodes
 from lightning_caq.export.onnx_graph import ROUND_INPUT
 from lightning_caq.quantizers.grids.activations import InputGrid
@@ -39,18 +40,19 @@ class _Codes:
         return [f"{self.of}.scale", f"{self.of}.zero_point"]
 
 
-def write_integer_nodes(graph: Any, scheme: Scheme, opset: int) -> dict[str, str]:
+def write_integer_nodes(graph: Any, scheme: Scheme, tables: Mapping[str, IntegerTable], opset: int) -> dict[str, str]:
     """Turn a graph into one that computes in integers.
 
     Args:
         graph: The graph, normalizations taken into the layers, and the inputs of layers marked; changed in place.
         scheme: What to compute in integers, with no grid left open.
+        tables: The tables to look up as codes, by name of the node.
         opset: Version of ONNX's operators; types of 4 bits need 21.
 
     Returns:
-        Integer type of the weight of every integer layer by its key.
+        Integer type of the weight of every integer layer and table by its key.
     """
-    writer = _Writer(graph, scheme, opset)
+    writer = _Writer(graph, scheme, tables, opset)
     for node in list(graph.node):
         writer.write(node)
     for name in (x.name for x in graph.output):
@@ -62,9 +64,10 @@ def write_integer_nodes(graph: Any, scheme: Scheme, opset: int) -> dict[str, str
 class _Writer:
     """Nodes and constants as they are written, and which tensors have codes."""
 
-    def __init__(self, graph: Any, scheme: Scheme, opset: int) -> None:
+    def __init__(self, graph: Any, scheme: Scheme, tables: Mapping[str, IntegerTable], opset: int) -> None:
         self.onnx = import_module("onnx")
         self.graph, self.view, self.scheme, self.opset = graph, GraphView(graph), scheme, opset
+        self.tables = tables
         self.nodes: list[Any] = []
         self.types: dict[str, str] = {}
         self._codes: dict[str, _Codes] = {}  # of tensors that are made in integers
@@ -77,6 +80,8 @@ class _Writer:
         first = node.input[0] if node.input else ""
         if node.name in self.scheme.layers:
             self._layer(node, self.scheme.layers[node.name])
+        elif node.name in self.tables:
+            self._table(node, self.tables[node.name])
         elif node.name in self.scheme.combining:
             self._between(node, [self._dequantized(name, f"{node.name}.{i}") for i, name in enumerate(node.input)])
         elif node.op_type == ROUND_INPUT:
@@ -171,27 +176,40 @@ class _Writer:
         )
         return low, high
 
+    def _table(self, node: Any, table: IntegerTable) -> None:
+        """A look-up of rows: their codes and their scales, multiplied."""
+        name, rows, output = table.key, node.input[1], node.output[0]
+        if name not in self.types:
+            self._whole(name, table.codes, axis=0)
+            self._constant(f"{name}.scale", table.scale[:, None])
+        self._add("Gather", [f"{name}.codes", rows], f"{output}.codes", axis=0)
+        self._add("Gather", [f"{name}.scale", rows], f"{output}.scale", axis=0)
+        self._add("Cast", [f"{output}.codes"], f"{output}.steps", to=self.onnx.TensorProto.FLOAT)
+        self._add("Mul", [f"{output}.steps", f"{output}.scale"], output)
+
     def _weight(self, layer: IntegerLayer) -> str:
-        """The weight as it is dequantized: stored in 4 bits where these suffice, which are widened as a file is read."""
+        """The weight as it is dequantized."""
         name = layer.key if layer.key not in self.types else f"{layer.key}.{layer.node.name}"
-        along = [-1 if d == layer.axis else 1 for d in range(layer.codes.ndim)]
-        others = tuple(d for d in range(layer.codes.ndim) if d != layer.axis)
-        low = np.minimum(layer.codes.min(others, initial=0), 0).reshape(along)
-        few = self.opset >= 21 and int((layer.codes - low).max(initial=0)) <= 15
-        self.types[name] = "uint4" if few else "int8"
-        codes = f"{name}.codes"
-        if few:
-            kinds = self.onnx.TensorProto
-            self._four_bits(f"{codes}.stored", layer.codes - low)
-            self._constant(f"{codes}.shift", (-low).astype(np.int32))
-            self._add("Cast", [f"{codes}.stored"], f"{codes}.wide", to=kinds.INT32)
-            self._add("Sub", [f"{codes}.wide", f"{codes}.shift"], f"{codes}.signed")
-            self._add("Cast", [f"{codes}.signed"], codes, to=kinds.INT8)
-        else:
-            self._constant(codes, layer.codes.astype(np.int8))
+        codes = self._whole(name, layer.codes, layer.axis)
         scale = self._constant(f"{name}.scale", layer.scale)
         zero = self._constant(f"{name}.zero_point", np.zeros(len(layer.scale), np.int8))
         return self._add("DequantizeLinear", [codes, scale, zero], f"{name}.values", axis=layer.axis)
+
+    def _whole(self, name: str, codes: np.ndarray, axis: int) -> str:
+        """Codes as signed bytes: stored in 4 bits where these suffice, which are widened as a file is read."""
+        along = [-1 if d == axis else 1 for d in range(codes.ndim)]
+        others = tuple(d for d in range(codes.ndim) if d != axis)
+        low = np.minimum(codes.min(others, initial=0), 0).reshape(along)
+        few = self.opset >= 21 and int((codes - low).max(initial=0)) <= 15
+        self.types[name] = "uint4" if few else "int8"
+        if not few:
+            return self._constant(f"{name}.codes", codes.astype(np.int8))
+        kinds = self.onnx.TensorProto
+        self._four_bits(f"{name}.codes.stored", codes - low)
+        self._constant(f"{name}.codes.shift", (-low).astype(np.int32))
+        self._add("Cast", [f"{name}.codes.stored"], f"{name}.codes.wide", to=kinds.INT32)
+        self._add("Sub", [f"{name}.codes.wide", f"{name}.codes.shift"], f"{name}.codes.signed")
+        return self._add("Cast", [f"{name}.codes.signed"], f"{name}.codes", to=kinds.INT8)
 
     def _bias(self, layer: IntegerLayer, step: float) -> str:
         """The bias as a number of steps of the layer's products."""

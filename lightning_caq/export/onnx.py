@@ -33,6 +33,7 @@ from lightning_caq.export.onnx_inputs import DynamicShapes, ExampleInputs, check
 from lightning_caq.export.packed_modules import check_quantized
 from lightning_caq.quantizers.fake_quant.modules import FakeQuant, quantized_weight
 from lightning_caq.quantizers.fake_quant.state import rounding_state
+from lightning_caq.quantizers.fake_quant.swap import quantized_modules
 from lightning_caq.quantizers.grids.activations import InputGrid, change_first
 from lightning_caq.quantizers.grids.affine import Grid
 from lightning_caq.quantizers.grids.stepped import SteppedGrid
@@ -118,8 +119,7 @@ def export_onnx(
         True
     """
     modules = check_quantized(model)
-    if missing := [name for name in _PACKAGES if find_spec(name) is None]:
-        raise ExportError(f"export_onnx needs {', '.join(missing)}; run pip install 'lightning-caq[onnx]'.")
+    check_packages("export_onnx")
     if any(rounding_state(module).input_grid is not None for module in modules.values()) and not hasattr(
         torch.onnx, "ops"
     ):
@@ -153,7 +153,7 @@ def export_onnx(
     kept = stored
     if integers == "all":
         graph = to_integer_graph(proto, stored, plain, example.named)
-        kept = {key: x for key, x in stored.items() if key not in graph.types}
+        kept = {key: x for key, x in stored.items() if key in graph.left}
         _store(proto, kept)
         check, types = checked_integers(proto, references, graph.layers), types | graph.types
         notes += graph.notes
@@ -164,11 +164,41 @@ def export_onnx(
     return OnnxExport(path=path, types=types, notes=(*notes, *check.notes), differences=check.differences)
 
 
+def float_graph(model: nn.Module, example: ExampleInputs) -> Any:
+    """A network as an ONNX graph in floating point, its weights and inputs of layers not rounded.
+
+    Args:
+        model: The network, quantized or not; left as it was.
+        example: What it is called with.
+
+    Returns:
+        The ``onnx.ModelProto``.
+
+    Raises:
+        ExportError: If it cannot take the example, or holds an operator that ONNX lacks.
+    """
+    modules = quantized_modules(model)
+    with preserved(model), torch.no_grad(), _inputs_kept(modules), _opened(modules):
+        model.eval()
+        outputs = [x for x in tree_leaves(_output(model, example)) if isinstance(x, Tensor)]
+        return _traced(model, {}, example, _output_names(None, len(outputs)), None, OPSET)
+
+
 def _store(proto: Any, weights: Mapping[str, Integers]) -> None:
     """Put weights and roundings of inputs into a graph."""
     for key, stored in weights.items():
         dequantize_input(proto.graph, key, stored)
     quantize_rounded(proto)
+
+
+def check_packages(function: str) -> None:
+    """Refuse to go on without the packages of the extra ``onnx``.
+
+    Raises:
+        ExportError: If one is missing.
+    """
+    if missing := [name for name in _PACKAGES if find_spec(name) is None]:
+        raise ExportError(f"{function} needs {', '.join(missing)}; run pip install 'lightning-caq[onnx]'.")
 
 
 class _Opened(nn.Module):

@@ -229,9 +229,7 @@ def prepare_candidates(
         layers=layers,
         sizes=sizes,
         rounding=options.rounding,
-        quantizer=Quantizer(
-            options.quantizer, range=options.range, symmetry=options.symmetry, keep_zeros=options.zeros_kept
-        ),
+        quantizer=options.grids,
         fitted=fitted,
         held_out=held_out,
         repair=prepare_repair(model, layers, fitted, held_out) if options.batchnorm == "recentre" else None,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_caq.quantizers.grids.least_squares import search_grid
-from lightning_caq.quantizers.grids.ranges import fixed_zero_point, range_ends, spanning_grid
+from lightning_caq.quantizers.grids.ranges import fixed_zero_point, range_ends, signed_byte_grid, spanning_grid
 from lightning_caq.sizes import Width
 
 
@@ -103,7 +103,8 @@ def fit_grid(
         channel_shape: Shape of one scale per channel, broadcastable to the weight, such as ``(16, 1, 1, 1)``.
         range: A name of ``ranges.RANGES``.
         symmetry: ``"asymmetric"`` lets the zero point lie where it is best; ``"symmetric"`` fixes it at the code
-            2^(b−1), so that zero is a value; ``"mid_rise"`` between the two middle codes, so that values come in pairs.
+            2^(b−1), so that zero is a value; ``"mid_rise"`` between the two middle codes, so that values come in pairs;
+            ``"signed_byte"`` keeps codes less zero point within −128 and 127, see ``ranges.signed_byte_grid``.
         importance: How much the squared error of each weight counts, same shape as the weight, for ``"curvature"``;
             without it all count the same.
 
@@ -123,9 +124,14 @@ def fit_grid(
     top, fixed = (2**widths - 1).double(), fixed_zero_point(widths, symmetry)
     low, high = range_ends(rows, widths, range, centred=fixed is not None)
     pair = spanning_grid(low, high, top, fixed)
-    if range in ("mse", "curvature"):
+    searches, weights = range in ("mse", "curvature"), None
+    if searches:
         weights = channel_rows(importance, channel_shape) if range == "curvature" and importance is not None else None
         pair = search_grid(rows, top, pair, fixed is not None, weights)
+    if symmetry == "signed_byte":
+        pair = signed_byte_grid(rows.amin(1, keepdim=True), rows.amax(1, keepdim=True), top, pair)
+        if searches:
+            pair = search_grid(rows, top, pair, True, weights)
     scale, zero_point = (x.float().reshape(channel_shape) for x in pair)
     if isinstance(bits, int):
         return Grid(bits, scale, zero_point)
