@@ -169,7 +169,9 @@ def main() -> None:
     if options.json:
         print(json.dumps([asdict(row) for row in table], indent=1))
         return
-    print("| network | batch | threads | float32 ms | integers ms | faster by | `quantize_static` | its time over ours |")
+    print(
+        "| network | batch | threads | float32 ms | integers ms | speedup | `quantize_static` | its time over ours |"
+    )
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for x in table:
         print(

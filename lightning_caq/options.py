@@ -16,6 +16,7 @@ from lightning_caq.allocation.steps import check_continuous
 from lightning_caq.errors import BudgetError, OptionError
 from lightning_caq.network.meaning import Output
 from lightning_caq.network.prepare import ForwardFunction, ModelUse
+from lightning_caq.quantizers.grids.ranges import SIGNED_BYTE
 from lightning_caq.quantizers.grids.values import Quantizer
 
 _HOLD_ZERO = ("affine", "codebook")  # quantizers that can have the value zero
@@ -241,7 +242,7 @@ class QuantizationOptions:
     @property
     def grids(self) -> Quantizer:
         """How the values are chosen that weights may take."""
-        symmetry = self.symmetry if self.runtime == "any" else "signed_byte"
+        symmetry = self.symmetry if self.runtime == "any" else SIGNED_BYTE
         return Quantizer(self.quantizer, range=self.range, symmetry=symmetry, keep_zeros=self.zeros_kept)
 
     def _check_inputs(self) -> None:

@@ -474,12 +474,13 @@ class _Steps:
             )
         plan = selection.chosen.plan
         if self.options.runtime != "any" and plan.widths:
-            free = replace(self._quantizer, symmetry=self.options.symmetry)
-            more = restriction_cost(network.model, network.layers, list(plan.widths.values()), restricted=self._quantizer, free=free)
+            own, widths = self._quantizer, list(plan.widths.values())
+            free = replace(own, symmetry=self.options.symmetry)
+            more = restriction_cost(network.model, network.layers, widths, restricted=own, free=free)
             notes.append(
                 Note(
-                    f"Grids of weights are those that {self.options.runtime} executes fast; that makes the squared error "
-                    f"of rounding {more:.3g} times what it is on free grids."
+                    f"Grids of weights are those that {self.options.runtime} executes fast; the squared error of rounding "
+                    f"to the nearest values is {more:.3g} times that of free grids."
                 )
             )
         for note in notes:

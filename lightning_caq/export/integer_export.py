@@ -14,8 +14,8 @@ from lightning_caq.export.integer_layers import find_integer_layers, folded_grap
 from lightning_caq.export.integer_nodes import write_integer_nodes
 from lightning_caq.export.integer_ranges import observed_grids
 from lightning_caq.export.integer_scheme import Scheme, grid_of, make_scheme
-from lightning_caq.export.integer_view import replace_nodes
 from lightning_caq.export.integer_tables import find_integer_tables
+from lightning_caq.export.integer_view import replace_nodes
 from lightning_caq.export.integers import Integers
 from lightning_caq.export.onnx_graph import ROUND_INPUT
 
@@ -81,7 +81,7 @@ def to_integer_graph(
 def _notes(scheme: Scheme, reasons: Mapping[str, str]) -> tuple[str, ...]:
     """One line for every reason, with the nodes it holds for."""
     broken: dict[str, list[str]] = {}
-    for name, reason in (reasons | scheme.breaks).items():
+    for name, reason in {**reasons, **scheme.breaks}.items():
         broken.setdefault(reason, []).append(name)
     notes = [f"Not in integers: {_listed(names)} ({reason})." for reason, names in broken.items()]
     moved = Counter({layer.key: layer.moved for layer in scheme.layers.values() if layer.moved})

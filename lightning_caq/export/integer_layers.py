@@ -134,10 +134,10 @@ def _weight_of(view: GraphView, node: Any, weights: Collection[str]) -> tuple[st
     if name in weights:
         return name, False
     producer = view.producers.get(name)
-    if producer is not None and producer.op_type == "Transpose" and producer.input[0] in weights:
-        if list(attribute(producer, "perm", [1, 0])) == [1, 0]:
-            return producer.input[0], True
-    return None, False
+    if producer is None or producer.op_type != "Transpose" or producer.input[0] not in weights:
+        return None, False
+    turned = list(attribute(producer, "perm", [1, 0])) == [1, 0]
+    return (producer.input[0], True) if turned else (None, False)
 
 
 def _layer(view: GraphView, node: Any, key: str, stored: Integers, turned: bool) -> IntegerLayer | str:
@@ -190,7 +190,6 @@ def _folded(view: GraphView, layer: IntegerLayer, absorbed: set[str]) -> Integer
         absorbed.add(follower.output[0])
         layer = replace(layer.scaled(factor, beta - mean * factor), output=follower.output[0])
     return layer
-
 
 
 def folded_graph(graph: Any, layers: Mapping[str, IntegerLayer], absorbed: Collection[str]) -> list[Any]:

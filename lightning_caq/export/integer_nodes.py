@@ -168,12 +168,13 @@ class _Writer:
         """The codes that a clamp clamps to."""
         if node.op_type == "Relu":
             return grid.zero_point, 255
+
+        def code(end: np.ndarray) -> int:
+            return int(np.clip(np.rint(np.float32(end) / np.float32(grid.scale)) + grid.zero_point, 0, 255))
+
         names = [*node.input[1:], "", ""][:2]
         ends = [self.view.constant(name) if name else None for name in names]
-        low, high = (
-            default if end is None else int(np.clip(np.rint(np.float32(end) / np.float32(grid.scale)) + grid.zero_point, 0, 255))
-            for end, default in zip(ends, (0, 255), strict=True)
-        )
+        low, high = (d if end is None else code(end) for end, d in zip(ends, (0, 255), strict=True))
         return low, high
 
     def _table(self, node: Any, table: IntegerTable) -> None:

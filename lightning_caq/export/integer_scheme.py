@@ -8,11 +8,13 @@ monotone. Grids of sums and the like are left open, for the ranges that are then
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from typing import Any
+
+import numpy as np
 
 from lightning_caq.export.integer_layers import IntegerLayer
 from lightning_caq.export.integer_view import GraphView, attribute
@@ -58,7 +60,7 @@ def moves(view: GraphView, node: Any) -> bool:
         return len(node.output) == 1
     if node.op_type == "Pad":
         value = view.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else 0
-        return value is not None and value == 0
+        return value is not None and bool(np.all(value == 0))
     if node.op_type == "Clip":
         return all(view.constant(name) is not None for name in node.input[1:] if name)
     return node.op_type in CLAMPS | MOVES

@@ -46,13 +46,13 @@ class Latency:
         """One line for people.
 
         Example:
-            >>> print(Latency("onnxruntime 1.22", 1, 2, float_ms=48.0, quantized_ms=12.0, speedup=4.0, runs=30))
-            onnxruntime 1.22, batch 1, 2 threads: float32 48.0 ms, quantized 12.0 ms, 4.00 times as fast (30 runs by turns)
+            >>> print(Latency("onnxruntime 1.22", 1, 2, float_ms=48.0, quantized_ms=12.0, speedup=4.0, runs=9))
+            onnxruntime 1.22, batch 1, 2 threads: float32 48.0 ms, quantized 12.0 ms, 4.00 times as fast (9 runs each)
         """
         threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
         return (
             f"{self.runtime}, batch {self.batch}, {threads}: float32 {self.float_ms:.1f} ms, quantized "
-            f"{self.quantized_ms:.1f} ms, {self.speedup:.2f} times as fast ({self.runs} runs by turns)"
+            f"{self.quantized_ms:.1f} ms, {self.speedup:.2f} times as fast ({self.runs} runs each)"
         )
 
 

@@ -149,19 +149,19 @@ def export_onnx(
     plain = type(proto)()
     plain.CopyFrom(proto)
     _store(plain, stored)
-    check, types = checked(plain, references), {key: x.type for key, x in stored.items()}
+    check, kinds = checked(plain, references), {key: x.type for key, x in stored.items()}
     kept = stored
     if integers == "all":
         graph = to_integer_graph(proto, stored, plain, example.named)
         kept = {key: x for key, x in stored.items() if key in graph.left}
         _store(proto, kept)
-        check, types = checked_integers(proto, references, graph.layers), types | graph.types
+        check, kinds = checked_integers(proto, references, graph.layers), kinds | graph.types
         notes += graph.notes
     notes += _notes({key: rounding_state(weights[key]).bits for key in kept}, kept)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(check.payload)
-    return OnnxExport(path=path, types=types, notes=(*notes, *check.notes), differences=check.differences)
+    return OnnxExport(path=path, types=kinds, notes=(*notes, *check.notes), differences=check.differences)
 
 
 def float_graph(model: nn.Module, example: ExampleInputs) -> Any:

@@ -162,7 +162,7 @@ def test_patterns_are_fused_and_give_what_the_fake_quant_network_gives(name, tmp
 def test_multilayer_perceptrons(tmp_path):
     torch.manual_seed(0)
     x = torch.randn(64, 20)
-    net, floating = _quantized(nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 10)), x)
+    net, _ = _quantized(nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 10)), x)
     result = export_onnx(net, tmp_path / "net.onnx", x, integers="all")
     kinds = _kinds(result.path, tmp_path)
     assert kinds == {"QuantizeLinear": 1, "QGemm": 2}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_caq.quantizers.grids.least_squares import search_grid
-from lightning_caq.quantizers.grids.ranges import fixed_zero_point, range_ends, signed_byte_grid, spanning_grid
+from lightning_caq.quantizers.grids.ranges import SIGNED_BYTE, fixed_zero_point, range_ends, signed_byte_grid, spanning_grid
 from lightning_caq.sizes import Width
 
 
@@ -128,7 +128,7 @@ def fit_grid(
     if searches:
         weights = channel_rows(importance, channel_shape) if range == "curvature" and importance is not None else None
         pair = search_grid(rows, top, pair, fixed is not None, weights)
-    if symmetry == "signed_byte":
+    if symmetry == SIGNED_BYTE:
         pair = signed_byte_grid(rows.amin(1, keepdim=True), rows.amax(1, keepdim=True), top, pair)
         if searches:
             pair = search_grid(rows, top, pair, True, weights)

@@ -8,7 +8,8 @@ from torch import Tensor
 from lightning_caq.quantizers.grids.aciq import clipping
 
 RANGES = ("mse", "minmax", "percentile", "aciq", "curvature")
-SYMMETRIES = ("asymmetric", "symmetric", "mid_rise", "signed_byte")
+SYMMETRIES = ("asymmetric", "symmetric", "mid_rise")
+SIGNED_BYTE = "signed_byte"  # what a runtime asks for, rather than a user
 LARGEST_ZERO_POINT = 16_000.0
 _PERCENTILE = 0.999
 
@@ -41,7 +42,7 @@ def fixed_zero_point(widths: Tensor, symmetry: str) -> Tensor | None:
 
     Args:
         widths: Bit-width of each channel, whole numbers.
-        symmetry: A name of ``SYMMETRIES``.
+        symmetry: A name of ``SYMMETRIES``, or ``SIGNED_BYTE``, which depends on where zero would lie otherwise.
 
     Returns:
         Float64, in the shape of ``widths``.
