@@ -34,7 +34,7 @@ MODELS = {
     **{name: CASES[name] for name in ("resnet18", "resnet50", "mobilenet_v2", "bert_base")},
     "resnet20": Case(lambda classes: ResNet(3), classes=10, pixels=32),
 }
-SAMPLES = 16
+SAMPLES = 8
 
 
 @dataclass(frozen=True)
@@ -169,9 +169,7 @@ def main() -> None:
     if options.json:
         print(json.dumps([asdict(row) for row in table], indent=1))
         return
-    print(
-        "| network | batch | threads | float32 ms | integers ms | speedup | `quantize_static` | its time over ours |"
-    )
+    print("| network | batch | threads | float32 ms | integers ms | speedup | `quantize_static` | its time over ours |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for x in table:
         print(

@@ -479,8 +479,8 @@ class _Steps:
             more = restriction_cost(network.model, network.layers, widths, restricted=own, free=free)
             notes.append(
                 Note(
-                    f"Grids of weights are those that {self.options.runtime} executes fast; the squared error of rounding "
-                    f"to the nearest values is {more:.3g} times that of free grids."
+                    f"Grids of weights are those that {self.options.runtime} executes fast; the squared error of "
+                    f"rounding to the nearest values is {more:.3g} times that of free grids."
                 )
             )
         for note in notes:

@@ -103,15 +103,16 @@ class _Analysis:
     def __init__(self, view: GraphView, layers: Mapping[str, IntegerLayer]) -> None:
         self.view, self.layers = view, layers
         self.quantizable, self.inherent = cache(self._quantizable), cache(self._inherent)
-        self.needed, self._combines = cache(self._needed), {}
+        self.needed = cache(self._needed)
+        self._combining: dict[str, bool] = {}
 
     def combines(self, node: Any) -> bool:
         """Whether a node other than a layer computes in integers."""
         if node.op_type not in COMBINING or (node.op_type == "AveragePool" and attribute(node, "ceil_mode", 0)):
             return False
-        if node.name not in self._combines:
-            self._combines[node.name] = all(map(self.quantizable, node.input)) and self.needed(node.output[0])
-        return self._combines[node.name]
+        if node.name not in self._combining:
+            self._combining[node.name] = all(map(self.quantizable, node.input)) and self.needed(node.output[0])
+        return self._combining[node.name]
 
     def _quantizable(self, tensor: str) -> bool:
         """Whether a tensor can be had in integers."""

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from lightning_caq.quantizers.grids.least_squares import search_grid
-from lightning_caq.quantizers.grids.ranges import SIGNED_BYTE, fixed_zero_point, range_ends, signed_byte_grid, spanning_grid
+from lightning_caq.quantizers.grids.ranges import (
+    SIGNED_BYTE,
+    fixed_zero_point,
+    range_ends,
+    signed_byte_grid,
+    spanning_grid,
+)
 from lightning_caq.sizes import Width
 
 
