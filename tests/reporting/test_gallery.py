@@ -64,7 +64,15 @@ def test_what_is_not_there_is_not_drawn_and_is_told() -> None:
 def test_a_report_alone_gives_the_figures_that_need_no_profile(make_run) -> None:
     report, _ = make_run(MANY[:4])
     gallery = draw_gallery(report, None)
-    assert list(gallery.figures) == ["bits", "pareto", "rate_distortion", "tightness", "landscape", "eigenpairs", "training"]
+    assert list(gallery.figures) == [
+        "bits",
+        "pareto",
+        "rate_distortion",
+        "tightness",
+        "landscape",
+        "eigenpairs",
+        "training",
+    ]
     bare = draw_gallery(replace(report, studies=Studies(), metrics={}, rate_limit=None), None)
     assert list(bare.figures) == ["bits"]
     assert bare.missing["landscape"] == "The loss was not computed on a plane."
