@@ -15,7 +15,9 @@ Run it (about a minute and a half on two CPU cores)::
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
+import warnings
 
 from data import Digits
 from lightning.pytorch import Trainer, seed_everything
@@ -37,6 +39,9 @@ def main() -> None:
     parser.add_argument("--log-dir", default="demo_logs")
     args = parser.parse_args()
 
+    # Lightning's lines on devices and its tips say nothing about quantization.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "caq" in record.getMessage())
+    warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated", FutureWarning)
     data = Digits(args.dataset, args.data_dir)
     for network in args.network:
         print(f"\n=== {network} ===")
@@ -59,7 +64,6 @@ def main() -> None:
             enable_progress_bar=sys.stdout.isatty(),
         )
         trainer.fit(Classifier(network), data)
-        print(f"Plan, report, table and pictures: {trainer.log_dir}/caq")
     print(f"Pictures and curves: tensorboard --logdir {args.log_dir}")
 
 

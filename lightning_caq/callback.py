@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -19,22 +21,25 @@ from lightning_caq.bridge import averaging, loggers, ranks, trainers
 from lightning_caq.bridge.calibration import as_taken, training_batches
 from lightning_caq.bridge.checkpoints import put_in_force, put_on_grid, restore, state_of
 from lightning_caq.bridge.failures import failures_reported
+from lightning_caq.bridge.folders import earlier_profile, output_directory
 from lightning_caq.bridge.loss import quiet_loss, training_loss
 from lightning_caq.bridge.monitoring import Monitor
-from lightning_caq.bridge.outputs import Outcome, float_weights, output_directory, write
+from lightning_caq.bridge.outputs import Outcome, float_weights, shows_progress, write
 from lightning_caq.bridge.packages import Callback
+from lightning_caq.bridge.saved import Saving, save_network, tell_of_float
 from lightning_caq.bridge.undisturbed import undisturbed
 from lightning_caq.bridge.validation import isolated_validation
-from lightning_caq.errors import OptionError
+from lightning_caq.bridge.watched_metric import WatchedMetric
+from lightning_caq.errors import OptionError, exiting_with_parser
 from lightning_caq.evaluation.run_report import retrained_report
 from lightning_caq.network.layers import chosen_layers
-from lightning_caq.options import QuantizationOptions
+from lightning_caq.network.parts.expand import every_weight_a_layer
+from lightning_caq.options import QuantizationOptions, plain
 from lightning_caq.plan import QuantizationPlan
 from lightning_caq.profile import CurvatureProfile
 from lightning_caq.quantizers.fake_quant.state import rounding_state
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules, restore_modules
 from lightning_caq.report import QuantizationReport
-from lightning_caq.reporting.files import read_profile
 from lightning_caq.utilities.contexts import curvature_safe
 from lightning_caq.utilities.isolation import preserved
 from lightning_caq.utilities.keywords import known_keywords, takes_fields_of
@@ -73,6 +78,12 @@ class CurvatureQuantizationCallback(Callback):
         monitor_every_n_epochs: Measure and log curvature during training at most this often, in epochs; 0 never does.
         on_error: What happens if quantization fails: ``raise`` the error, or ``warn`` and go on with the float network.
             Either way the float network and its checkpoints stay as training left them.
+        save: Whether to write the quantized network: ``<log_dir>/caq/network.safetensors``, which ``load_quantized``
+            takes, and ``quantized.ckpt`` beside the checkpoints of the run, a checkpoint of Lightning.
+        export: ``"onnx"`` writes ``<log_dir>/caq/network.onnx`` too, on the module's ``example_input_array`` or else a
+            training batch.
+        other_dtype: ``"float16"`` rounds statistics and biases to half precision in ``network.safetensors``, for a
+            smaller file; the network in hand and ``quantized.ckpt`` keep every bit.
 
     Raises:
         OptionError: If there is no such argument, or it has a value that is not allowed.
@@ -93,26 +104,32 @@ class CurvatureQuantizationCallback(Callback):
         evaluate: bool = True,
         monitor_every_n_epochs: int = 0,
         on_error: Literal["raise", "warn"] = "raise",
+        save: bool = True,
+        export: Literal["onnx"] | None = None,
+        other_dtype: Literal["float16"] | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
-        self.options = QuantizationOptions(method=method, **known_keywords(CurvatureQuantizationCallback, options))
-        if on_error not in ("raise", "warn"):
-            raise OptionError(f"on_error={on_error!r} is not known; choose from 'raise', 'warn'.")
-        if self.options.max_drop is not None and not evaluate:
-            raise OptionError("max_drop needs validation runs; leave evaluate=True.")
-        if loss_fn is not None and not callable(loss_fn):
-            raise OptionError(f"loss_fn={loss_fn!r} is not a function of (module, batch) that returns a loss.")
-        if type(monitor_every_n_epochs) is not int or monitor_every_n_epochs < 0:
-            raise OptionError(
-                f"monitor_every_n_epochs={monitor_every_n_epochs!r} is not allowed; give a whole number, 0 for never."
-            )
+        with exiting_with_parser():
+            self.options = QuantizationOptions(method=method, **known_keywords(CurvatureQuantizationCallback, options))
+            if on_error not in ("raise", "warn"):
+                raise OptionError(f"on_error={on_error!r} is not known; choose from 'raise', 'warn'.")
+            if self.options.max_drop is not None and not evaluate:
+                raise OptionError("max_drop needs validation runs; leave evaluate=True.")
+            if loss_fn is not None and not callable(loss_fn):
+                raise OptionError(f"loss_fn={loss_fn!r} is not a function of (module, batch) that returns a loss.")
+            if type(monitor_every_n_epochs) is not int or monitor_every_n_epochs < 0:
+                given = f"monitor_every_n_epochs={monitor_every_n_epochs!r}"
+                raise OptionError(f"{given} is not allowed; give a whole number, 0 for never.")
+            self.saving = Saving(save=save, export=export, other_dtype=other_dtype)
         self.loss_fn = loss_fn
         self.evaluate = evaluate
         self.on_error = on_error
         self.monitor_every_n_epochs = monitor_every_n_epochs
         self._monitor = Monitor(monitor_every_n_epochs)
+        self._watched = WatchedMetric(self.options)
         self._checked = False
+        self._told: set[str] = set()  # notes that the user has had in this run
         self._outcome: Outcome | None = None
         self._network: weakref.ref[nn.Module] | None = None  # the network that the plan is in force on
 
@@ -153,17 +170,21 @@ class CurvatureQuantizationCallback(Callback):
         if stage == "fit":
             trainers.warn_of_late_averaging(trainer, self)
             self._monitor.restart()
+            self._watched.restart()
             self._checked = False
+            self._told.clear()
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called before training; refuses what is certain to fail after it."""
         if self.on_error == "warn" or trainers.is_superseded(trainer, self) or quantized_modules(pl_module):
             return
+        self._watched.refuse_without_validation(trainer)
         if self.options.objective == "task":
             quiet_loss(pl_module, self.loss_fn)
         if not any(map(is_lazy, pl_module.parameters())):
-            chosen_layers(pl_module, self.options.include, self.options.exclude)
+            with every_weight_a_layer(pl_module):
+                chosen_layers(pl_module, self.options.include, self.options.exclude)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -176,7 +197,7 @@ class CurvatureQuantizationCallback(Callback):
             loss = quiet_loss(pl_module, self.loss_fn) if task else None
             seen = loss or training_loss(pl_module, self.loss_fn)
             taken = batch if task else as_taken(pl_module, [batch])[0]
-            progress = Progress(rank_zero_info)
+            progress = Progress(rank_zero_info, told=self._told)
             pipeline.check(pl_module, taken, self.options, loss_fn=loss, training_loss=seen, progress=progress)
 
     @override
@@ -189,17 +210,26 @@ class CurvatureQuantizationCallback(Callback):
                 averaging.keep_grids(trainer, self, self._outcome.plan)
             self._monitor.look(trainer, pl_module, self.options)
         elif not self._in_force(pl_module):
+            tell_of_float(trainer)
             self._quantize(trainer, pl_module)
 
     @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when validation ends, that of the sanity check too; looks up the metric that ``max_drop`` watches."""
+        if trainer.state.fn != "fit" or trainers.is_trial(trainer) or trainers.is_superseded(trainer, self):
+            return
+        with failures_reported(self.on_error):
+            self._watched.look(trainer, pl_module)
+
+    @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called when a test starts; makes sure that the network is still swapped."""
-        self._in_force(pl_module)
+        """Called when a test starts; makes sure that the network is still swapped, or says that it is a float one."""
+        self._tell_of_float(trainer, pl_module)
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called when prediction starts; makes sure that the network is still swapped."""
-        self._in_force(pl_module)
+        """Called when prediction starts; the same as when a test starts."""
+        self._tell_of_float(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -207,7 +237,7 @@ class CurvatureQuantizationCallback(Callback):
         if trainers.is_superseded(trainer, self):
             return
         if trainers.is_trial(trainer):
-            rank_zero_info("caq: nothing is quantized under fast_dev_run.")
+            rank_zero_info("caq: nothing is quantized or written under fast_dev_run.")
             return
         swapped = quantized_modules(pl_module).values()
         if self._outcome and swapped and all(rounding_state(module).quantizing for module in swapped):
@@ -252,8 +282,8 @@ class CurvatureQuantizationCallback(Callback):
 
     def _quantize(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A whole run; whatever goes wrong in it, the float network is left."""
-        directory, options, sharing = output_directory(trainer), self.options, ranks.sharing(trainer)
-        with self._working(trainer, pl_module), sharing.agreed("quantization"):
+        options, sharing = self.options, ranks.sharing(trainer)
+        with self._working(trainer, pl_module) as directory, sharing.agreed("quantization"):
             ranks.share_buffers(trainer, pl_module)
             floats = float_weights(trainer, pl_module)
             float_state = ranks.float_values(trainer, pl_module)
@@ -269,20 +299,22 @@ class CurvatureQuantizationCallback(Callback):
                 loss_fn=loss,
                 training_loss=seen,
                 evaluate=validate,
-                profile=read_profile(directory) or self.profile,
-                progress=Progress(rank_zero_info),
+                direction=self._watched.directions(trainer, pl_module),
+                profile=earlier_profile(directory) or self.profile,
+                progress=Progress(rank_zero_info, bar=shows_progress(trainer), told=self._told),
                 sharing=sharing,
             )
             plan = ranks.agree(trainer, pl_module, result.plan, float_state)
             studies = replace(result.report.studies, training=tuple(self._monitor.epochs))
-            outcome = Outcome(plan, result.profile, replace(result.report, studies=studies))
+            report = replace(result.report, studies=studies, options=result.report.options | self._arguments)
+            outcome = Outcome(plan, result.profile, report)
             write(trainer, directory, outcome, floats)
             self._keep(pl_module, outcome)
 
     def _settle(self, trainer: Trainer, pl_module: LightningModule, before: Outcome) -> None:
         """Snap a network that was trained on to its grid, and validate it again."""
-        directory, sharing = output_directory(trainer), ranks.sharing(trainer)
-        with self._working(trainer, pl_module), sharing.agreed("settling"):
+        sharing = ranks.sharing(trainer)
+        with self._working(trainer, pl_module) as directory, sharing.agreed("settling"):
             ranks.share_buffers(trainer, pl_module)
             plan = before.plan.settled(pl_module)
             sharing.meet("validation")
@@ -292,16 +324,43 @@ class CurvatureQuantizationCallback(Callback):
             write(trainer, directory, outcome, {})
             self._keep(pl_module, outcome)
 
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        """The arguments beside the options that are not their defaults, as plain values."""
+        given: dict[str, Any] = {
+            "loss_fn": plain(self.loss_fn),
+            "evaluate": self.evaluate,
+            "monitor_every_n_epochs": self.monitor_every_n_epochs,
+            "on_error": self.on_error,
+            **asdict(self.saving),
+        }
+        defaults = inspect.signature(type(self)).parameters
+        return {name: value for name, value in given.items() if value != defaults[name].default}
+
     @contextmanager
-    def _working(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-        """The surroundings of any work on the network; if it fails, the network is put back whole and that is said."""
+    def _working(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[Path]:
+        """The surroundings of any work on the network; gives the folder for what comes of it, and saves the network.
+
+        If the work fails, the network is put back whole and that is said.
+        """
+        directory, before = output_directory(trainer), self._outcome
         averaged = averaging.averages_settled(trainer, self, pl_module)
         with failures_reported(self.on_error), curvature_safe(pl_module), preserved(pl_module), averaged:
-            yield
+            yield directory
+        if self._outcome is not None and self._outcome is not before:
+            save_network(trainer, pl_module, directory, saving=self.saving, ratio=self._outcome.plan.ratio)
 
     def _keep(self, pl_module: nn.Module, outcome: Outcome) -> None:
         self._outcome = outcome
         self._network = weakref.ref(pl_module)
+
+    def _tell_of_float(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainers.is_trial(trainer) or trainers.is_superseded(trainer, self):
+            return
+        swapped = self._in_force(pl_module)
+        modules = quantized_modules(pl_module).values()
+        if not (swapped and any(rounding_state(module).quantizing for module in modules)):
+            tell_of_float(trainer)
 
     def _in_force(self, pl_module: LightningModule) -> bool:
         """Whether the network is swapped; swaps it again if a ``configure_model`` that ran once more undid that."""

@@ -11,7 +11,6 @@ from lightning_caq.allocation.robustness import robustness
 from lightning_caq.allocation.tradeoff import tradeoff
 from lightning_caq.errors import CAQError, OptionError
 from lightning_caq.evaluation.sweep import sweep_points, variant_metrics
-from lightning_caq.export.packed import VERSION
 from lightning_caq.export.sealed import read_sealed
 from lightning_caq.report import QuantizationReport, text_table
 from lightning_caq.reporting.figures.pareto import pareto
@@ -105,7 +104,7 @@ def inspect(file: Path) -> None:
     Args:
         file: The safetensors file.
     """
-    description, tensors = read_sealed(file, VERSION)
+    description, tensors = read_sealed(file)
     rows, codes, total = [], 0, 0
     for layer in description["layers"]:
         count = 1

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -16,8 +16,10 @@ from lightning_caq.allocation.steps import check_continuous
 from lightning_caq.errors import BudgetError, OptionError
 from lightning_caq.network.meaning import Output
 from lightning_caq.network.prepare import ForwardFunction, ModelUse
+from lightning_caq.quantizers.grids.groups import GROUP_SIZES
 from lightning_caq.quantizers.grids.ranges import SIGNED_BYTE
 from lightning_caq.quantizers.grids.values import Quantizer
+from lightning_caq.utilities.metric_names import Direction
 
 _HOLD_ZERO = ("affine", "codebook")  # quantizers that can have the value zero
 ALWAYS = frozenset({"kappa", "lipschitz", "inputs"})  # what reports show, whatever the method
@@ -37,9 +39,12 @@ class QuantizationOptions:
         bops: Budget: billions of bit operations a sample, alone or together with ``avg_bits`` or ``ratio``.
         error: Budget: predicted output error as a part of the output; the smallest network within it is made.
         max_bytes: Budget: bytes of the file that ``save_quantized`` writes; for ``coding="entropy"``.
-        max_drop: Budget: how much worse the metric ``monitor`` may get; the smallest network within it is looked for.
+        max_drop: Budget: how much worse the metric ``monitor`` may get, two standard errors counted where they are
+            known; the smallest network within it is looked for.
         monitor: The metric that ``max_drop`` watches, by the name it is logged under.
-        monitor_mode: Whether a good network has a large metric (``"max"``) or a small one (``"min"``).
+        monitor_mode: Whether a good network has a large metric (``"max"``) or a small one (``"min"``). ``"auto"`` goes
+            by ``higher_is_better`` of a torchmetrics metric, by the mode of a ``ModelCheckpoint`` or ``EarlyStopping``
+            that watches the same metric, or by its name, such as loss, error, perplexity or accuracy.
         max_evaluations: Networks that may be made and evaluated in the search for ``max_drop``.
         activation_bits: Bits of every quantized layer's input, 2 to 8; the first layer's input has 8, words of
             embeddings are left. ``None`` leaves inputs in float32. ``"mixed"`` chooses those of each layer, of ``bits``
@@ -57,6 +62,9 @@ class QuantizationOptions:
         range: Where an affine grid begins and ends: ``"mse"``, ``"minmax"``, ``"percentile"``, ``"aciq"`` or
             ``"curvature"``.
         symmetry: Where the zero of an affine grid lies: ``"asymmetric"``, ``"symmetric"`` or ``"mid_rise"``.
+        group_size: Weights along the input of a layer that share a scale and a zero point: 32, 64 or 128. ``None``
+            gives each output channel one of both. Transposed convolutions have one a channel in any case.
+        scale_dtype: Type that scales are stored in: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
         runtime: What will execute the network: ``"onnxruntime"`` restricts grids of weights to what its integer kernels
             take, before anything is rounded, for ``export_onnx(integers="all")``; the report says what that costs.
             ``"any"`` restricts nothing.
@@ -103,7 +111,7 @@ class QuantizationOptions:
     max_bytes: float | None = None
     max_drop: float | None = None
     monitor: str | None = None
-    monitor_mode: Literal["max", "min"] = "max"
+    monitor_mode: Literal["auto", "max", "min"] = "auto"
     max_evaluations: int = 8
     activation_bits: int | Literal["mixed"] | None = None
     coding: Literal["fixed", "entropy"] = "fixed"
@@ -113,6 +121,8 @@ class QuantizationOptions:
     quantizer: Literal["affine", "codebook", "lq_nets", "abc_net", "series", "dorefa"] = "affine"
     range: Literal["mse", "minmax", "percentile", "aciq", "curvature"] = "mse"
     symmetry: Literal["asymmetric", "symmetric", "mid_rise"] = "asymmetric"
+    group_size: int | None = None
+    scale_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     runtime: Literal["any", "onnxruntime"] = "any"
     batchnorm: Literal["recentre", "keep"] = "recentre"
     keep_zeros: bool | None = None
@@ -139,6 +149,7 @@ class QuantizationOptions:
         for name, allowed in CHOICES.items():
             _one_of(name, getattr(self, name), allowed)
         self._check_quantizer()
+        self._check_groups()
         bits = tuple(self.bits) if isinstance(self.bits, (list, tuple)) else ()
         if not bits or any(isinstance(b, bool) or not isinstance(b, int) or not 1 <= b <= 8 for b in bits):
             raise OptionError(
@@ -176,6 +187,17 @@ class QuantizationOptions:
             composing_method(self.method, budget)
 
     @property
+    def values(self) -> Quantizer:
+        """How the values are chosen that weights may take."""
+        return Quantizer(
+            self.quantizer,
+            range=self.range,
+            symmetry=self.symmetry if self.runtime == "any" else SIGNED_BYTE,
+            group_size=self.group_size,
+            scale_dtype=self.scale_dtype,
+        )
+
+    @property
     def zeros_kept(self) -> bool | None:
         """``keep_zeros`` where the quantizer can hold the value zero; where it cannot, ``False``."""
         return self.keep_zeros if self.quantizer in _HOLD_ZERO else False
@@ -195,12 +217,31 @@ class QuantizationOptions:
                 f"rounding='long_axis' is for quantizer='affine'; with {self.quantizer!r} give 'nearest' or "
                 "'error_feedback'."
             )
-        for name, default in (("range", "mse"), ("symmetry", "asymmetric"), ("granularity", "layer")):
+        for name, default in (
+            ("range", "mse"),
+            ("symmetry", "asymmetric"),
+            ("granularity", "layer"),
+            ("group_size", None),
+            ("scale_dtype", "float32"),
+        ):
             if getattr(self, name) != default:
                 raise OptionError(
                     f"{name}={getattr(self, name)!r} is for quantizer='affine'; {self.quantizer!r} finds its values by "
                     f"itself. Leave {name}={default!r}."
                 )
+
+    def _check_groups(self) -> None:
+        size = self.group_size
+        if size is None:
+            return
+        if isinstance(size, bool) or size not in GROUP_SIZES:
+            listed = ", ".join(map(str, GROUP_SIZES))
+            raise OptionError(f"group_size={size!r} is not allowed; choose from {listed}, or None.")
+        if self.granularity != "layer":
+            raise OptionError(
+                f"group_size={size} is for granularity='layer': weights that share a scale share their bits with all "
+                "of the layer. Leave group_size=None, or granularity='layer'."
+            )
 
     def _check_coding(self) -> None:
         if self.coding == "fixed":
@@ -215,6 +256,8 @@ class QuantizationOptions:
             ("quantizer", "affine"),
             ("range", "mse"),
             ("symmetry", "asymmetric"),
+            ("group_size", None),
+            ("scale_dtype", "float32"),
             ("study", False),
             ("bops", None),
             ("error", None),
@@ -232,18 +275,17 @@ class QuantizationOptions:
     def _check_runtime(self) -> None:
         if self.runtime == "any":
             return
-        for name, allowed in (("quantizer", "affine"), ("symmetry", "asymmetric"), ("coding", "fixed")):
+        for name, allowed in (
+            ("quantizer", "affine"),
+            ("symmetry", "asymmetric"),
+            ("coding", "fixed"),
+            ("group_size", None),
+        ):
             if getattr(self, name) != allowed:
                 raise OptionError(
                     f"{name}={getattr(self, name)!r} does not go with runtime={self.runtime!r}, which chooses grids of "
                     f"whole signed bytes; leave {name}={allowed!r}."
                 )
-
-    @property
-    def grids(self) -> Quantizer:
-        """How the values are chosen that weights may take."""
-        symmetry = self.symmetry if self.runtime == "any" else SIGNED_BYTE
-        return Quantizer(self.quantizer, range=self.range, symmetry=symmetry, keep_zeros=self.zeros_kept)
 
     def _check_inputs(self) -> None:
         a = self.activation_bits
@@ -287,6 +329,31 @@ class QuantizationOptions:
             monitor=self.monitor,
         )
 
+    def directed(self, direction: Callable[[str], Direction | None]) -> QuantizationOptions:
+        """The options with the direction of the metric that ``max_drop`` watches settled.
+
+        Args:
+            direction: Whether more or less of a metric is better, by its name; ``None`` where nothing tells.
+
+        Raises:
+            OptionError: If nothing tells.
+
+        Example:
+            >>> from lightning_caq.utilities.metric_names import direction_of_name
+            >>> options = QuantizationOptions(max_drop=0.1, monitor="val_loss")
+            >>> options.directed(direction_of_name).monitor_mode
+            'min'
+        """
+        if self.monitor is None or self.monitor_mode != "auto":
+            return self
+        mode = direction(self.monitor)
+        if mode is None:
+            raise OptionError(
+                f"Nothing tells whether a good network has a large or a small {self.monitor!r}; give "
+                "monitor_mode='max' or 'min'."
+            )
+        return replace(self, monitor_mode=mode)
+
     @property
     def reach(self) -> tuple[float, float]:
         """The fewest and the most average bits that weights may have."""
@@ -318,10 +385,10 @@ class QuantizationOptions:
             >>> QuantizationOptions(avg_bits=3, bits=(2, 4)).to_dict()["bits"]
             [2, 4]
         """
-        return {name: _plain(x) for name, x in asdict(self).items()}
+        return {name: plain(x) for name, x in asdict(self).items()}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """An option as a plain value, a function as where it comes from."""
     if callable(value):
         return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"

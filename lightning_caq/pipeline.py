@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_caq.allocation.budget import MaxDrop, check_budget, check_coded_budget
@@ -27,36 +29,46 @@ from lightning_caq.measures.measure import measure
 from lightning_caq.measures.rounding.rounded_loss import rounded_loss
 from lightning_caq.network.batches import take_samples
 from lightning_caq.network.deployed import find_deployed, stored_widths
-from lightning_caq.network.float_notes import float_notes
+from lightning_caq.network.drawn import drawn
+from lightning_caq.network.float_notes import baked_notes, float_notes
 from lightning_caq.network.float_outputs import Reference, make_reference
 from lightning_caq.network.forward import Batch
 from lightning_caq.network.layers import Layer, chosen_layers, find_layers
 from lightning_caq.network.objective import Loss, Objective, objective_from
+from lightning_caq.network.parts.expand import every_weight_a_layer, expand_uses
 from lightning_caq.network.prepare import prepare
 from lightning_caq.notes import Note
 from lightning_caq.options import QuantizationOptions
 from lightning_caq.plan import QuantizationPlan
 from lightning_caq.profile import CurvatureProfile
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules
-from lightning_caq.quantizers.grids.values import Quantizer
+from lightning_caq.quantizers.grids.groups import check_scale_type, group_counts, layer_group_size
 from lightning_caq.quantizers.rounding.cost import rounding_seconds
 from lightning_caq.report import QuantizationReport
 from lightning_caq.reporting.gallery import draw_gallery
 from lightning_caq.reporting.html import write_html
+from lightning_caq.scores import Score, as_scores
 from lightning_caq.selection.candidate import CandidateMaker, prepare_candidates
 from lightning_caq.selection.long_axis import prepare_long_axis
 from lightning_caq.selection.select import Selection, Selector
 from lightning_caq.selection.steps import StepSearch
-from lightning_caq.sizes import STEPPED, LayerSizes
+from lightning_caq.sizes import SCALE_BITS, STEPPED, LayerSizes
 from lightning_caq.studies import RateLimit, Studies, Tightness
 from lightning_caq.utilities.contexts import Evaluate, InFloat32, curvature_safe
+from lightning_caq.utilities.cores import CpuTimes, crowded, free_cores
 from lightning_caq.utilities.isolation import preserved
 from lightning_caq.utilities.keywords import known_keywords, takes_fields_of
-from lightning_caq.utilities.progress import Progress, Say, duration, silent
+from lightning_caq.utilities.metric_names import Direction, direction_of_name
+from lightning_caq.utilities.progress import Progress, Say, silent
 from lightning_caq.utilities.sharing import ALONE, Sharing
 
 TIGHTNESS_SAMPLES = 32
-_CANDIDATE_PASSES, _TIGHTNESS_PASSES = 6, 40  # forward passes: over all samples, and over those of tightness
+_CANDIDATE_PASSES, _TIGHTNESS_PASSES, _STUDY_PASSES = (
+    6,
+    40,
+    60,
+)  # forward passes: over all samples, and over those of tightness
+_STEP_SEARCH = 8  # roundings of a search for steps, most of them on few samples
 
 
 @dataclass(frozen=True)
@@ -103,11 +115,15 @@ def quantize(
 
     Args:
         model: The network.
-        batches: Re-iterable calibration batches: tensors, tuples whose first item is the input, or dicts.
+        batches: Re-iterable calibration batches: tensors, tuples whose first item is the input, or dicts. Of a data set
+            with indices, or a plain loader of one, ``calibration_samples`` items are drawn by ``seed``; of all else the
+            first are taken, whatever the seed.
         options: Every field of QuantizationOptions.
         loss_fn: Loss of a model and a batch, for ``objective="task"``.
-        evaluate: Metrics of a network, such as its accuracy; called for the float network, the quantized one and each
-            compared one. The calibration objective is always reported.
+        evaluate: Metrics of a network by name, such as its accuracy; called for the float network, the quantized one
+            and each compared one. A metric is a number, or a tensor with one number for each sample, whose mean it is:
+            then standard errors are known, and differences are judged sample by sample. The calibration objective is
+            always reported.
         profile: A profile of an earlier run; what it holds for the same weights and samples is not measured again, so
             that a second budget costs no second measurement.
         inplace: Whether ``model`` itself is quantized, or a copy.
@@ -133,6 +149,7 @@ def quantize(
     """
     chosen = QuantizationOptions(**known_keywords(quantize, options))
     target = model if inplace else copy.deepcopy(model)
+    batches = drawn(batches, chosen.calibration_samples, chosen.seed)
     return run(target, batches, chosen, loss_fn=loss_fn, evaluate=evaluate, profile=profile, progress=Progress(say))
 
 
@@ -145,25 +162,24 @@ def run(
     training_loss: Loss | None = None,
     evaluate: Evaluate | None = None,
     profile: CurvatureProfile | None = None,
+    direction: Callable[[str], Direction | None] = direction_of_name,
     progress: Progress | None = None,
     sharing: Sharing = ALONE,
 ) -> QuantizationResult:
     """Quantize a network in place, with options that were checked. See ``quantize``.
 
-    ``training_loss`` is a loss that is not the objective, but tells how the module is run and what its outputs mean. If
-    anything fails the network is exactly as it was before. Processes that hold the same network and the same batches
-    may divide the work of measuring by ``sharing``.
+    ``training_loss`` is a loss that is not the objective, but tells how the module is run and what its outputs mean.
+    ``direction`` says whether more or less of a metric is better, where ``monitor_mode`` leaves that open. If anything
+    fails the network is exactly as it was before. Processes that hold the same network and the same batches may divide
+    the work of measuring by ``sharing``.
     """
     progress = progress or Progress()
     if quantized_modules(model):
         raise LayerError(
             f"{type(model).__name__} is quantized already; build it anew, with its float weights, to quantize it again."
         )
-    chosen_layers(model, options.include, options.exclude)  # refuses what has none, and weights that are not finite
-    widths = stored_widths(model)
     device = next((p.device for p in model.parameters()), None)
-    # A data loader draws from the global random state as it is read, so that belongs to what is preserved.
-    with curvature_safe(model), preserved(model), InFloat32(model) as float32:
+    with _measurable(model, options) as (float32, widths):
         samples = prepare(
             model,
             batches,
@@ -174,17 +190,31 @@ def run(
             device=device,
             convert=float32.batch,
         )
+        expand_uses(model, samples[0])
         validation = WatchedEvaluation(float32.outside(evaluate)) if evaluate is not None else None
         steps = _Steps(options, loss_fn, validation, sharing, progress)
         network = steps.prepare(model, samples, widths)
         float_metrics = steps.judge_float(network)
+        steps = replace(steps, options=options.directed(direction))
         profile = steps.measure(network, known=profile)
         chooser, maker = steps.allocator(network, profile), steps.maker(network, profile)
         selection = steps.select(network, chooser, maker, float_metrics)
         evaluation = steps.evaluate(network, chooser, maker, selection)
+        progress.close()
         report = steps.report(network, profile, selection, evaluation, float_metrics)
         selection.chosen.plan.write(model)
         return QuantizationResult(model, selection.chosen.plan, profile, report)
+
+
+@contextmanager
+def _measurable(model: nn.Module, options: QuantizationOptions) -> Iterator[tuple[InFloat32, Mapping[int, int]]]:
+    """While open, the network can be measured; also what its weights take in memory. A failure leaves it as it was."""
+    with every_weight_a_layer(model):
+        chosen_layers(model, options.include, options.exclude)  # refuses what has none, and weights that are not finite
+        widths = stored_widths(model)
+        # A data loader draws from the global random state as it is read, so that belongs to what is preserved.
+        with curvature_safe(model), preserved(model), InFloat32(model) as float32:
+            yield float32, widths
 
 
 _CHECKED_SAMPLES = 2
@@ -219,10 +249,8 @@ def check(
         LayerError: If there is nothing to quantize.
         BudgetError: If the budget cannot be met.
     """
-    chosen_layers(model, options.include, options.exclude)  # refuses what has none, and weights that are not finite
-    widths = stored_widths(model)
     device = next((p.device for p in model.parameters()), None)
-    with curvature_safe(model), preserved(model), InFloat32(model) as float32:
+    with _measurable(model, options) as (float32, widths):
         samples = prepare(
             model,
             [batch],
@@ -233,6 +261,7 @@ def check(
             device=device,
             convert=float32.batch,
         )
+        expand_uses(model, samples[0])
         steps = _Steps(options, loss_fn, None, ALONE, Progress())
         network = steps.prepare(model, take_samples(samples, _CHECKED_SAMPLES), widths)
         for note in network.notes:
@@ -263,7 +292,9 @@ class _Network:
         input_bits: Candidate bits of each layer's input, a row a layer.
         reference: The calibration samples and the network's outputs on them.
         objective: The calibration objective on the same samples.
-        loss: Its value, nat.
+        loss: Its value, nat, with what it rests on.
+        forward: Seconds of a forward pass over all samples.
+        clocks: Processor times before it was run.
     """
 
     model: nn.Module
@@ -273,12 +304,22 @@ class _Network:
     input_bits: Sequence[Sequence[int]]
     reference: Reference
     objective: Objective
-    loss: float
+    loss: Score
+    forward: float
+    clocks: CpuTimes | None
 
     def on(self, samples: int) -> tuple[Objective, Reference]:
         """Objective and outputs on the first samples."""
         first = take_samples(self.reference.batches, samples)
         return self.objective.on(self.model, first), self.reference.on(self.model, first)
+
+
+def _ungrouped_note(layers: Sequence[Layer], options: QuantizationOptions) -> tuple[Note, ...]:
+    """What is said of layers that have one scale a channel though groups were asked for."""
+    names = [repr(x.name) for x in layers if options.group_size and layer_group_size(x, options.group_size) is None]
+    if not names:
+        return ()
+    return (Note(f"Transposed convolutions keep one scale a channel, whatever group_size is: {', '.join(names)}."),)
 
 
 @dataclass(frozen=True)
@@ -306,14 +347,25 @@ class _Steps:
         asked = find_layers(model, *samples, include=options.include, exclude=options.exclude)
         deployed = find_deployed(model, asked, samples, patterns=options.deployed, widths=widths)
         layers = deployed.layers
-        notes = (*map(Note, samples[0].forward.notes), *float_notes(deployed))
+        notes = (
+            *map(Note, samples[0].forward.notes),
+            *float_notes(deployed),
+            *baked_notes(model, layers),
+            *_ungrouped_note(layers, options),
+        )
         if not layers:
             raise LayerError(
                 "No calibration batch calls any of the layers to quantize; check the batches, include or deployed."
             )
         for note in notes:
             self.progress.tell(note)
-        sizes = replace(deployed.sizes, quantizer=STEPPED if options.coding == "entropy" else options.quantizer)
+        check_scale_type(model, layers, options.scale_dtype, max(options.bits))
+        sizes = replace(
+            deployed.sizes,
+            quantizer=STEPPED if options.coding == "entropy" else options.quantizer,
+            groups=group_counts(layers, options.group_size),
+            scale_bits=SCALE_BITS[options.scale_dtype],
+        )
         input_bits = input_candidates(len(layers), options.bits, options.activation_bits)
         sizes, most = (replace(sizes, activation_bits=tuple(row[i] for row in input_bits)) for i in (0, -1))
         if options.coding == "fixed":
@@ -322,14 +374,13 @@ class _Steps:
             check_coded_budget(options.budget, sizes)
         if options.rounding == "long_axis":
             check_memory(layers, options.eigenpairs)
-        start = time.perf_counter()
+        start, clocks = time.perf_counter(), CpuTimes.now()
         reference = make_reference(model, samples)
         objective = objective_from(options.objective, reference, self.loss_fn)
-        loss = objective.value(model)  # one that is not finite or no scalar shows here, before any work
-        seconds = self._seconds(layers, objective.samples, (time.perf_counter() - start) / 2)
-        self.progress.say(
-            f"{len(layers)} layers, {sum(sizes.weights):,} weights, {objective.samples} samples, {options.method} with "
-            f"{options.budget}: about {duration(seconds)}, curvature not counted"
+        loss = objective.score(model)  # one that is not finite or no scalar shows here, before any work
+        forward = (time.perf_counter() - start) / 2
+        self.progress.headline = (
+            f"{len(layers)} layers, {sum(sizes.weights):,} weights, {options.method} with {options.budget}; "
         )
         return _Network(
             model=model,
@@ -340,20 +391,44 @@ class _Steps:
             reference=reference,
             objective=objective,
             loss=loss,
+            forward=forward,
+            clocks=clocks,
         )
 
-    def _seconds(self, layers: Sequence[Layer], samples: int, forward: float) -> float:
-        """About how long the run takes but for measuring, of what one forward pass over all samples takes."""
-        rounding = 0.0
-        if self.options.rounding == "error_feedback":
-            rounding = rounding_seconds(layers, samples, multiplication_seconds())
-        candidates = len(self.options.methods) * (_CANDIDATE_PASSES * forward + rounding)
-        return candidates + _TIGHTNESS_PASSES * forward * min(TIGHTNESS_SAMPLES / samples, 1.0)
+    def _expect(self, network: _Network, validation: float) -> None:
+        """Count on all that follows measuring.
 
-    def judge_float(self, network: _Network) -> dict[str, float]:
+        Args:
+            network: The float network, with the time that a forward pass over all samples takes.
+            validation: Seconds that evaluating it took.
+        """
+        options, samples, forward = self.options, network.objective.samples, network.forward
+        rounding = _CANDIDATE_PASSES * forward
+        if options.rounding == "error_feedback":
+            rounding += rounding_seconds(network.layers, samples, multiplication_seconds())
+        if options.coding == "entropy":
+            rounding *= _STEP_SEARCH
+        guard = options.guard and "uniform" not in options.methods
+        tries = options.max_evaluations if isinstance(options.budget, MaxDrop) else 1
+        count = len(options.methods) - 1 + guard + tries
+        self.progress.expect(f"{count} networks", rounding, times=count, steps=("rounding",))
+        self.progress.expect("their validation", validation + forward, times=count, steps=("evaluation",))
+        if options.coding == "fixed":
+            passes = _TIGHTNESS_PASSES * min(TIGHTNESS_SAMPLES / samples, 1.0)
+            self.progress.expect(
+                "comparison with predictions", passes * forward, steps=("tightness of the prediction",)
+            )
+        if options.study:
+            self.progress.expect("studies", rounding + _STUDY_PASSES * forward)
+        if told := crowded(torch.get_num_threads(), free_cores(network.clocks, CpuTimes.now())):
+            self.progress.say(told)
+
+    def judge_float(self, network: _Network) -> dict[str, Score]:
         """Metrics of the float network; refuses to watch one that nobody computes, before anything is measured."""
+        start = time.perf_counter()
         with self.progress.step("evaluation (float)"):
             metrics = self._metrics(network, network.loss)
+        self._expect(network, time.perf_counter() - start)
         budget = self.options.budget
         if isinstance(budget, MaxDrop) and budget.monitor not in metrics:
             logged = ", ".join(map(repr, metrics))
@@ -373,7 +448,7 @@ class _Steps:
             loss_fn=self.loss_fn,
             needs=self.options.needs,
             bits=self.options.bits,
-            quantizer=self._quantizer,
+            quantizer=self.options.values,
             samples=self.options.curvature_samples,
             eigenpairs=self.options.eigenpairs,
             seed=self.options.seed,
@@ -391,7 +466,7 @@ class _Steps:
             sizes=network.sizes,
             bits=self.options.bits,
             output_norm=reference.size,
-            evaluate=rounded_loss(network.model, network.layers, objective, self.options.bits, self._quantizer),
+            evaluate=rounded_loss(network.model, network.layers, objective, self.options.bits, self.options.values),
             seed=self.options.seed,
             granularity=self.options.granularity,
             inputs=network.input_bits if self.options.activation_bits == MIXED else (),
@@ -409,13 +484,13 @@ class _Steps:
         return prepare_candidates(model, layers, network.sizes, options, network.reference, long_axis)
 
     def select(
-        self, network: _Network, chooser: Chooser, maker: CandidateMaker, float_metrics: Mapping[str, float]
+        self, network: _Network, chooser: Chooser, maker: CandidateMaker, float_metrics: Mapping[str, Score]
     ) -> Selection:
         """Make the networks that were asked for, and choose the one to keep."""
         return Selector(
             chooser=chooser,
             maker=maker,
-            judge=lambda: self._metrics(network, network.objective.value(network.model)),
+            judge=lambda: self._metrics(network, network.objective.score(network.model)),
             options=self.options,
             progress=self.progress,
             float_metrics=float_metrics,
@@ -442,7 +517,7 @@ class _Steps:
         profile: CurvatureProfile,
         selection: Selection,
         evaluation: _Evaluation,
-        float_metrics: Mapping[str, float],
+        float_metrics: Mapping[str, Score],
     ) -> QuantizationReport:
         """Put together what was done, what it cost and what it gave."""
         return run_report(
@@ -459,11 +534,7 @@ class _Steps:
             notes=self._notes(network, float_metrics, selection),
         )
 
-    @property
-    def _quantizer(self) -> Quantizer:
-        return replace(self.options.grids, keep_zeros=False)  # measures are of all weights
-
-    def _notes(self, network: _Network, float_metrics: Mapping[str, float], selection: Selection) -> list[Note]:
+    def _notes(self, network: _Network, float_metrics: Mapping[str, Score], selection: Selection) -> list[Note]:
         """What the user was told before anything was measured, and what is left to say."""
         bypasses = self.validation is not None and self.validation.bypasses
         metrics, objective = selection.chosen.metrics, network.objective.name
@@ -474,7 +545,7 @@ class _Steps:
             )
         plan = selection.chosen.plan
         if self.options.runtime != "any" and plan.widths:
-            own, widths = self._quantizer, list(plan.widths.values())
+            own, widths = self.options.values, list(plan.widths.values())
             free = replace(own, symmetry=self.options.symmetry)
             more = restriction_cost(network.model, network.layers, widths, restricted=own, free=free)
             notes.append(
@@ -487,10 +558,10 @@ class _Steps:
             self.progress.tell(note)
         return [*network.notes, *notes]
 
-    def _metrics(self, network: _Network, loss: float) -> dict[str, float]:
+    def _metrics(self, network: _Network, loss: Score) -> dict[str, Score]:
         """Metrics of the network as it is, by name; ``loss`` is its calibration objective."""
         metrics = {network.objective.name: loss}
         if self.validation is not None:
             self.sharing.meet("evaluation")  # it may have collectives of its own
-            metrics |= {name: float(value) for name, value in self.validation(network.model).items()}
+            metrics |= as_scores(self.validation(network.model))
         return self.sharing.first(metrics, "metrics")  # what is tried next has to be the same on every rank

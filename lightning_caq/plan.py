@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,22 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from lightning_caq.errors import OptionError, PlanError
+from lightning_caq.network.parts.expand import expanded
 from lightning_caq.quantizers.fake_quant.modules import FakeQuant, on_grid
 from lightning_caq.quantizers.fake_quant.state import rounding_state
 from lightning_caq.quantizers.fake_quant.swap import swap
 from lightning_caq.quantizers.grids.activations import InputGrid
+from lightning_caq.quantizers.grids.affine import Grid
 from lightning_caq.quantizers.grids.stepped import SteppedGrid
 from lightning_caq.quantizers.grids.values import STORED, Values, from_numbers, numbers
 from lightning_caq.quantizers.packing.coded import layer_bits
 from lightning_caq.quantizers.packing.codes import pack_codes, unpack_codes
-from lightning_caq.sizes import LayerSizes, Width, average_bits, code_bytes
+from lightning_caq.sizes import FLOAT_BITS, LayerSizes, Width, average_bits, code_bytes
 from lightning_caq.utilities.fingerprint import fingerprint
 
 VERSION = 2  # 1 had a byte for each code
 SCHEME = "affine, per output channel"
+GROUPED = "affine, per group of an output channel's weights"
 
 
 @dataclass(frozen=True)
@@ -148,13 +152,15 @@ class QuantizationPlan:
         Raises:
             PlanError: If it is another network or holds other weights; the network is then untouched.
         """
-        self._check_architecture(model)
-        if not self._holds_rounded_weights(model) and self._fingerprint_of(model) != self.fingerprint:
-            raise PlanError(
-                f"The plan was made for other weights than those in {type(model).__name__}; "
-                "load the checkpoint that was quantized, or quantize again."
-            )
-        self.write(model)
+        with self._expanded(model):
+            if not self._holds_rounded_weights(model) and self._fingerprint_of(model) != self.fingerprint:
+                raise PlanError(
+                    f"The plan was made for other weights than those in {type(model).__name__}: those at the end of "
+                    "training, which may not be those of the best epoch. Load the last float checkpoint of that run "
+                    "(last.ckpt), or the quantized network itself, from quantized.ckpt or with load_quantized from "
+                    "network.safetensors; or quantize again."
+                )
+            self.write(model)
 
     def write(self, model: nn.Module) -> None:
         """What ``apply`` does, without its checks: for the very network that the plan was made of."""
@@ -176,11 +182,11 @@ class QuantizationPlan:
         Raises:
             PlanError: If the plan belongs to another network.
         """
-        self._check_architecture(model)
-        if not all(on_grid(_weight(model, x), x.grid.to(_weight(model, x).device)) for x in self.layers):
-            return False
-        swap(model, self.grids(), self.input_grids())
-        return True
+        with self._expanded(model):
+            if not all(on_grid(_weight(model, x), x.grid.to(_weight(model, x).device)) for x in self.layers):
+                return False
+            swap(model, self.grids(), self.input_grids())
+            return True
 
     def settled(self, model: nn.Module) -> QuantizationPlan:
         """The plan after the swapped network was trained on: its weights are snapped to their grids, in place.
@@ -189,9 +195,8 @@ class QuantizationPlan:
             A plan with the new codes for the same bits, and the scales if they were learned, made for the weights that
             the network now holds.
         """
-        self._check_architecture(model)
         layers = []
-        with torch.no_grad():
+        with self._expanded(model), torch.no_grad():
             for layer in self.layers:
                 weight = _weight(model, layer)
                 grid, input_grid = _learned(model, layer)
@@ -268,7 +273,7 @@ class QuantizationPlan:
     def _description(self) -> dict[str, Any]:
         return {
             "version": VERSION,
-            "scheme": SCHEME if self.sizes.quantizer == "affine" else self.sizes.quantizer,
+            "scheme": self._scheme,
             "method": self.method,
             "budget": self.budget,
             "rounding": self.rounding,
@@ -280,6 +285,12 @@ class QuantizationPlan:
             "layers": [_describe(layer) for layer in self.layers],
             "repairs": sorted(self.repairs),
         }
+
+    @property
+    def _scheme(self) -> str:
+        if self.sizes.quantizer != "affine":
+            return self.sizes.quantizer
+        return GROUPED if self.sizes.groups else SCHEME
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"repair/{name}": tensor for name, tensor in self.repairs.items()}
@@ -310,11 +321,20 @@ class QuantizationPlan:
                 quantizer=counts.get("quantizer", "affine"),
                 memory=counts.get("memory", 0),
                 unquantized_memory=counts.get("unquantized_memory", 0),
+                groups=tuple(counts.get("groups", ())),
+                scale_bits=counts.get("scale_bits", FLOAT_BITS),
             )
             repairs = {name: tensors[f"repair/{name}"] for name in data["repairs"]}
             return cls(data["method"], data["budget"], data["rounding"], layers, sizes, data["fingerprint"], repairs)
         except (KeyError, TypeError, ValueError, OptionError) as error:
             raise PlanError(f"Plan {where} is damaged: {type(error).__name__} {error}.") from error
+
+    @contextmanager
+    def _expanded(self, model: nn.Module) -> Iterator[None]:
+        """While open, a network that the plan belongs to has all of its layers, those inside other modules too."""
+        with expanded(model, self.grids().keys()):
+            self._check_architecture(model)
+            yield
 
     def _check_architecture(self, model: nn.Module) -> None:
         modules = dict(model.named_modules(remove_duplicate=False))
@@ -353,6 +373,7 @@ def _describe(layer: LayerPlan) -> dict[str, Any]:
         "quantizer": layer.grid.quantizer,
         "shape": list(layer.codes.shape),
         "transposed": layer.grid.transposed if isinstance(layer.grid, SteppedGrid) else 0,
+        "group_size": layer.grid.group_size if isinstance(layer.grid, Grid) else None,
         "input": None if layer.input_grid is None else asdict(layer.input_grid),
     }
 
@@ -361,8 +382,13 @@ def _layer(described: Mapping[str, Any], tensors: Mapping[str, Tensor], version:
     """A layer from its description and its tensors."""
     name = described["name"]
     parts = {part: tensors[f"{part}/{name}"] for part in STORED if f"{part}/{name}" in tensors}
-    quantizer, transposed = described.get("quantizer", "affine"), described.get("transposed", 0)
-    grid = from_numbers(quantizer, described["bits"], parts, transposed)
+    grid = from_numbers(
+        described.get("quantizer", "affine"),
+        described["bits"],
+        parts,
+        transposed=described.get("transposed", 0),
+        group_size=described.get("group_size"),
+    )
     codes = tensors[f"codes/{name}"]
     return LayerPlan(
         name,

@@ -168,6 +168,8 @@ class CurvatureProfile:
         quantizer: The values that the rounding errors are errors from, a name of ``values.QUANTIZERS``.
         range: Where they begin and end, of an affine grid.
         symmetry: Where their zero lies, of an affine grid.
+        group_size: Weights of a channel that share a scale, of an affine grid; ``None`` where all do.
+        scale_dtype: Name of the type of scales, of an affine grid.
     """
 
     layers: tuple[LayerCurvature, ...]
@@ -189,6 +191,8 @@ class CurvatureProfile:
     quantizer: str = "affine"
     range: str = "mse"
     symmetry: str = "asymmetric"
+    group_size: int | None = None
+    scale_dtype: str = "float32"
 
     def __getitem__(self, name: str) -> LayerCurvature:
         """The row of the layer called ``name``."""

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lightning_caq.notes import Note
-from lightning_caq.studies import LayerRate, RateLimit, RatePoint, Studies, Tightness
+from lightning_caq.scores import Difference, LogRatio
+from lightning_caq.studies import LayerRate, LayerReason, RateLimit, RatePoint, Studies, Tightness
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,34 @@ class Size:
 
 
 @dataclass(frozen=True)
+class Certainty:
+    """How sure one network's metric is.
+
+    Attributes:
+        samples: Number of samples that it rests on.
+        stderr: Its standard error.
+        differences: Other variant to the standard error of the difference from it, paired by samples.
+    """
+
+    samples: int
+    stderr: float
+    differences: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OutputError:
+    """The output error of one network on the calibration samples that nothing was fitted to.
+
+    Attributes:
+        value: Root mean square over samples of ‖F_q(x) − F(x)‖, a part of the output.
+        ratio: By what factor it is that of the quantized network, sample by sample; ``None`` for that one itself.
+    """
+
+    value: float
+    ratio: LogRatio | None = None
+
+
+@dataclass(frozen=True)
 class QuantizationReport:
     """What was done to a network.
 
@@ -74,6 +103,9 @@ class QuantizationReport:
             error that was observed; ``None`` if it was not measured.
         rate_limit: Bits of entropy-coded layers beside Shannon's lower bound; ``None`` for fixed widths.
         studies: What was computed for the sake of understanding the result.
+        certainty: ``"<variant>/<metric>"`` to how sure it is, where that is known.
+        output_errors: Variant to the output error on the samples held out.
+        reasons: Why each layer has its bits.
     """
 
     method: str
@@ -89,6 +121,9 @@ class QuantizationReport:
     tightness: Tightness | None = None
     rate_limit: RateLimit | None = None
     studies: Studies = field(default_factory=Studies)
+    certainty: dict[str, Certainty] = field(default_factory=dict)
+    output_errors: dict[str, OutputError] = field(default_factory=dict)
+    reasons: tuple[LayerReason, ...] = ()
 
     def __post_init__(self) -> None:
         notes = [note if isinstance(note, Note) else Note(note) for note in self.notes]
@@ -124,6 +159,9 @@ class QuantizationReport:
             )
         if "studies" in data:
             data["studies"] = Studies.from_dict(data["studies"])
+        data["certainty"] = {name: Certainty(**x) for name, x in data.get("certainty", {}).items()}
+        data["output_errors"] = {v: _output_error(**x) for v, x in data.get("output_errors", {}).items()}
+        data["reasons"] = tuple(LayerReason(**x) for x in data.get("reasons", ()))
         # Notes of earlier versions are strings.
         notes = tuple(Note(**note) if isinstance(note, dict) else Note(note) for note in data["notes"])
         return cls(**{**data, "notes": notes})
@@ -131,23 +169,66 @@ class QuantizationReport:
     def table(self) -> str:
         """As text what the reader should know, then two tables: the layers, and the variants with sizes and metrics."""
         notes = "\n".join(f"Warning: {note}" if note.severity == "warning" else f"Note: {note}" for note in self.notes)
-        return "\n\n".join(filter(None, (notes, text_table(*self.layer_cells()), text_table(*self.variant_cells()))))
+        return "\n\n".join(filter(None, (notes, self.tables())))
+
+    def tables(self) -> str:
+        """``table`` without notes, for a reader who has had them."""
+        layers, networks = text_table(*self.layer_cells()), text_table(*self.variant_cells())
+        marked = any(reason.source != "modelled" and reason.damage is not None for reason in self.reasons)
+        of_layers = "\n* measured, with only this layer rounded; all else is modelled" if marked else ""
+        return f"{layers}{of_layers}\n\n" + "\n".join(filter(None, (networks, self.legend)))
+
+    def difference(self, variant: str, other: str, metric: str) -> Difference | None:
+        """By how much a metric of one network is above that of another; ``None`` where one of them lacks it.
+
+        Example:
+            >>> metrics = {"float/acc": 0.75, "quantized/acc": 0.5}
+            >>> sure = {"quantized/acc": Certainty(100, 0.05, {"float": 0.125})}
+            >>> report = QuantizationReport("cet", "", (), {}, metrics, certainty=sure)
+            >>> report.difference("quantized", "float", "acc")
+            Difference(value=-0.25, stderr=0.125)
+        """
+        values = [self.metrics.get(f"{v}/{metric}") for v in (variant, other)]
+        if values[0] is None or values[1] is None:
+            return None
+        sure = self.certainty.get(f"{variant}/{metric}")
+        return Difference(values[0] - values[1], sure.differences.get(other) if sure else None)
+
+    @property
+    def legend(self) -> str:
+        """How to read ± and ≈ in the table of variants; empty where nothing is known of how sure its figures are."""
+        counts: dict[int, list[str]] = {}
+        for name in self.metric_names:
+            if sure := next((x for key, x in self.certainty.items() if key.split("/", 1)[1] == name), None):
+                counts.setdefault(sure.samples, []).append(name)
+        if not counts:
+            return ""
+        listed = "; ".join(f"{', '.join(names)} on {n:,} samples" for n, names in counts.items())
+        return (
+            f"± one standard error ({listed}), in brackets the difference from float,\npaired by samples; "
+            "≈ within noise: less than 2 standard errors."
+        )
 
     def layer_cells(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows of the table of layers."""
-        quantized = [v for v in self.variants if v != "float"]
+        quantized = [v for v in self.variants if any(v in r.bits for r in self.layers)]
         with_inputs = [v for v in quantized if any(v in r.input_bits for r in self.layers)]
-        header = ["layer", "kind", "weights", "κ", "L", *(self._bits_title("bits", v) for v in quantized)]
+        why = {reason.name: reason for reason in self.reasons if reason.damage is not None}
+        unit = next((reason.unit for reason in why.values()), "")
+        header = ["layer", "kind", "weights", *(self._bits_title("bits", v) for v in quantized)]
         header += [self._bits_title("input bits", v) for v in with_inputs]
+        header += [f"damage{f' ({unit})' if unit else ''}", "a width less", "a width more", "bought/kB"] if why else []
+        header += ["κ", "L"]
         rows = [
             [
                 r.name,
                 r.kind,
                 f"{r.weights:,}",
-                _figure(r.kappa),
-                _figure(r.lipschitz),
                 *(_bits(r.bits.get(v)) for v in quantized),
                 *(_bits(r.input_bits.get(v)) for v in with_inputs),
+                *(_reason_cells(why.get(r.name)) if why else ()),
+                _figure(r.kappa, 3),
+                _figure(r.lipschitz, 3),
             ]
             for r in self.layers
         ]
@@ -157,7 +238,9 @@ class QuantizationReport:
         """Header and rows of the table of variants."""
         names = self.metric_names
         of_memory = any(size.memory_ratio is not None for size in self.sizes.values())
-        header = ["network", "avg bits", "ratio", *(["ratio to memory"] if of_memory else []), "kB", *names]
+        header = ["network", "avg bits", "ratio", *(["ratio to memory"] if of_memory else []), "kB"]
+        header += ["output error"] if self.output_errors else []
+        header += names
         rows = [
             [
                 self.title(variant),
@@ -165,7 +248,8 @@ class QuantizationReport:
                 f"{size.ratio:.2f}x",
                 *(["–" if size.memory_ratio is None else f"{size.memory_ratio:.2f}x"] if of_memory else []),
                 f"{size.bytes / 1000:,.1f}",
-                *(_figure(self.metrics.get(f"{variant}/{name}")) for name in names),
+                *([self._error_cell(variant)] if self.output_errors else []),
+                *(self._metric_cell(variant, name) for name in names),
             ]
             for variant, size in ((v, self.sizes[v]) for v in self.variants)
         ]
@@ -175,12 +259,61 @@ class QuantizationReport:
         """How a variant is called in tables and figures, such as ``"quantized (cet)"``."""
         return f"quantized ({self.method})" if variant == "quantized" else variant
 
+    def _metric_cell(self, variant: str, name: str) -> str:
+        value, sure = self.metrics.get(f"{variant}/{name}"), self.certainty.get(f"{variant}/{name}")
+        if value is None or sure is None:
+            return _figure(value)
+        change = self.difference(variant, "float", name)
+        if variant == "float" or change is None or change.stderr is None or self.metrics[f"float/{name}"] == 0:
+            return f"{value:.4g} ± {sure.stderr:.2g}" if sure.stderr else f"{value:.4g}"
+        return f"{value:.4g} ({in_figures(change)}){' ≈' if change.within_noise else ''}"
+
+    def _error_cell(self, variant: str) -> str:
+        error = self.output_errors.get(variant)
+        if error is None:
+            return "–"
+        return f"{error.value:.1%}" + (f" ({as_factor(error.ratio)})" if error.ratio else "")
+
     def _bits_title(self, bits: str, variant: str) -> str:
         return bits if variant == "quantized" else f"{bits} {variant}"
 
 
-def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
+def _output_error(value: float, ratio: dict[str, Any] | None) -> OutputError:
+    return OutputError(value, None if ratio is None else LogRatio(**ratio))
+
+
+def in_figures(change: Difference) -> str:
+    """A difference with its standard error.
+
+    Example:
+        >>> in_figures(Difference(-0.0075, 0.012)), in_figures(Difference(0.0, None))
+        ('−0.0075 ± 0.012', '±0')
+    """
+    value = f"{change.value:+.2g}".replace("-", "−") if change.value else "±0"
+    return value if change.stderr is None else f"{value} ± {change.stderr:.2g}"
+
+
+def as_factor(ratio: LogRatio) -> str:
+    """A log ratio as a factor with its standard error, and whether that is within noise.
+
+    Example:
+        >>> as_factor(LogRatio(0.0953, 0.02, 64)), as_factor(LogRatio(0.01, 0.02, 64))
+        ('1.10x ± 0.02', '1.01x ± 0.02 ≈')
+    """
+    error = "" if ratio.stderr is None else f" ± {ratio.factor * ratio.stderr:.2f}"
+    return f"{ratio.factor:.2f}x{error}{' ≈' if ratio.within_noise else ''}"
+
+
+def _reason_cells(reason: LayerReason | None) -> tuple[str, ...]:
+    if reason is None:
+        return ("–",) * 4
+    mark = "*" if reason.source != "modelled" else ""
+    figures = (reason.damage_fewer, reason.damage_more, reason.bought)
+    return (f"{_figure(reason.damage, 2)}{mark}", *(_figure(x, 2) for x in figures))
+
+
+def _figure(value: float | None, digits: int = 4) -> str:
+    return "–" if value is None else f"{value:.{digits}g}"
 
 
 def _bits(value: float | None) -> str:

@@ -18,7 +18,7 @@ STEPPED = "stepped"  # one step a layer
 CODEBOOKS = ("codebook", "lq_nets", "abc_net", "series", "dorefa")
 GIGA = 10**9
 ZERO_POINT_BITS = 16
-SCALE_BITS = 32
+SCALE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
 FLOAT_BITS = 32
 
 
@@ -61,14 +61,28 @@ def width_bits(width: Width) -> int:
     return 0 if isinstance(width, int) else -(-len(width) * WIDTH_BITS // 8) * 8
 
 
-def overhead_bits(channels: int) -> int:
+def overhead_bits(channels: int, scale_bits: int = FLOAT_BITS) -> int:
     """Bits of the scales and zero points of one layer, one pair an output channel (theory: sizes and ratios).
 
     Example:
         >>> overhead_bits(10)
         480
     """
-    return channels * (SCALE_BITS + ZERO_POINT_BITS)
+    return channels * (scale_bits + ZERO_POINT_BITS)
+
+
+def zero_point_bits(groups: int, bits: int) -> int:
+    """Bits of the zero points of groups, multiples of one half within the codes, in whole bytes.
+
+    Args:
+        groups: Groups of all channels.
+        bits: Bit-width of the codes.
+
+    Example:
+        >>> zero_point_bits(10, 2)
+        32
+    """
+    return -(-groups * (bits + 1) // 8) * 8
 
 
 @dataclass(frozen=True)
@@ -86,6 +100,9 @@ class LayerSizes:
         quantizer: What weights are rounded to: evenly spaced values, or those of a table.
         memory: Bits that all weights took in memory before; 0 where that was in float32.
         unquantized_memory: Bits of those that stay in floating point; 0 where they are in float32.
+        groups: Groups of each channel that have a scale of their own, by layer, 0 where a channel has one; empty where
+            no layer has groups.
+        scale_bits: Bits of a scale.
     """
 
     weights: tuple[int, ...]
@@ -97,23 +114,45 @@ class LayerSizes:
     quantizer: str = "affine"
     memory: int = 0
     unquantized_memory: int = 0
+    groups: tuple[int, ...] = ()
+    scale_bits: int = FLOAT_BITS
 
     @property
     def overhead(self) -> int:
-        """Bits of all scales, zero points and widths of channels; quantizers with tables have none."""
-        return sum(overhead_bits(c) for c in self.channels) + self.widths if self.quantizer == "affine" else 0
+        """Bits of what takes as much at every bit-width: scales, zero points and widths of channels, scales of groups.
+
+        Quantizers with tables have none.
+
+        Example:
+            >>> LayerSizes((128,), (1,), groups=(2,), scale_bits=16).overhead
+            32
+        """
+        if self.quantizer != "affine":
+            return 0
+        groups = self.groups or (0,) * len(self.channels)
+        return self.widths + sum(
+            g * c * self.scale_bits if g else overhead_bits(c, self.scale_bits)
+            for g, c in zip(groups, self.channels, strict=True)
+        )
 
     def tables(self, bits: Sequence[float]) -> int:
-        """Bits of the numbers that tables are made of; evenly spaced values have none.
+        """Bits of what takes more at more bits: the numbers that tables are made of, and zero points of groups.
 
         Example:
             >>> LayerSizes((100, 300), (10, 20), quantizer="lq_nets").tables([2, 3]) == 32 * (10 * 2 + 20 * 3)
             True
+            >>> LayerSizes((128,), (8,), groups=(1,)).tables([2])
+            24
         """
-        if self.quantizer == "affine":
-            return 0
-        pairs = zip(bits, self.channels, strict=True)
-        return sum(FLOAT_BITS * stored_numbers(self.quantizer, int(b), c) for b, c in pairs)
+        return sum(self.table(index, b) for index, b in enumerate(bits))
+
+    def table(self, index: int, bits: float) -> int:
+        """The same for one layer."""
+        channels = self.channels[index]
+        if self.quantizer != "affine":
+            return FLOAT_BITS * stored_numbers(self.quantizer, int(bits), channels)
+        groups = self.groups[index] if self.groups else 0
+        return zero_point_bits(groups * channels, int(bits)) if groups else 0
 
     @property
     def input_bits(self) -> tuple[int, ...]:

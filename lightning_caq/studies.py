@@ -9,6 +9,59 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class LayerReason:
+    """Why a layer has its bits: what its method predicts of it at these bits, and a width below and above.
+
+    Attributes:
+        name: The layer.
+        method: The method whose predictions they are.
+        unit: Their unit, such as ``"nat"``.
+        bits: The layer's bits, on average where its channels differ.
+        fewer: The width below, ``None`` if the bits are the smallest.
+        more: The width above, ``None`` if they are the largest.
+        damage: Predicted damage at the layer's bits; ``None`` where a method predicts none of single layers.
+        damage_fewer: Predicted damage at the width below.
+        damage_more: Predicted damage at the width above.
+        weights: Number of weights.
+        source: ``"measured"``, on the network with only this layer rounded, ``"modelled"``, ``"partly measured"`` where
+            groups of channels differ in that, or ``"searched"`` and ``"uniform"`` where no layer was looked at alone.
+    """
+
+    name: str
+    method: str
+    unit: str
+    bits: float
+    fewer: float | None
+    more: float | None
+    damage: float | None
+    damage_fewer: float | None
+    damage_more: float | None
+    weights: int
+    source: str
+
+    @property
+    def bought(self) -> float | None:
+        """Damage that the last step to the layer's bits took away, for each kilobyte that it added.
+
+        Example:
+            >>> reason = LayerReason("fc", "cet", "nat", 3, 2, 4, 1.0, 5.0, 0.5, 8000, "modelled")
+            >>> reason.bought, reason.next  # a bit of each weight is 1 kB
+            (4.0, 0.5)
+        """
+        return self._rate(self.fewer, self.bits, self.damage_fewer, self.damage)
+
+    @property
+    def next(self) -> float | None:
+        """Damage that the next step would take away, for each kilobyte that it would add."""
+        return self._rate(self.bits, self.more, self.damage, self.damage_more)
+
+    def _rate(self, low: float | None, high: float | None, before: float | None, after: float | None) -> float | None:
+        if low is None or high is None or before is None or after is None:
+            return None
+        return (before - after) / (self.weights * (high - low) / 8000)
+
+
+@dataclass(frozen=True)
 class LayerRate:
     """One layer's rate and its limit.
 

@@ -11,6 +11,7 @@ from lightning_caq.studies import (
     EpochCurvature,
     Landscape,
     LayerRate,
+    LayerReason,
     RateLimit,
     RatePoint,
     Studies,
@@ -101,6 +102,22 @@ def made_run(names: Sequence[str]) -> tuple[QuantizationReport, CurvatureProfile
         versions={"python": "3.11", "torch": "2.9"},
         seconds={"rounding": 1.5},
         notes=("A note <of> the run.",),
+        reasons=tuple(
+            LayerReason(
+                name=row.name,
+                method="cet",
+                unit="nat",
+                bits=row.bits["quantized"],
+                fewer=row.bits["quantized"] - 1,
+                more=row.bits["quantized"] + 1,
+                damage=0.01 * 2.0 ** (i % 7),
+                damage_fewer=0.05 * 2.0 ** (i % 7),
+                damage_more=0.002 * 2.0 ** (i % 7),
+                weights=row.weights,
+                source="modelled",
+            )
+            for i, row in enumerate(layers)
+        ),
         studies=studies,
         rate_limit=RateLimit(
             tuple(LayerRate(name, 100, 2.0, 1.6, 1e-3) for name in names),

@@ -8,7 +8,17 @@ from dataclasses import replace
 import pytest
 
 from lightning_caq.notes import Note
-from lightning_caq.report import LayerRow, QuantizationReport, Size, markdown_table, text_table
+from lightning_caq.report import (
+    Certainty,
+    LayerRow,
+    OutputError,
+    QuantizationReport,
+    Size,
+    markdown_table,
+    text_table,
+)
+from lightning_caq.scores import LogRatio
+from lightning_caq.studies import LayerReason
 
 
 @pytest.fixture
@@ -18,7 +28,7 @@ def report() -> QuantizationReport:
         LayerRow("linear", "linear", 12345, 12345, None, None, {"quantized": 2, "uniform": 3}),
     )
     sizes = {"float": Size(32.0, 1.0, 51108), "quantized": Size(2.2, 13.5, 3800), "uniform": Size(3.0, 10.0, 5100)}
-    metrics = {"float/val_acc": 0.915, "float/val_loss": 0.3, "quantized/val_acc": 0.9, "uniform/val_acc": 0.8}
+    metrics = {"float/val_acc": 0.915, "float/val_loss": 0.3, "quantized/val_acc": 0.9, "uniform/val_acc": 0.795}
     return QuantizationReport(
         "cet",
         "avg_bits=3",
@@ -76,17 +86,17 @@ def test_table_shows_layers_and_networks(report) -> None:
     notes, layers, networks = report.table().split("\n\n")
     assert notes == "Note: A note."
     assert layers.splitlines() == [
-        "layer   kind    weights      κ    L  bits  bits uniform",
-        "------  ------  -------  -----  ---  ----  ------------",
-        "conv1   conv2d      432  12.35  1.5     8             3",
-        "linear  linear   12,345      –    –     2             3",
+        "layer   kind    weights  bits  bits uniform     κ    L",
+        "------  ------  -------  ----  ------------  ----  ---",
+        "conv1   conv2d      432     8             3  12.3  1.5",
+        "linear  linear   12,345     2             3     –    –",
     ]
     assert networks.splitlines() == [
         "network          avg bits   ratio    kB  val_acc  val_loss",
         "---------------  --------  ------  ----  -------  --------",
         "float               32.00   1.00x  51.1    0.915       0.3",
         "quantized (cet)      2.20  13.50x   3.8      0.9         –",
-        "uniform              3.00  10.00x   5.1      0.8         –",
+        "uniform              3.00  10.00x   5.1    0.795         –",
     ]
 
 
@@ -101,3 +111,34 @@ def test_figures_that_are_not_numbers_stay_in_their_column() -> None:
 
 def test_markdown_escapes_what_would_end_a_cell() -> None:
     assert markdown_table(["layer", "bits"], [["a|b", "8"]]).splitlines()[2] == r"| a\|b | 8 |"
+
+
+def test_the_table_says_how_sure_its_figures_are(report) -> None:
+    certain = {
+        "float/val_acc": Certainty(400, 0.0139, {"quantized": 0.012}),
+        "quantized/val_acc": Certainty(400, 0.015, {"float": 0.012, "uniform": 0.014}),
+        "uniform/val_acc": Certainty(400, 0.02, {"float": 0.013}),
+    }
+    errors = {"quantized": OutputError(0.043), "uniform": OutputError(0.05, LogRatio(0.15, 0.03, 64))}
+    sure = replace(report, certainty=certain, output_errors=errors)
+    assert QuantizationReport.from_json(sure.to_json()) == sure
+    header, rows = sure.variant_cells()
+    assert [row[header.index("val_acc")] for row in rows] == [
+        "0.915 ± 0.014", "0.9 (−0.015 ± 0.012) ≈", "0.795 (−0.12 ± 0.013)",
+    ]  # fmt: skip
+    assert [row[header.index("output error")] for row in rows] == ["–", "4.3%", "5.0% (1.16x ± 0.03)"]
+    assert "val_acc on 400 samples" in sure.legend
+    assert sure.legend in sure.table()
+    assert not report.legend
+
+
+def test_the_table_of_layers_says_what_bits_were_chosen_by(report) -> None:
+    why = (
+        LayerReason("conv1", "cet", "nat", 8, 6, None, 0.25, 1.0, None, 432, "measured"),
+        LayerReason("linear", "cet", "nat", 2, None, 3, 0.5, None, 0.125, 12345, "modelled"),
+    )
+    reasoned = replace(report, reasons=why)
+    assert QuantizationReport.from_json(reasoned.to_json()) == reasoned
+    header, rows = reasoned.layer_cells()
+    assert header[-6:] == ["damage (nat)", "a width less", "a width more", "bought/kB", "κ", "L"]
+    assert [row[-6:-2] for row in rows] == [["0.25*", "1", "–", "6.9"], ["0.5", "–", "0.12", "–"]]  # 0.75 nat, 108 B

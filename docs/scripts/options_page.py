@@ -25,6 +25,8 @@ MORE = {
     "quantizer": "quantizers.md",
     "range": "quantizers.md",
     "symmetry": "quantizers.md",
+    "group_size": "groups.md",
+    "scale_dtype": "groups.md",
     "activation_bits": "quantizers.md#inputs-of-layers",
     "study": "gallery.md",
 }

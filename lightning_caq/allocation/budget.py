@@ -48,10 +48,9 @@ class Ratio:
     def constraints(self, sizes: LayerSizes, bits: Sequence[int]) -> tuple[Constraint, ...]:
         """The limit on the size, that of tables among it."""
         weights = size_limit(sizes.weights, bits, self.limit(sizes))
-        if sizes.quantizer == "affine":
+        if sizes.quantizer == "affine" and not sizes.groups:
             return (weights,)
-        one = [replace(sizes, weights=(n,), channels=(c,)) for n, c in zip(sizes.weights, sizes.channels, strict=True)]
-        tables = [[layer.tables([b]) for b in bits] for layer in one]
+        tables = [[sizes.table(index, b) for b in bits] for index in range(len(sizes.weights))]
         return (replace(weights, usage=weights.usage + tables),)
 
 

@@ -3,18 +3,16 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
-from torch.utils.data.distributed import DistributedSampler
 
 from lightning_caq.bridge.packages import every
 from lightning_caq.bridge.ranks import sharing
 from lightning_caq.bridge.undisturbed import own_iterators
 from lightning_caq.network.batches import batch_size
+from lightning_caq.network.drawn import drawn
 from lightning_caq.network.prepare import takes
 from lightning_caq.utilities.isolation import seeded
 from lightning_caq.utilities.structures import children
@@ -42,7 +40,7 @@ def training_batches(
     """
     with seeded(seed):
         loaders, mode = _training_loaders(trainer, pl_module)
-        fresh = tree_map(lambda loader: _drawn(loader, samples, seed), loaders)
+        fresh = tree_map(lambda loader: drawn(loader, samples, seed), loaders)
         with own_iterators(CombinedLoader(fresh).flattened):
             batches = _first(_batches(fresh, mode), samples)
             sharing(trainer).meet("calibration batches")
@@ -77,29 +75,6 @@ def _training_loaders(trainer: Trainer, pl_module: LightningModule) -> tuple[Any
 def _loaders_and_mode(loaders: Any, mode: str) -> tuple[Any, str]:
     combined = isinstance(loaders, every("utilities", "CombinedLoader"))
     return (loaders.iterables, loaders._mode) if combined else (loaders, mode)
-
-
-def _drawn(loader: Any, samples: int, seed: int) -> Any:
-    """A loader of randomly drawn items if ``loader`` reads a whole map-style dataset, otherwise ``loader`` itself."""
-    if not _reads_whole_dataset(loader):
-        return loader
-    count = len(loader.dataset)
-    drawn = np.random.default_rng(seed).choice(count, min(samples, count), replace=False)
-    subset = Subset(loader.dataset, drawn.tolist())
-    return DataLoader(subset, batch_size=loader.batch_size, collate_fn=loader.collate_fn)
-
-
-def _reads_whole_dataset(loader: Any) -> bool:
-    """Whether drawing from the dataset gives what the loader gives; a custom sampler may pick a part, or sort it."""
-    return (
-        isinstance(loader, DataLoader)
-        and type(loader).__iter__ is DataLoader.__iter__
-        and not isinstance(loader.dataset, IterableDataset)
-        and hasattr(loader.dataset, "__len__")
-        and isinstance(loader.sampler, (RandomSampler, SequentialSampler, DistributedSampler))
-        and isinstance(loader.batch_sampler, BatchSampler)
-        and type(loader.batch_sampler).__iter__ is BatchSampler.__iter__
-    )
 
 
 def _batches(loaders: Any, mode: Any) -> Iterator[Any]:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from lightning_caq.bridge.outputs import Outcome
 from lightning_caq.errors import PlanError
+from lightning_caq.network.parts.part import WeightPart
 from lightning_caq.plan import QuantizationPlan
 from lightning_caq.profile import CurvatureProfile
-from lightning_caq.quantizers.fake_quant.modules import FakeQuant
+from lightning_caq.quantizers.fake_quant.modules import FakeQuant, weight_key
 from lightning_caq.quantizers.fake_quant.state import rounding_state
 from lightning_caq.quantizers.fake_quant.swap import swap
 from lightning_caq.report import QuantizationReport
@@ -40,11 +41,13 @@ def put_on_grid(model: nn.Module, checkpoint: dict[str, Any]) -> None:
     """
     weights, latent = checkpoint["state_dict"], {}
     for name, module in model.named_modules(remove_duplicate=False):
-        key = f"{name}.weight"
+        key = weight_key(module, f"{name}.".removeprefix("."))
         if isinstance(module, FakeQuant) and rounding_state(module).quantizing and key in weights:
-            latent[key] = weights[key]  # not always the module's own: an averaging callback saves the average
-            grid = rounding_state(module).grid.to(latent[key].device)
-            weights[key] = grid.nearest(latent[key].detach()).to(latent[key].dtype)
+            if key not in latent:
+                latent[key] = weights[key]  # not always the module's own: an averaging callback saves the average
+                weights[key] = latent[key].detach().clone()
+            weight = module.view.of(weights[key]) if isinstance(module, WeightPart) else weights[key]
+            weight.copy_(rounding_state(module).grid.to(weight.device).nearest(weight))
     if any(not torch.equal(weight, weights[key]) for key, weight in latent.items()):
         checkpoint[LATENT] = latent
 

@@ -9,6 +9,7 @@ from lightning_caq.bridge.calibration import training_batches
 from lightning_caq.bridge.loss import training_loss
 from lightning_caq.measures.measure import measure
 from lightning_caq.network.layers import find_layers
+from lightning_caq.network.parts.expand import every_weight_a_layer, expand_uses
 from lightning_caq.network.prepare import prepare
 from lightning_caq.options import QuantizationOptions
 from lightning_caq.studies import EpochCurvature
@@ -61,7 +62,13 @@ def training_figures(trainer: Trainer, pl_module: LightningModule, options: Quan
         ``<measure>/<layer>`` to value.
     """
     sharing = ranks.sharing(trainer)
-    with sharing.agreed("monitoring"), curvature_safe(pl_module), preserved(pl_module), InFloat32(pl_module) as float32:
+    with (
+        sharing.agreed("monitoring"),
+        every_weight_a_layer(pl_module),
+        curvature_safe(pl_module),
+        preserved(pl_module),
+        InFloat32(pl_module) as float32,
+    ):
         data = training_batches(trainer, pl_module, options.curvature_samples, options.seed, whole=False)
         batches = prepare(
             pl_module,
@@ -71,6 +78,7 @@ def training_figures(trainer: Trainer, pl_module: LightningModule, options: Quan
             loss=training_loss(pl_module),
             convert=float32.batch,
         )
+        expand_uses(pl_module, batches[0])
         layers = find_layers(pl_module, batches[0], include=options.include, exclude=options.exclude)
         profile = measure(
             pl_module,

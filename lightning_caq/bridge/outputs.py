@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,10 +69,10 @@ def write(trainer: Trainer, directory: Path, outcome: Outcome, floats: Mapping[s
             log_pictures(logger, pictures, step)
             logger.log_hyperparams({"caq": report.options})
         logger.save()
-    trainer.print(f"\n{report.table()}\n")
+    trainer.print(f"\n{report.tables()}\n")
     rank_zero_info(f"caq: plan, report and figures are in {directory}.")
 
 
-def output_directory(trainer: Trainer) -> Path:
-    """Where the files go. Every rank has to ask: ``log_dir`` is a collective."""
-    return Path(trainer.log_dir or trainer.default_root_dir) / "caq"
+def shows_progress(trainer: Trainer) -> bool:
+    """Whether the trainer draws progress bars, and there is a terminal to draw one on."""
+    return trainer.progress_bar_callback is not None and trainer.is_global_zero and sys.stderr.isatty()

@@ -1,5 +1,6 @@
 """A validation loop that can be run inside a hook and that nobody else notices."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -8,10 +9,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_caq.bridge.recording import Recorder
 from lightning_caq.bridge.undisturbed import own_iterators, replaced, undisturbed
+from lightning_caq.scores import Score
 from lightning_caq.utilities.isolation import seeded
 
-Validation = Callable[[nn.Module], dict[str, float]]
+Validation = Callable[[nn.Module], dict[str, Score]]
 
 
 def isolated_validation(trainer: Trainer, pl_module: LightningModule) -> Validation | None:
@@ -26,8 +29,8 @@ def isolated_validation(trainer: Trainer, pl_module: LightningModule) -> Validat
         pl_module: Its module.
 
     Returns:
-        A function that validates the module as it then is, and returns the metrics it logs by name; ``None``, with a
-        warning, where there is nothing to validate on.
+        A function that validates the module as it then is, and returns the metrics it logs by name, each with what its
+        standard error is taken from; ``None``, with a warning, where there is nothing to validate on.
     """
     validating = trainer.state.fn == "validate"
     holder, slot = (trainer, "validate_loop") if validating else (trainer.fit_loop.epoch_loop, "val_loop")
@@ -43,29 +46,34 @@ def isolated_validation(trainer: Trainer, pl_module: LightningModule) -> Validat
         )
         return None
 
-    def validate(model: nn.Module) -> dict[str, float]:
-        loop = type(live)(trainer, live._trainer_fn, live._stage, verbose=False, inference_mode=False)
-        loop.setup_data = lambda: None  # the live loop has done that; the loaders are shared, their iterators are not
-        loop._combined_loader = type(combined)(combined.iterables, combined._mode)
-        loop._max_batches = live._max_batches
-        with undisturbed(pl_module), own_iterators(combined.flattened), _alone(trainer, holder, slot, loop):
+    def validate(model: nn.Module) -> dict[str, Score]:
+        recorder = Recorder(pl_module, sum(live.max_batches) if live.max_batches else 1)
+        with warnings.catch_warnings(), undisturbed(pl_module), own_iterators(combined.flattened), ExitStack() as stack:
+            # Lightning's own; it would come again with every network.
+            warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated", FutureWarning)
+            loop = type(live)(trainer, live._trainer_fn, live._stage, verbose=False, inference_mode=False)
+            loop.setup_data = lambda: None  # the live loop has done that; the loaders are shared, no iterators
+            loop._combined_loader = type(combined)(combined.iterables, combined._mode)
+            loop._max_batches = live._max_batches
+            stack.enter_context(_alone(trainer, holder, slot, loop, recorder))
+            stack.enter_context(recorder.watching())
             try:
                 loop.run()
+                return recorder.scores(trainer, _figures(trainer._logger_connector._callback_metrics))
             finally:
                 loop.teardown()
-            return _figures(trainer._logger_connector._callback_metrics)
 
     return validate
 
 
 @contextmanager
-def _alone(trainer: Any, holder: Any, slot: str, loop: Any) -> Iterator[None]:
-    """Let ``loop`` be the validation loop for a while, with nobody listening."""
+def _alone(trainer: Any, holder: Any, slot: str, loop: Any, recorder: Recorder) -> Iterator[None]:
+    """Let ``loop`` be the validation loop for a while, with nobody listening but a recorder."""
     stage, connector = trainer.state.stage, trainer._logger_connector
     with ExitStack() as stack:
         stack.callback(setattr, trainer.state, "stage", stage)
         replaced(stack, holder, slot, loop)
-        replaced(stack, trainer, "callbacks", [])
+        replaced(stack, trainer, "callbacks", [recorder])
         replaced(stack, trainer, "_logger_connector", type(connector)(trainer))
         if hasattr(trainer, "_last_val_time"):  # the clock of val_check_interval, where it is a time
             replaced(stack, trainer, "_last_val_time", trainer._last_val_time)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
+from lightning_caq.evaluation.reasons import reasons
 from lightning_caq.evaluation.versions import versions
 from lightning_caq.network.layers import Layer
 from lightning_caq.notes import Note
 from lightning_caq.options import QuantizationOptions
 from lightning_caq.profile import CurvatureProfile
-from lightning_caq.report import LayerRow, QuantizationReport, Size
+from lightning_caq.report import Certainty, LayerRow, OutputError, QuantizationReport, Size
+from lightning_caq.scores import Score, log_ratio
 from lightning_caq.selection.select import Selection
 from lightning_caq.sizes import FLOAT_BITS, LayerSizes
 from lightning_caq.studies import RateLimit, Studies, Tightness
@@ -23,7 +26,7 @@ def run_report(
     *,
     profile: CurvatureProfile,
     selection: Selection,
-    float_metrics: Mapping[str, float],
+    float_metrics: Mapping[str, Score],
     tightness: Tightness | None,
     studies: Studies,
     limit: RateLimit | None = None,
@@ -56,7 +59,10 @@ def run_report(
             "float": Size(float(FLOAT_BITS), 1.0, total * FLOAT_BITS // 8),
             **{v: Size(plan.avg_bits, plan.ratio, plan.bytes, plan.memory_ratio) for v, plan in plans.items()},
         },
-        metrics={f"{variant}/{name}": x for variant, values in metrics.items() for name, x in values.items()},
+        metrics={f"{variant}/{name}": float(x) for variant, values in metrics.items() for name, x in values.items()},
+        certainty=certainty(metrics),
+        output_errors=_output_errors(selection),
+        reasons=reasons(options.method, profile, options.bits, selection.chosen.plan),
         predicted_loss={
             v: x for v, plan in plans.items() if plan.widths and (x := profile.predicted_loss(plan.widths)) is not None
         },
@@ -70,22 +76,88 @@ def run_report(
     )
 
 
-def retrained_report(report: QuantizationReport, metrics: Mapping[str, float]) -> QuantizationReport:
-    """The report of a quantized network that was trained on after the run.
+BEFORE = "before training on"
+"""The variant that the quantized network was until it was trained on."""
+
+T = TypeVar("T")
+
+
+def retrained_report(report: QuantizationReport, metrics: Mapping[str, Score]) -> QuantizationReport:
+    """The report of a quantized network that was trained on after the run, which it has before and after.
 
     Args:
-        report: The report of the run.
-        metrics: Metrics of the network as it is now; those of the run are left out.
+        report: The report of the run, or of the last time that the network was trained on.
+        metrics: Metrics of the network as it is now.
 
     Example:
         >>> report = QuantizationReport("cet", "avg_bits=3", (), {}, {"float/acc": 0.9, "quantized/acc": 0.7})
-        >>> retrained_report(report, {"acc": 0.8}).metrics
-        {'float/acc': 0.9, 'quantized/acc': 0.8}
+        >>> retrained_report(report, {"acc": Score(0.8)}).metrics
+        {'float/acc': 0.9, 'before training on/acc': 0.7, 'quantized/acc': 0.8}
     """
-    kept = {name: value for name, value in report.metrics.items() if not name.startswith("quantized/")}
-    now = {f"quantized/{name}": value for name, value in metrics.items()}
-    note = Note("The quantized network was trained on; all else is as measured before that.")
-    return replace(report, metrics=kept | now, notes=tuple(dict.fromkeys((*report.notes, note))))
+    earlier, sure, sizes = report.metrics, report.certainty, report.sizes
+    if BEFORE not in sizes:  # what the run gave; it stays if the network is trained on once more
+        earlier, sure = _as_before(earlier), _as_before(sure)
+        sizes = {**sizes, **({BEFORE: sizes["quantized"]} if "quantized" in sizes else {})}
+    certain = {
+        f"quantized/{name}": Certainty(score.samples, score.stderr)
+        for name, score in metrics.items()
+        if score.samples is not None and score.stderr is not None
+    }
+    now = {f"quantized/{name}": float(score) for name, score in metrics.items()}
+    note = Note(
+        "The quantized network was trained on; its metrics are those after that, and all else is as measured before."
+    )
+    return replace(
+        report,
+        metrics=_of_others(earlier) | now,
+        certainty=_of_others(sure) | certain,
+        sizes=sizes,
+        notes=tuple(dict.fromkeys((*report.notes, note))),
+    )
+
+
+def _as_before(known: Mapping[str, T]) -> dict[str, T]:
+    """What is known of the quantized network, under the name that it has once that was trained on."""
+    mine = "quantized/"
+    return {(f"{BEFORE}/{k.removeprefix(mine)}" if k.startswith(mine) else k): x for k, x in known.items()}
+
+
+def _of_others(known: Mapping[str, T]) -> dict[str, T]:
+    return {name: x for name, x in known.items() if not name.startswith("quantized/")}
+
+
+def certainty(metrics: Mapping[str, Mapping[str, Score]]) -> dict[str, Certainty]:
+    """How sure each network's metrics are, and the differences from each of the other networks'.
+
+    Args:
+        metrics: Variant to metrics by name; those of which nothing but the value is known are left out.
+
+    Returns:
+        ``<variant>/<metric>`` to certainty.
+
+    Example:
+        >>> scores = {"float": {"acc": Score.of_samples([1.0] * 9)}, "quantized": {"acc": Score.of_samples([1.0] * 9)}}
+        >>> certainty(scores)["quantized/acc"]
+        Certainty(samples=9, stderr=0.0, differences={'float': 0.0})
+    """
+    known: dict[str, Certainty] = {}
+    for variant, values in metrics.items():
+        for name, score in values.items():
+            if score.samples is None or score.stderr is None:
+                continue
+            others = {v: x[name] for v, x in metrics.items() if v != variant and name in x}
+            stderrs = {v: score.less(other).stderr for v, other in others.items()}
+            paired = {v: x for v, x in stderrs.items() if x is not None}
+            known[f"{variant}/{name}"] = Certainty(score.samples, score.stderr, paired)
+    return known
+
+
+def _output_errors(selection: Selection) -> dict[str, OutputError]:
+    chosen = selection.chosen
+    return {
+        variant: OutputError(x.error, None if x is chosen else log_ratio(x.distances, chosen.distances))
+        for variant, x in selection.candidates.items()
+    }
 
 
 def _rows(layers: Sequence[Layer], profile: CurvatureProfile, selection: Selection) -> tuple[LayerRow, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from typing import Any
 
 from torch import nn
 
@@ -36,7 +37,7 @@ class WatchedEvaluation:
         self._evaluate = evaluate
         self.bypasses = False
 
-    def __call__(self, model: nn.Module) -> Mapping[str, float]:
+    def __call__(self, model: nn.Module) -> Mapping[str, Any]:
         """Metrics of a network."""
         modules, calls = quantized_modules(model).values(), []
 

@@ -61,7 +61,7 @@ def checked_integers(proto: Any, references: Sequence[Reference], layers: frozen
             difference = largest(value.double() - expected.detach().cpu().double())
             differences[name] = max(difference, differences.get(name, 0.0))
             sizes[name] = max(largest(expected), sizes.get(name, 0.0))
-    return Check(payload, differences, (*_accuracy(differences, sizes), *_unfused(unfused)))
+    return Check(payload, differences, differences, (*_accuracy(differences, sizes), *_unfused(unfused)))
 
 
 def _accuracy(differences: dict[str, float], sizes: dict[str, float]) -> list[str]:

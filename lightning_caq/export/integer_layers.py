@@ -147,6 +147,8 @@ def _layer(view: GraphView, node: Any, key: str, stored: Integers, turned: bool)
     plain = (attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0), attribute(node, "transA", 0)) == (1, 1, 0)
     if not plain:
         return "a Gemm with factors"
+    if stored.scale.ndim > 1:
+        return "integer kernels take one scale a channel; quantize without group_size"
     codes = signed_codes(stored)
     if codes.min(initial=0) < -128 or codes.max(initial=0) > 127:
         return (

@@ -38,7 +38,7 @@ def find_integer_tables(graph: Any, weights: Mapping[str, Integers]) -> dict[str
     tables = {}
     for node in graph.node:
         stored = weights.get(node.input[0]) if node.op_type == "Gather" else None
-        if stored is None or attribute(node, "axis", 0) != 0 or stored.values.ndim != 2:
+        if stored is None or attribute(node, "axis", 0) != 0 or stored.values.ndim != 2 or stored.scale.ndim > 1:
             continue
         codes = signed_codes(stored)
         by_row = stored.axis == 0 or stored.scale.numel() == 1

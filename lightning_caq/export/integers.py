@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,11 +21,14 @@ class Integers:
 
     Attributes:
         type: The smallest standard type that holds values and zero points, such as ``"uint4"``.
-        values: Whole numbers in the shape of the weight, int32.
-        scale: Float32, one a channel, or a single one without dimensions.
+        values: Whole numbers in the shape of the weight, int32; with groups as a matrix, which has as many.
+        scale: Float32, one a channel, or a single one without dimensions; with groups as many dimensions as the values.
         zero_point: Whole numbers, int32, same shape as ``scale``.
-        axis: Dimension of the weight that the channels lie along; 0 where there is a single scale.
+        axis: Dimension of the values that the channels, or the groups of each, lie along; 0 where there is a single
+            scale.
         doubled: Whether the values are doubled codes, as zero points at half a step need.
+        group_size: Values along ``axis`` that share a scale; ``None`` without groups.
+        shape: Shape of the weight where that of the values is another; else empty.
     """
 
     type: str
@@ -34,6 +37,8 @@ class Integers:
     zero_point: Tensor
     axis: int
     doubled: bool
+    group_size: int | None = None
+    shape: tuple[int, ...] = ()
 
 
 def to_integers(weight: Tensor, grid: Grid | SteppedGrid, types: Collection[str] = tuple(TYPES)) -> Integers:
@@ -59,6 +64,11 @@ def to_integers(weight: Tensor, grid: Grid | SteppedGrid, types: Collection[str]
     """
     if isinstance(grid, SteppedGrid):
         return _from_multiples(weight, grid, types)
+    if grid.group_size is not None and grid.scale.shape[-1] > 1:
+        return _from_groups(weight, grid, types)
+    if grid.group_size is not None:  # one group is a channel
+        scale, zero_point = grid.scale.squeeze(-1), grid.zero_point.squeeze(-1)
+        grid = replace(grid, scale=scale, zero_point=zero_point, group_size=None)
     axes = [d for d, size in enumerate(grid.scale.shape) if size > 1]
     if len(axes) > 1:
         raise ExportError(f"Scales of shape {list(grid.scale.shape)} vary along several dimensions; ONNX allows one.")
@@ -66,19 +76,51 @@ def to_integers(weight: Tensor, grid: Grid | SteppedGrid, types: Collection[str]
     factor = 2 if doubled else 1
     zero = (grid.zero_point * factor).to(torch.int32)
     low, high = zero.clamp(max=0), zero.maximum((factor * grid.top).to(torch.int32))
-    span = int((high - low).max())
-    type_ = next((name for name, largest in TYPES.items() if name in types and span <= largest), None)
-    if type_ is None:
-        raise ExportError(f"Weights that take {span + 1} integers need uint16, which ONNX has from opset 21 on.")
+    type_ = _type(int((high - low).max()), types)
     values = grid.codes(weight.detach()).to(torch.int32) * factor - low
     shape = grid.scale.numel() if axes else ()
     return Integers(
         type=type_,
         values=values,
-        scale=(grid.scale / factor).reshape(shape),
+        scale=(grid.scale.float() / factor).reshape(shape),
         zero_point=(zero - low).reshape(shape),
         axis=axes[0] if axes else 0,
         doubled=doubled,
+    )
+
+
+def _type(span: int, types: Collection[str]) -> str:
+    """The smallest type that holds 0 to ``span``."""
+    kind = next((name for name, largest in TYPES.items() if name in types and span <= largest), None)
+    if kind is None:
+        raise ExportError(f"Weights that take {span + 1} integers need uint16, which ONNX has from opset 21 on.")
+    return kind
+
+
+def _from_groups(weight: Tensor, grid: Grid, types: Collection[str]) -> Integers:
+    """A weight with a scale a group, as a matrix in which the groups of a channel lie along one dimension.
+
+    A weight of two dimensions is one as it is, others have a row a channel. Zero points lie within the codes.
+    """
+    if "uint4" not in types:
+        raise ExportError(
+            "Scales of groups need the block_size of DequantizeLinear, which ONNX has from opset 21 on; export with "
+            "opset=21 or later, or quantize with group_size=None."
+        )
+    doubled = bool((grid.zero_point != grid.zero_point.round()).any())
+    factor, matrix = 2 if doubled else 1, weight.ndim == 2
+    values, scale, zero_point = grid.codes(weight.detach()), grid.scale.float(), grid.zero_point
+    across = matrix and scale.shape[1] > 1  # channels lie along the second dimension
+    numbers = [x.flatten(0, -2).T if across else x.flatten(0, -2) for x in (scale / factor, zero_point * factor)]
+    return Integers(
+        type=_type(int(factor * grid.top), types),
+        values=(factor * (values if matrix else values.flatten(1))).to(torch.int32),
+        scale=numbers[0].contiguous(),
+        zero_point=numbers[1].to(torch.int32).contiguous(),
+        axis=0 if across else 1,
+        doubled=doubled,
+        group_size=grid.group_size,
+        shape=() if matrix else tuple(weight.shape),
     )
 
 

@@ -27,10 +27,12 @@ from lightning_caq.errors import ExportError
 from lightning_caq.export.integer_check import checked_integers
 from lightning_caq.export.integer_export import check_input_grids, to_integer_graph
 from lightning_caq.export.integers import TYPES, Integers, to_integers
-from lightning_caq.export.onnx_check import FLIPS, Reference, checked, largest
+from lightning_caq.export.onnx_axes import candidate_axes, fix_single_values, free_axes, several_samples, traced_shapes
+from lightning_caq.export.onnx_check import FLIPS, Reference, add_settings, checked, largest
 from lightning_caq.export.onnx_graph import DOMAIN, ROUND_INPUT, dequantize_input, name_dimensions, quantize_rounded
 from lightning_caq.export.onnx_inputs import DynamicShapes, ExampleInputs, check_shapes, read_example
 from lightning_caq.export.packed_modules import check_quantized
+from lightning_caq.network.parts.expand import split_weights
 from lightning_caq.quantizers.fake_quant.modules import FakeQuant, quantized_weight
 from lightning_caq.quantizers.fake_quant.state import rounding_state
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules
@@ -42,7 +44,7 @@ from lightning_caq.utilities.structures import describe
 
 OPSET = 21  # the first with 4-bit and 16-bit types
 _OPSETS = range(18, 24)  # what torch's exporter writes and onnxruntime reads
-_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 
 @dataclass(frozen=True)
@@ -54,18 +56,26 @@ class OnnxExport:
         types: Integer type of every quantized weight by state-dict key, such as ``{"conv1.weight": "uint4"}``.
         notes: What was stored wider than its bit-width, and why; which sizes could not be checked; where ONNX
             Runtime's defaults compute otherwise.
-        differences: Largest difference between ONNX Runtime's and PyTorch's values by output.
+        differences: Largest difference between ONNX Runtime's and PyTorch's values by output, products taken in
+            floating point.
+        default_differences: The same in a session with ONNX Runtime's default options.
     """
 
     path: Path
     types: dict[str, str]
     notes: tuple[str, ...]
     differences: dict[str, float]
+    default_differences: dict[str, float]
 
     @property
     def difference(self) -> float:
-        """The largest difference of all outputs."""
+        """The largest difference of all outputs, products taken in floating point."""
         return max(self.differences.values(), default=0.0)
+
+    @property
+    def default_difference(self) -> float:
+        """The largest difference of all outputs in a session with ONNX Runtime's default options."""
+        return max(self.default_differences.values(), default=0.0)
 
 
 def export_onnx(
@@ -76,13 +86,14 @@ def export_onnx(
     dynamic_shapes: DynamicShapes | None = None,
     opset: int = OPSET,
     integers: Literal["weights", "all"] = "weights",
+    fused: bool = False,
 ) -> OnnxExport:
     """Write a quantized network as ONNX with integer weights, and check every output in ONNX Runtime.
 
-    Weights are uint4 or uint8 with one scale and zero point a channel (DequantizeLinear); other bit-widths are stored
-    in the next larger type that holds them. Dequantized weights equal PyTorch's to the last bit. Inputs that are
-    rounded pass through QuantizeLinear and DequantizeLinear in uint8, after a Clip if their grid has fewer codes. The
-    network is exported in eval mode.
+    Weights are uint4 or uint8 with one scale and zero point a channel, or a block (DequantizeLinear); other bit-widths
+    are stored in the next larger type that holds them. Dequantized weights equal PyTorch's to the last bit. Inputs that
+    are rounded pass through QuantizeLinear and DequantizeLinear in uint8, after a Clip if their grid has fewer codes.
+    The network is exported in eval mode, and without caches (``config.use_cache``).
 
     Args:
         model: The quantized network; left as it was.
@@ -91,9 +102,13 @@ def export_onnx(
             ``forward``, or its one argument. Arguments may be tuples and dicts of tensors. Outputs are compared on it.
         dynamic_shapes: Which dimensions may vary: input to dimension to a name, such as ``{"x": {0: "batch", 1:
             "length"}}``; those of one name vary together. Inputs go by the parameters of ``forward`` and by the keys of
-            dicts. Outputs are compared at twice the size too. By default the first dimension of every input varies
-            where the network allows it.
+            dicts. By default the first dimension of every input varies where the network allows it, and of inputs in a
+            dict the second one too. Outputs are compared at twice the size as well.
         opset: Version of ONNX's operators, 18 to 23. Before 21 there are no types of 4 and 16 bits: weights are uint8.
+        fused: Let ONNX Runtime make one operator (MatMulNBits) of a weight of 4 or 8 bits and its matrix product, which
+            is faster and takes less memory. It then rounds inputs of products to 8 bits, unless a session is made with
+            ``session.qdq_matmulnbits_accuracy_level`` set to ``"1"``; the file's metadata say so. By default weights
+            are written such that products are taken in floating point in any session.
         integers: ``"weights"`` stores weights as integers and computes in floating point. ``"all"`` computes in
             integers, in the pattern that ONNX Runtime turns into its integer kernels; inputs of layers have to be
             rounded to 8 bits (``activation_bits=8``), and weights fit into a signed byte (``runtime="onnxruntime"``).
@@ -118,6 +133,24 @@ def export_onnx(
         >>> export_onnx(net, f"{tempfile.mkdtemp()}/net.onnx", torch.randn(2, 8)).difference < 1e-5
         True
     """
+    check_quantized(model)
+    with split_weights(model):
+        return _exported(
+            model, path, example_input, dynamic_shapes=dynamic_shapes, opset=opset, fused=fused, integers=integers
+        )
+
+
+def _exported(
+    model: nn.Module,
+    path: str | Path,
+    example_input: Any,
+    *,
+    dynamic_shapes: DynamicShapes | None,
+    opset: int,
+    fused: bool,
+    integers: str,
+) -> OnnxExport:
+    """What ``export_onnx`` does, once every weight is a parameter of a layer."""
     modules = check_quantized(model)
     check_packages("export_onnx")
     if any(rounding_state(module).input_grid is not None for module in modules.values()) and not hasattr(
@@ -128,40 +161,51 @@ def export_onnx(
         raise ExportError(f"opset={opset!r} is not allowed; give a number from {_OPSETS[0]} to {_OPSETS[-1]}.")
     if integers not in ("weights", "all"):
         raise ExportError(f"integers={integers!r} is not known; give 'weights' or 'all'.")
+    if fused and integers == "all":
+        raise ExportError("fused=True is for integers='weights'; leave it out with integers='all'.")
     example = read_example(model, example_input)
     check_shapes(example, dynamic_shapes)
     weights = _weights(model, modules)
     types = ("uint8",) if opset < OPSET else tuple(TYPES)
     stored = {k: to_integers(quantized_weight(module), _affine(k, module), types) for k, module in weights.items()}
-    with preserved(model), torch.no_grad():
+    with preserved(model), torch.no_grad(), _without_caches(model):
         references = [_reference(model, modules, example)]
-        notes = []
-        if dynamic_shapes:
-            try:
-                references.append(_reference(model, modules, example.enlarged(dynamic_shapes)))
-            except ExportError:
-                notes.append("The network cannot take inputs twice as large: only the size of the example was checked.")
         with _opened(modules):
             proto = _traced(model, weights, example, references[0].names, dynamic_shapes, opset)
-    name_dimensions(proto.graph, dynamic_shapes or {})
+        varying = free_axes(proto.graph, example) if dynamic_shapes is None else dynamic_shapes
+        name_dimensions(proto.graph, varying)
+        notes = []
+        if varying:
+            try:
+                references.append(_reference(model, modules, example.enlarged(varying)))
+            except ExportError:
+                notes.append("The network cannot take inputs twice as large: only the size of the example was checked.")
     if integers == "all":
         check_input_grids(proto)
     plain = type(proto)()
     plain.CopyFrom(proto)
-    _store(plain, stored)
+    _store(plain, stored, fused=fused)
+    if fused:
+        add_settings(plain)
     check, kinds = checked(plain, references), {key: x.type for key, x in stored.items()}
     kept = stored
     if integers == "all":
         graph = to_integer_graph(proto, stored, plain, example.named)
         kept = {key: x for key, x in stored.items() if key in graph.left}
-        _store(proto, kept)
+        _store(proto, kept, fused=False)
         check, kinds = checked_integers(proto, references, graph.layers), kinds | graph.types
         notes += graph.notes
-    notes += _notes({key: rounding_state(weights[key]).bits for key in kept}, kept)
+    widened = _notes({key: rounding_state(weights[key]).bits for key in kept}, kept)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(check.payload)
-    return OnnxExport(path=path, types=kinds, notes=(*notes, *check.notes), differences=check.differences)
+    return OnnxExport(
+        path=path,
+        types=kinds,
+        notes=(*widened, *notes, *check.notes),
+        differences=check.differences,
+        default_differences=check.default_differences,
+    )
 
 
 def float_graph(model: nn.Module, example: ExampleInputs) -> Any:
@@ -184,10 +228,10 @@ def float_graph(model: nn.Module, example: ExampleInputs) -> Any:
         return _traced(model, {}, example, _output_names(None, len(outputs)), None, OPSET)
 
 
-def _store(proto: Any, weights: Mapping[str, Integers]) -> None:
+def _store(proto: Any, weights: Mapping[str, Integers], *, fused: bool) -> None:
     """Put weights and roundings of inputs into a graph."""
     for key, stored in weights.items():
-        dequantize_input(proto.graph, key, stored)
+        dequantize_input(proto.graph, key, stored, fused=fused)
     quantize_rounded(proto)
 
 
@@ -197,7 +241,7 @@ def check_packages(function: str) -> None:
     Raises:
         ExportError: If one is missing.
     """
-    if missing := [name for name in _PACKAGES if find_spec(name) is None]:
+    if missing := [name for name in PACKAGES if find_spec(name) is None]:
         raise ExportError(f"{function} needs {', '.join(missing)}; run pip install 'lightning-caq[onnx]'.")
 
 
@@ -251,6 +295,20 @@ def _opened(modules: Mapping[str, FakeQuant]) -> Iterator[None]:
     finally:
         for name, module in modules.items():
             rounding_state(module).quantizing = before[name]
+
+
+@contextmanager
+def _without_caches(model: nn.Module) -> Iterator[None]:
+    """Let networks that cache keys and values (transformers' ``config.use_cache``) return none for a while."""
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in found if getattr(config, "use_cache", False)}
+    try:
+        for config in configs.values():
+            config.use_cache = False
+        yield
+    finally:
+        for config in configs.values():
+            config.use_cache = True
 
 
 def _marking(grid: InputGrid) -> Callable[..., Any]:
@@ -317,33 +375,38 @@ def _traced(
     opset: int,
 ) -> Any:
     """The graph, with the quantized weights as its first inputs."""
-    dims = {title: torch.export.Dim(title) for axes in (dynamic or {}).values() for title in axes.values()}
-
-    def shape(name: str, tensor: Tensor) -> dict[int, Any]:
-        if dynamic is None:
-            return {0: torch.export.Dim.AUTO} if tensor.ndim else {}
-        return {axis: dims[title] for axis, title in dynamic.get(name, {}).items()}
-
-    args, kwargs = example.with_tensors(shape)
-    shapes = {"weights": [{} for _ in weights], "args": list(args), "kwargs": kwargs}
     values = [module.weight.detach() for module in weights.values()]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporter's own deprecations; what matters is checked afterwards
-            program = torch.onnx.export(
-                _Opened(model, list(weights)).eval(),
-                kwargs={"weights": values, "args": list(example.args), "kwargs": example.kwargs},
-                dynamo=True,
-                opset_version=opset,
-                dynamic_shapes=shapes,
-                input_names=[*weights, *example.named],
-                output_names=list(outputs),
-                verbose=False,
-            )
-    except torch.onnx.OnnxExporterError as error:
-        raise ExportError(f"{type(model).__name__} cannot be exported to ONNX: {_reason(error)}") from error
+    if dynamic is None:
+        example = several_samples(example)
+
+    def export(free: Sequence[int]) -> Any:
+        shapes = {"weights": [{} for _ in weights], **traced_shapes(example, dynamic, free)}
+        return torch.onnx.export(
+            _Opened(model, list(weights)).eval(),
+            kwargs={"weights": values, "args": list(example.args), "kwargs": example.kwargs},
+            dynamo=True,
+            opset_version=opset,
+            dynamic_shapes=shapes,
+            input_names=[*weights, *example.named],
+            output_names=list(outputs),
+            verbose=False,
+        )
+
+    free = candidate_axes(example)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own deprecations; what matters is checked afterwards
+        try:
+            try:
+                program = export(free)
+            except torch.onnx.OnnxExporterError:
+                if len(free) == 1 or dynamic is not None:
+                    raise
+                program = export(free[:1])  # a network that knows one length only
+        except torch.onnx.OnnxExporterError as error:
+            raise ExportError(f"{type(model).__name__} cannot be exported to ONNX: {_reason(error)}") from error
     assert program is not None
     proto = program.model_proto
+    fix_single_values(proto.graph, program.exported_program)
     for node in proto.graph.node:
         del node.metadata_props[:]  # traces of the exporting machine's source files
     return proto

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -15,6 +16,7 @@ from lightning_caq.export.integers import Integers
 from lightning_caq.quantizers.grids.activations import InputGrid
 
 DOMAIN, ROUND_INPUT = "lightning_caq", "RoundInput"
+_NODES = {"DequantizeLinear": "dequantize", "Reshape": "reshape", "Cast": "cast"}
 
 
 def name_dimensions(graph: Any, dimensions: Mapping[str, Mapping[int, str]]) -> None:
@@ -43,15 +45,18 @@ def name_dimensions(graph: Any, dimensions: Mapping[str, Mapping[int, str]]) -> 
                 dim.dim_param = names[dim.dim_param]
 
 
-def dequantize_input(graph: Any, name: str, stored: Integers) -> None:
+def dequantize_input(graph: Any, name: str, stored: Integers, *, fused: bool = False) -> None:
     """Replace an input of an ONNX graph by nodes that compute it from integers.
 
-    The integers are dequantized in float32 and then cast to the input's own type, as in PyTorch.
+    The integers are dequantized in float32 and then cast to the input's own type, as in PyTorch. A matrix that is
+    multiplied by is then given its own shape anew, which keeps ONNX Runtime from fusing both into one operator that
+    rounds the other factor to 8 bits.
 
     Args:
         graph: The ``onnx.GraphProto``, changed in place.
         name: The input; a value of that name stays, now computed.
         stored: The integers, scales and zero points.
+        fused: Let ONNX Runtime fuse a matrix with its product; blocks are laid out as that needs it.
 
     Example:
         >>> import pytest, torch
@@ -69,6 +74,13 @@ def dequantize_input(graph: Any, name: str, stored: Integers) -> None:
     index = next(i for i, x in enumerate(graph.input) if x.name == name)
     wanted = graph.input[index].type.tensor_type.elem_type
     del graph.input[index]
+    takers = [node for node in graph.node if name in node.input]
+    value, shape = name, stored.shape
+    if stored.values.ndim == 2 and not shape:
+        if fused and stored.group_size is not None and takers and all(map(_transposes, takers)):
+            stored, value = _transposed(stored), _drop(graph, takers)
+        elif not fused and any(node.op_type != "Gather" for node in takers):
+            shape = tuple(stored.values.shape)
     parts = [f"{name}.codes", f"{name}.scale", f"{name}.zero_point"]
     graph.initializer.extend(
         [
@@ -77,12 +89,41 @@ def dequantize_input(graph: Any, name: str, stored: Integers) -> None:
             _integers(parts[2], stored.zero_point, stored.type),
         ]
     )
-    result = name if wanted == float32 else f"{name}.float32"
-    nodes = [helper.make_node("DequantizeLinear", parts, [result], f"{name}.dequantize", axis=stored.axis)]
+    blocks = {} if stored.group_size is None else {"block_size": stored.group_size}
+    steps = [("DequantizeLinear", parts[1:], {"axis": stored.axis, **blocks})]
+    if shape:
+        graph.initializer.append(helper.make_tensor(f"{name}.shape", onnx.TensorProto.INT64, [len(shape)], shape))
+        steps.append(("Reshape", [f"{name}.shape"], {}))
     if wanted != float32:
-        nodes.append(helper.make_node("Cast", [result], [name], f"{name}.cast", to=wanted))
+        steps.append(("Cast", [], {"to": wanted}))
+    nodes, before = [], parts[0]
+    for i, (kind, others, attributes) in enumerate(steps, 1):
+        result = value if i == len(steps) else f"{name}.{kind.lower()}"
+        nodes.append(helper.make_node(kind, [before, *others], [result], f"{name}.{_NODES[kind]}", **attributes))
+        before = result
     for node in reversed(nodes):
         graph.node.insert(0, node)
+
+
+def _transposes(node: Any) -> bool:
+    """Whether a node transposes a matrix."""
+    return node.op_type == "Transpose" and [list(x.ints) for x in node.attribute] == [[1, 0]]
+
+
+def _drop(graph: Any, nodes: Sequence[Any]) -> str:
+    """Take nodes that all compute the same out of a graph; the name that their result has from now on."""
+    results = [str(node.output[0]) for node in nodes]
+    for node in nodes:
+        graph.node.remove(node)
+    for node in graph.node:
+        node.input[:] = [results[0] if x in results else x for x in node.input]
+    return results[0]
+
+
+def _transposed(stored: Integers) -> Integers:
+    """A matrix with its dimensions exchanged."""
+    values, scale, zero_point = (x.T.contiguous() for x in (stored.values, stored.scale, stored.zero_point))
+    return replace(stored, values=values, scale=scale, zero_point=zero_point, axis=1 - stored.axis)
 
 
 def quantize_rounded(model: Any) -> None:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from lightning_caq.errors import LayerError
 from lightning_caq.export.coded_weights import CodedWeight
+from lightning_caq.export.packed_groups import PackedGroups
 from lightning_caq.export.packed_table import PackedTable
+from lightning_caq.network.parts.part import WeightPart
 from lightning_caq.quantizers.fake_quant.modules import FakeQuant
 from lightning_caq.quantizers.fake_quant.state import PREFIX
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules
@@ -32,7 +34,7 @@ class PackedWeight:
         bits: Bit-width; the largest one where channels differ.
         shape: Shape of the weight.
         codes: Packed codes, uint8, ⌈n · bits / 8⌉ bytes for the n codes of each width.
-        scale: Step of the grid, float32, in a shape that broadcasts to the weight.
+        scale: Step of the grid, in the type that it is stored in and in a shape that broadcasts to the weight.
         doubled_zero_point: Twice the code of zero, int16, same shape: zero points are multiples of one half.
         widths: Packed bit-widths of the channels, uint8, or ``None`` where all have ``bits``.
     """
@@ -92,28 +94,57 @@ class PackedWeight:
         return replace(self, **{part: getattr(self, part).to(device) for part in self.parts})
 
 
-AnyPacked = PackedWeight | PackedTable | CodedWeight
+PackedAlone = PackedWeight | PackedGroups | PackedTable
+"""A weight whose codes are its own."""
+
+AnyPacked = PackedAlone | CodedWeight
 
 
 def pack_weight(weight: Tensor, values: Values) -> AnyPacked:
     """A weight, packed with what its values are made of."""
     if isinstance(values, SteppedGrid):
         return CodedWeight.of(weight, values)
-    return PackedWeight.of(weight, values) if isinstance(values, Grid) else PackedTable.of(weight, values)
+    if isinstance(values, Grid):
+        return (PackedWeight if values.group_size is None else PackedGroups).of(weight, values)
+    return PackedTable.of(weight, values)
 
 
-def packed_weight(
-    quantizer: str, bits: int, shape: tuple[int, ...], parts: Mapping[str, Tensor]
-) -> PackedWeight | PackedTable:
+@dataclass(frozen=True)
+class Layout:
+    """What the parts of a packed weight do not say.
+
+    Attributes:
+        quantizer: Name of the quantizer.
+        bits: Bit-width; the largest one where channels differ.
+        shape: Shape of the weight.
+        group_size: Weights that share a scale, or ``None`` where those of a channel do.
+    """
+
+    quantizer: str
+    bits: int
+    shape: tuple[int, ...]
+    group_size: int | None = None
+
+
+def layout_of(packed: PackedAlone) -> Layout:
+    """The layout of a packed weight."""
+    group_size = packed.group_size if isinstance(packed, PackedGroups) else None
+    return Layout(packed.quantizer, packed.bits, packed.shape, group_size)
+
+
+def packed_weight(layout: Layout, parts: Mapping[str, Tensor]) -> PackedAlone:
     """A packed weight from its parts.
 
     Raises:
         KeyError: If a part is missing.
     """
-    if quantizer == "affine":
-        codes, scale, zero = (parts[name] for name in ("codes", "scale", "doubled_zero_point"))
-        return PackedWeight(bits, shape, codes, scale, zero, parts.get("widths"))
-    return PackedTable(quantizer, bits, shape, *(parts[name] for name in PackedTable.parts))
+    bits, shape = layout.bits, layout.shape
+    if layout.quantizer != "affine":
+        return PackedTable(layout.quantizer, bits, shape, *(parts[name] for name in PackedTable.parts))
+    if layout.group_size is not None:
+        return PackedGroups(bits, shape, layout.group_size, *(parts[name] for name in PackedGroups.parts))
+    codes, scale, zero = (parts[name] for name in ("codes", "scale", "doubled_zero_point"))
+    return PackedWeight(bits, shape, codes, scale, zero, parts.get("widths"))
 
 
 class Packed:
@@ -124,16 +155,16 @@ class Packed:
     """
 
     _lightning_caq_base: ClassVar[type[nn.Module]]  # the class it replaces
-    _lightning_caq_layout: tuple[str, int, tuple[int, ...], torch.dtype]  # quantizer, bits, shape, type of the weight
+    _lightning_caq_layout: tuple[Layout, torch.dtype]  # and the type of the weight
     _lightning_caq_input_grid: InputGrid | None
 
     @property
     def weight(self) -> Tensor:
         """The weight, made anew from its codes."""
         this: Any = self
-        quantizer, bits, shape, dtype = self._lightning_caq_layout
+        layout, dtype = self._lightning_caq_layout
         parts = {key.removeprefix(PREFIX): x for key, x in this._buffers.items() if key.startswith(PREFIX)}
-        return packed_weight(quantizer, bits, shape, parts).values().to(dtype)
+        return packed_weight(layout, parts).values().to(dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         this: Any = self
@@ -148,6 +179,22 @@ class Packed:
         return _rebuild, (self._lightning_caq_base,), self.__dict__.copy()
 
 
+class PackedPart(Packed):
+    """What every packed part of a weight adds."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, in the order in memory that it has in the parameter that it lay in, as products depend on it."""
+        this: Any = self
+        weight = super().weight
+        return weight.mT.contiguous().mT if this.view.transposed else weight
+
+    @property
+    def rounds_input(self) -> bool:
+        """Whether inputs are rounded before they are multiplied."""
+        return self._lightning_caq_input_grid is not None
+
+
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
@@ -160,7 +207,8 @@ def packed_class(base: type[nn.Module]) -> type[nn.Module]:
     """
     if base not in _classes:
         names = {"__module__": __name__, "_lightning_caq_base": base, "forward": _rounding_forward(base)}
-        _classes[base] = type(f"Packed{base.__name__}", (Packed, base), names)
+        packed = PackedPart if issubclass(base, WeightPart) else Packed
+        _classes[base] = type(f"Packed{base.__name__}", (packed, base), names)
     return _classes[base]
 
 
@@ -183,7 +231,7 @@ def _rebuild(base: type[nn.Module]) -> nn.Module:
 
 
 def pack_modules(
-    model: nn.Module, weights: Mapping[str, AnyPacked], inputs: Mapping[str, InputGrid] | None = None
+    model: nn.Module, weights: Mapping[str, PackedAlone], inputs: Mapping[str, InputGrid] | None = None
 ) -> None:
     """Turn modules into packed ones, in place; their float weights are let go.
 
@@ -203,7 +251,7 @@ def pack_modules(
         module: Any = model.get_submodule(name)
         weight = module._parameters.pop("weight")
         module.__class__ = packed_class(type(module))
-        module._lightning_caq_layout = (packed.quantizer, packed.bits, packed.shape, weight.dtype)
+        module._lightning_caq_layout = (layout_of(packed), weight.dtype)
         module._lightning_caq_input_grid = (inputs or {}).get(name)
         for part in packed.parts:
             module.register_buffer(PREFIX + part, getattr(packed, part))

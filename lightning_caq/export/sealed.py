@@ -1,18 +1,26 @@
 """Sealed files: safetensors with a description and a fingerprint of every byte, all checked before anything is used.
 
-The description is JSON in the metadata of the safetensors header. Its first entry is the SHA-256 of the whole file,
-taken with sixty-four zeros in the fingerprint's own place, so no byte of header or tensors can change unseen. It tells
-damage and mix-ups; it is no signature, for whoever writes a file can write its fingerprint too.
+A header of safetensors takes some hundred bytes a tensor, more than the codes of many a layer. All numbers of one type
+are therefore one tensor, one after the other, named after the type; the tensor ``index`` is a compressed JSON text with
+the description, and name, type and shape of each tensor in their order. Files of format 1 had a tensor by each name and
+the description in the header; they are read as well.
+
+The header's metadata hold the SHA-256 of the whole file, taken with sixty-four zeros in the fingerprint's own place, so
+no byte of header or tensors can change unseen. It tells damage and mix-ups; it is no signature, for whoever writes a
+file can write its fingerprint too.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -20,16 +28,16 @@ from torch import Tensor
 
 from lightning_caq.errors import PlanError
 
-_KEY = "lightning_caq"
+VERSION = 2
+_KEY, _INDEX = "lightning_caq", "index"
 _BLANK = "0" * 64
 
 
-def write_sealed(path: str | Path, version: int, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
+def write_sealed(path: str | Path, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
     """Write tensors and what describes them into one file.
 
     Args:
         path: The file; its folder is made if there is none.
-        version: Version of the description's format.
         description: Anything JSON can hold.
         tensors: Tensors by name.
 
@@ -37,32 +45,40 @@ def write_sealed(path: str | Path, version: int, description: Mapping[str, Any],
         The path.
 
     Example:
-        >>> import tempfile, torch
-        >>> path = write_sealed(f"{tempfile.mkdtemp()}/net", 1, {"kind": "test"}, {"w": torch.ones(2)})
-        >>> read_sealed(path, newest=1)
-        ({'version': 1, 'kind': 'test'}, {'w': tensor([1., 1.])})
+        >>> import tempfile
+        >>> path = write_sealed(f"{tempfile.mkdtemp()}/net", {"kind": "test"}, {"w": torch.ones(2)})
+        >>> read_sealed(path)
+        ({'kind': 'test'}, {'w': tensor([1., 1.])})
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(sealed(version, description, tensors))
+    path.write_bytes(sealed(description, tensors))
     return path
 
 
-def sealed(version: int, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
+def sealed(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
     """The bytes that ``write_sealed`` writes."""
-    text = json.dumps({"fingerprint": _BLANK, "version": version, **description}, separators=(",", ":"))
-    # Copies of their own: safetensors refuses tensors that share memory.
-    copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    payload = save_tensors(copies, {_KEY: text})
+    plain = {name: tensors[name].detach().cpu() for name in sorted(tensors)}
+    by_type: dict[str, list[Tensor]] = {}
+    for tensor in plain.values():
+        by_type.setdefault(_type(tensor), []).append(tensor.flatten())
+    table = [[name, _type(x), list(x.shape)] for name, x in plain.items()]
+    index = json.dumps({"tensors": table, "description": description}, separators=(",", ":")).encode()
+    stored = {_INDEX: torch.frombuffer(bytearray(zlib.compress(index, 9)), dtype=torch.uint8)}
+    stored |= {name: torch.cat(parts) for name, parts in by_type.items()}
+    payload = save_tensors(stored, {_KEY: json.dumps({"fingerprint": _BLANK, "version": VERSION})})
     return payload.replace(_BLANK.encode(), _digest(payload), 1)
 
 
-def read_sealed(path: str | Path, newest: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _type(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def read_sealed(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read a file that ``write_sealed`` wrote.
 
     Args:
         path: The file.
-        newest: The newest version of the format that is understood.
 
     Returns:
         The description and the tensors, on the CPU.
@@ -77,9 +93,9 @@ def read_sealed(path: str | Path, newest: int) -> tuple[dict[str, Any], dict[str
         raise PlanError(f"{path} cannot be read: {error.strerror}.") from error
     description = _describe(payload, path)
     version, fingerprint = description.pop("version", None), description.pop("fingerprint", None)
-    if isinstance(version, int) and version > newest:
+    if isinstance(version, int) and version > VERSION:
         raise PlanError(
-            f"{path} has format {version}; this version of lightning-caq reads up to {newest}. Install a newer one."
+            f"{path} has format {version}; this version of lightning-caq reads up to {VERSION}. Install a newer one."
         )
     if (
         not isinstance(fingerprint, str)
@@ -87,9 +103,21 @@ def read_sealed(path: str | Path, newest: int) -> tuple[dict[str, Any], dict[str
     ):
         raise PlanError(f"{path} is damaged: its fingerprint is not that of its contents. Copy or save it again.")
     try:
-        return {"version": version, **description}, load_tensors(payload)
-    except (SafetensorError, KeyError, ValueError) as error:
+        tensors = load_tensors(payload)
+        return (description, tensors) if version == 1 else _opened(tensors)
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, zlib.error) as error:
         raise PlanError(f"{path} is damaged: {error}. Copy or save it again.") from error
+
+
+def _opened(stored: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Description and tensors by name, of what lies in a file."""
+    index = json.loads(zlib.decompress(stored.pop(_INDEX).numpy().tobytes()))
+    tensors, used = {}, dict.fromkeys(stored, 0)
+    for name, kind, shape in index["tensors"]:
+        start, count = used[kind], math.prod(shape)
+        tensors[name] = stored[kind][start : start + count].reshape(shape).clone()
+        used[kind] += count
+    return dict(index["description"]), tensors
 
 
 def _describe(payload: bytes, path: str | Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from lightning_caq.network.batches import batch_size, take_samples
 from lightning_caq.network.layers import Layer, chosen_layers, find_layers, layer_weight
 from lightning_caq.network.meaning import Output
 from lightning_caq.network.objective import Loss, make_objective
+from lightning_caq.network.parts.expand import every_weight_a_layer, expand_uses
 from lightning_caq.network.prepare import ForwardFunction, ModelUse, prepare
 from lightning_caq.profile import CurvatureProfile, LayerCurvature
 from lightning_caq.quantizers.grids.values import AFFINE, Quantizer
@@ -98,9 +99,15 @@ def measure(
         raise OptionError(f"time_budget={time_budget!r} is not allowed; give a number of seconds above 0.")
     progress = progress or Progress()
     start = time.perf_counter()
-    if layers is None:
-        chosen_layers(model)  # refuses what has none, and weights that are not finite
-    with sharing.agreed("measuring"), curvature_safe(model), preserved(model), InFloat32(model) as float32:
+    with (
+        sharing.agreed("measuring"),
+        every_weight_a_layer(model),
+        curvature_safe(model),
+        preserved(model),
+        InFloat32(model) as float32,
+    ):
+        if layers is None:
+            chosen_layers(model)  # refuses what has none, and weights that are not finite
         device = next((p.device for p in model.parameters()), None)
         chosen: list[Any] = prepare(
             model,
@@ -112,7 +119,9 @@ def measure(
             device=device,
             convert=float32.batch,
         )
-        layers = find_layers(model, *chosen) if layers is None else layers
+        if layers is None:
+            expand_uses(model, chosen[0])
+            layers = find_layers(model, *chosen)
         with differentiable(model, layers):
             measurement = Measurement(
                 model=model,
@@ -127,18 +136,19 @@ def measure(
             )
             seconds = sharing.first(_seconds(measurement, measures) / sharing.size, "estimate of the time")
             count = measurement.objective.samples
-            progress.say(f"measuring on {count} samples: about {duration(seconds)}")
             if time_budget is not None and seconds > time_budget:
                 chosen = take_samples(chosen, max(int(count * time_budget / seconds), 1))
                 measurement = replace(measurement, objective=make_objective(objective, model, chosen, loss_fn))
-                count = measurement.objective.samples
-                progress.say(f"measuring on {count} samples only, to stay within {duration(time_budget)}")
+                seconds, count = time_budget, measurement.objective.samples
             mark = _fingerprint(measurement)
             usable = known is not None and known.fingerprint == mark and needs <= set(known.needs)
             earlier = sharing.first(known if usable else None, "profile of an earlier run")
             if earlier is not None:
-                progress.say("measured before: the profile of the same weights and samples is used")
+                progress.announce("measured before, the profile of the same weights and samples is used")
                 return earlier
+            within = f" only, to stay within {duration(seconds)}" if seconds == time_budget else ""
+            progress.expect("curvature", seconds, steps=tuple(dict.fromkeys(x.step for x in measures)))
+            progress.announce(f"measuring on {count} samples{within}")
             profile = _take(measurement, measures, progress)
         profile = replace(profile, seconds=time.perf_counter() - start, needs=tuple(sorted(needs)), fingerprint=mark)
         return sharing.first(profile, "profile")
@@ -171,6 +181,8 @@ def _take(measurement: Measurement, measures: Sequence[Measure], progress: Progr
         quantizer=m.quantizer.name,
         range=m.quantizer.range,
         symmetry=m.quantizer.symmetry,
+        group_size=m.quantizer.group_size,
+        scale_dtype=m.quantizer.scale_dtype,
     )
     for step, together in groupby(measures, key=attrgetter("step")):
         with progress.step(step), sharing.agreed(step):

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import nn
+
 from lightning_caq.network.deployed import Deployed, Part
+from lightning_caq.network.layers import Layer, layer_module
+from lightning_caq.network.parts.baked import is_baked
 from lightning_caq.notes import Note
 
 _LISTED = 5
@@ -41,6 +45,25 @@ def float_notes(deployed: Deployed) -> tuple[Note, ...]:
             )
         )
     return tuple(notes)
+
+
+def baked_notes(model: nn.Module, layers: Sequence[Layer]) -> tuple[Note, ...]:
+    """What the user should know of weights that parametrizations compute; none as a rule.
+
+    Example:
+        >>> baked_notes(nn.Linear(1, 1), [Layer("", "linear", (1, 1))])
+        ()
+    """
+    baked = [f"'{layer.name}'" for layer in layers if is_baked(layer_module(model, layer))]
+    if not baked:
+        return ()
+    more = f" and {len(baked) - _LISTED} more" if len(baked) > _LISTED else ""
+    return (
+        Note(
+            f"The weights of {', '.join(baked[:_LISTED])}{more} are computed of other parameters (a norm, a mask or "
+            "another parametrization): what they come to is quantized and takes the place of these in the state dict."
+        ),
+    )
 
 
 def percent(share: float) -> str:

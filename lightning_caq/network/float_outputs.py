@@ -56,11 +56,23 @@ class Reference:
             outputs = tuple(known[id(x)] if id(x) in known else run_model(model, x) for x in batches)
         return Reference(tuple(batches), outputs)
 
-    def distance(self, model: nn.Module) -> float:
-        """Root mean square over samples of ‖F_q(x) − F(x)‖, F_q being a network as it is now."""
+    def distances(self, model: nn.Module) -> Tensor:
+        """‖F_q(x) − F(x)‖ of each sample, F_q being a network as it is now; shape (samples,), float64.
+
+        Example:
+            >>> net, doubled = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+            >>> _ = doubled.weight.data.copy_(2 * net.weight.data.fill_(1.0))
+            >>> make_reference(net, [torch.tensor([[3.0], [4.0]])]).distances(doubled).tolist()
+            [3.0, 4.0]
+        """
         with torch.no_grad():
             pairs = zip(self.batches, self.outputs, strict=True)
-            return self._rms([run_model(model, x).values - y.values for x, y in pairs])
+            changes = [run_model(model, x).values - y.values for x, y in pairs]
+        return torch.cat([x.double().flatten(1).norm(dim=1).cpu() for x in changes])
+
+    def distance(self, model: nn.Module) -> float:
+        """Root mean square over samples of ‖F_q(x) − F(x)‖, F_q being a network as it is now."""
+        return self._rms([self.distances(model)])
 
     def error(self, model: nn.Module) -> float:
         """The output error of a network, its distance over the size of the outputs: a part of the output.
@@ -72,7 +84,11 @@ class Reference:
             >>> reference.error(net)
             1.0
         """
-        return self.distance(model) / (self.size or 1.0)
+        return self.relative(self.distances(model))
+
+    def relative(self, distances: Tensor) -> float:
+        """The output error that distances of all samples come to."""
+        return self._rms([distances]) / (self.size or 1.0)
 
     def _rms(self, values: Sequence[Tensor]) -> float:
         squares = sum(float(x.double().square().sum()) for x in values)

@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from lightning_caq.errors import LayerError, OptionError
 from lightning_caq.network.batches import batch_size, check_model_takes
 from lightning_caq.network.hooks import watching
+from lightning_caq.network.parts.part import held_weight, weight_identity
 from lightning_caq.sizes import LayerSizes
 
 KINDS: dict[type[nn.Module], str] = {
@@ -193,8 +194,9 @@ def find_layers(
 ) -> list[Layer]:
     """Find every weight that can be quantized, and run a batch to learn the order and the cost of the layers.
 
-    Linear layers, convolutions, transposed convolutions and embeddings are found, subclasses of them too. A weight
-    that several modules share is one layer. Parametrized weights (``torch.nn.utils.parametrize``) are left alone.
+    Linear layers, convolutions, transposed convolutions and embeddings are found, subclasses of them too, and the parts
+    of an expanded network (``network.parts``). A weight that several modules share is one layer. Parametrized weights
+    (``torch.nn.utils.parametrize``) are left alone.
 
     Args:
         model: The network; left as it was.
@@ -265,22 +267,23 @@ def kind_of(module: nn.Module) -> str | None:
 
 def quantizable_layers(model: nn.Module) -> list[Layer]:
     """Every layer of a known kind in the order of ``named_modules``; costs and order of execution not yet known."""
-    found: dict[int, Layer] = {}
+    found: dict[Any, Layer] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         kind = kind_of(module)
-        weight = None if kind is None else module._parameters.get("weight")
+        weight = None if kind is None else held_weight(module)
         if kind is None or weight is None or (not is_lazy(weight) and not weight.numel()):
             continue
         if is_lazy(weight):
             raise LayerError(f"Layer '{name}' is lazy and not initialised; run one batch through the model first.")
-        known = found.get(id(weight))
+        identity = weight_identity(module)
+        known = found.get(identity)
         if known is not None:
             # A word table that a linear layer shares, as in language models, counts as the table.
             shared = kind if kind == "embedding" else known.kind
-            found[id(weight)] = replace(known, kind=shared, modules=(*known.modules, name))
+            found[identity] = replace(known, kind=shared, modules=(*known.modules, name))
         else:
             groups = int(getattr(module, "groups", 1))
-            found[id(weight)] = Layer(name, kind, tuple(weight.shape), groups, modules=(name,))
+            found[identity] = Layer(name, kind, tuple(weight.shape), groups, modules=(name,))
     return list(found.values())
 
 

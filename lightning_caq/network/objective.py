@@ -19,7 +19,8 @@ from lightning_caq.errors import CalibrationError, OptionError
 from lightning_caq.network.batches import batch_size
 from lightning_caq.network.float_outputs import Reference, make_reference
 from lightning_caq.network.forward import Batch, run_model
-from lightning_caq.network.outputs import Outputs, divergence
+from lightning_caq.network.outputs import Outputs, divergence, divergences
+from lightning_caq.scores import Score
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -88,6 +89,27 @@ class Objective:
         """The objective of a network: mean loss over all samples, nat."""
         with torch.no_grad():
             return sum(self.weight(i) * float(self.batch_loss(model, i).double()) for i in range(len(self.batches)))
+
+    def score(self, model: nn.Module) -> Score:
+        """``value`` with what it rests on: the divergence of each sample, or the user's loss of each batch.
+
+        Example:
+            >>> net = nn.Linear(3, 4)
+            >>> score = make_objective("distill", net, [torch.randn(16, 3)]).score(net)
+            >>> score, score.samples, score.stderr
+            (0.0, 16, 0.0)
+        """
+        if self.name == "task":
+            with torch.no_grad():
+                losses = [float(self.batch_loss(model, i).double()) for i in range(len(self.batches))]
+            return Score.of_means(losses, [batch_size(batch) for batch in self.batches])
+        with torch.no_grad():
+            pairs = zip(self.targets, self.batches, strict=True)
+            parts = [divergences(target, run_model(model, batch)) for target, batch in pairs]
+        value = sum(self.weight(i) * float(part.mean().double()) for i, part in enumerate(parts))
+        if sum(map(len, parts)) != self.samples:  # outputs that are one for a whole batch
+            return Score.of_means([float(x.mean()) for x in parts], [batch_size(batch) for batch in self.batches])
+        return Score(value, torch.cat(parts).tolist(), [1.0] * self.samples)
 
 
 def make_objective(name: str, model: nn.Module, batches: Sequence[Any], loss: Loss | None = None) -> Objective:

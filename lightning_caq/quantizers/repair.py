@@ -157,7 +157,7 @@ class Repair:
         """Repair a quantized network in place, if that brings its outputs nearer on the samples held out.
 
         Returns:
-            State-dict key to the repaired tensor, and a note: empty unless the repair was dropped.
+            State-dict key to the repaired tensor, and what was seen where it was dropped, empty otherwise.
         """
         before = self.held_out.error(model)
         live = model.state_dict(keep_vars=True)
@@ -169,7 +169,7 @@ class Repair:
         with torch.no_grad():
             for name in changed:
                 live[name].copy_(kept[name])
-        return {}, f"repair dropped: output error {before:.1%} without it, {after:.1%} with it, on samples held out"
+        return {}, f"output error {before:.2%} without it, {after:.2%} with it"
 
 
 def prepare_repair(model: nn.Module, layers: Sequence[Layer], fitted: Sequence[Any], held_out: Reference) -> Repair:

@@ -17,6 +17,7 @@ from lightning_caq.reporting.figures.curvature import curvature_bars
 from lightning_caq.reporting.figures.eigenpairs import eigenpair_curve
 from lightning_caq.reporting.figures.kappa_vs_bits import kappa_vs_bits
 from lightning_caq.reporting.figures.landscape import loss_landscape
+from lightning_caq.reporting.figures.last_bit import last_bits
 from lightning_caq.reporting.figures.loss_gap import loss_gap
 from lightning_caq.reporting.figures.pareto import pareto
 from lightning_caq.reporting.figures.rate_distortion import rate_distortion
@@ -114,6 +115,16 @@ ENTRIES = (
         lambda report, profile: bits_heatmap(report),
     ),
     Entry(
+        "last_bit",
+        "What the last bit of each layer bought",
+        "Each row is a layer with its bits: the filled mark is the damage that the method predicts its last step to "
+        "have taken away for each kilobyte, the ring what the next step would. Bits go where they buy most, so filled "
+        "marks lie right of the rings of all layers as far as steps are fine enough. This is what bits were chosen by, "
+        "where κ and L only describe a layer.",
+        ("report",),
+        lambda report, profile: last_bits(report.reasons),
+    ),
+    Entry(
         "pareto",
         "Accuracy against size",
         "Each point is a quantized network, each curve a method, and the dashed line the float network; further up "
@@ -139,8 +150,8 @@ ENTRIES = (
         "Curvature and bits of every layer",
         "The bars show κ, how sharply the output energy of each layer bends with its input, on a logarithmic axis, "
         "with the tolerance of its iteration as a whisker. The numbered points, on the axis above, are the bits that "
-        "the layer was given. Where points follow the bars, bits went where curvature is; where they do not, size and"
-        " the other measures spoke louder.",
+        "the layer was given. κ describes a layer by itself and is not what bits were chosen by, so points need not "
+        "follow the bars.",
         ("report", "profile"),
         curvature_bars,
     ),
@@ -245,5 +256,5 @@ def _tightness(report: QuantizationReport) -> Figure:
 
 def _landscape(report: QuantizationReport) -> Figure:
     if report.studies.landscape is None:
-        raise ValueError("The loss was not computed on a plane.")
+        raise ValueError("The loss was not computed on a plane; study=True does that.")
     return loss_landscape(report.studies.landscape)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -14,14 +14,34 @@ from lightning_caq.profile import CurvatureProfile
 from lightning_caq.report import QuantizationReport
 from lightning_caq.reporting.gallery import ENTRIES, Gallery
 from lightning_caq.reporting.page import page
+from lightning_caq.reporting.repeat import repeat
 from lightning_caq.reporting.vectors import svg
-from lightning_caq.reporting.words import comparison, in_words, layer_columns, reproduce
+from lightning_caq.reporting.words import (
+    comparison,
+    in_words,
+    layer_columns,
+    reason_in_words,
+    reasons_in_words,
+)
 from lightning_caq.sizes import average_bits
 
 if TYPE_CHECKING:
     from lightning_caq.plan import QuantizationPlan
 
-Cell = str | float | None
+
+class Figures(NamedTuple):
+    """A cell of figures that is sorted by one number.
+
+    Attributes:
+        text: What is shown.
+        value: What it is sorted by.
+    """
+
+    text: str
+    value: float
+
+
+Cell = str | float | Figures | None
 _NUMBER = ' class="number"'
 
 
@@ -49,17 +69,17 @@ def write_html(
     Raises:
         OSError: If the file cannot be written.
     """
+    path = Path(path)
     sections = [
         *_notes(report),
         *_result(report),
         *_layers(report, profile),
         *_figures(gallery),
         *_plan(plan),
-        *_repeat(report),
+        *_repeat(report, profile if path.with_name("profile.json").is_file() else None),
         *_absent(report=report, profile=profile, plan=plan),
     ]
     title = f"Quantized by {report.method} at {report.budget}" if report else "Quantization"
-    path = Path(path)
     path.write_text(page(title, "\n".join(sections)), encoding="utf-8")
     return path
 
@@ -118,9 +138,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
 def _cell(value: Cell) -> str:
     if isinstance(value, str):
         return f"<td>{escape(value)}</td>"
+    if isinstance(value, Figures):
+        text, value = value
+    else:
+        text = f"{value:,}" if isinstance(value, int) else f"{value or 0.0:.4g}"
     if value is None or value != value:
         return f"<td{_NUMBER}>–</td>"
-    text = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
     key = repr(value).replace("inf", "Infinity")  # as JavaScript reads it
     return f'<td{_NUMBER} data-value="{key}">{text}</td>'
 
@@ -156,7 +179,8 @@ def _result(report: QuantizationReport | None) -> list[str]:
         return []
     header, rows = report.variant_cells()
     told = [f"<p>{escape(text)}</p>" for text in in_words(report)]
-    return [section("Result", *told, table(header, map(_numbers, rows)))]
+    legend = f"<p>{escape(report.legend)}</p>" if report.legend else ""
+    return [section("Result", *told, table(header, map(_numbers, rows)), legend)]
 
 
 def _numbers(cells: Sequence[str]) -> list[Cell]:
@@ -165,17 +189,23 @@ def _numbers(cells: Sequence[str]) -> list[Cell]:
 
 
 def _number(cell: str) -> Cell:
+    """A cell of figures, which is sorted by the first of them."""
+    first, _, more = cell.partition(" ")
     try:
-        return float(cell.replace(",", "").removesuffix("x"))
+        value = float(first.replace(",", "").rstrip("x%"))
     except ValueError:
         return None
+    return Figures(cell, value) if more or first.endswith("%") else value
 
 
 def _layers(report: QuantizationReport | None, profile: CurvatureProfile | None) -> list[str]:
     header, rows = layer_columns(report, profile)
     if not rows:
         return []
-    return [section("Layers", "<p>Click a heading to sort.</p>", table(header, rows))]
+    told = "".join(f"<p>{escape(text)}</p>" for text in reasons_in_words(report)) if report else ""
+    each = "".join(f"<li>{escape(reason_in_words(reason))}</li>" for reason in report.reasons) if report else ""
+    more = f"<details><summary>Why each layer has its bits</summary><ul>{each}</ul></details>" if each else ""
+    return [section("Layers", f"{told}<p>Click a heading to sort.</p>", table(header, rows), more)]
 
 
 def _figures(gallery: Gallery) -> list[str]:
@@ -222,19 +252,23 @@ def _plan(plan: QuantizationPlan | None) -> list[str]:
                     table(header, rows), "</details>")]  # fmt: skip
 
 
-def _repeat(report: QuantizationReport | None) -> list[str]:
+def _repeat(report: QuantizationReport | None, profile: CurvatureProfile | None) -> list[str]:
     if report is None:
         return []
-    yaml, python = reproduce(report)
+    texts = repeat(report, profile)
+    allocation = f"<p>The bits again, in the folder of this page:</p><pre>{escape(texts.allocation or '')}</pre>"
     versions: list[list[Cell]] = [[name, version] for name, version in report.versions.items()]
     seconds: list[list[Cell]] = [[step, value] for step, value in report.seconds.items()]
     return [
         section(
             "How to repeat it",
-            f"<p>Seed {escape(json.dumps(report.options.get('seed')))}. With LightningCLI or a configuration file:</p>",
-            f"<pre>{escape(yaml)}</pre>",
-            "<p>In Python, on the same network and calibration batches:</p>",
-            f"<pre>{escape(python)}</pre>",
+            f"<p>Seed {escape(json.dumps(report.options.get('seed')))}. With LightningCLI, as a file for --config:</p>",
+            f"<pre>{escape(texts.yaml)}</pre>",
+            "<p>In Python, for the callbacks of a Trainer:</p>",
+            f"<pre>{escape(texts.callback)}</pre>",
+            "<p>On the same float network and calibration batches, without a Trainer:</p>",
+            f"<pre>{escape(texts.function)}</pre>",
+            allocation if texts.allocation else "",
             table(["package", "version"], versions) if versions else "",
             table(["step", "seconds"], seconds) if seconds else "",
         )

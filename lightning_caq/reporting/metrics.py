@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lightning_caq.utilities.metric_names import direction_of_name
+
 _OBJECTIVES = {"distill": "divergence from the float outputs (nat)", "task": "calibration loss (nat)"}
-_SMALLER_IS_BETTER = ("loss", "error", "err", "mse", "mae", "rmse", "perplexity", "nll", "distill", "task")
 
 
 def headline_metric(names: Sequence[str]) -> str | None:
@@ -25,7 +26,7 @@ def smaller_is_better(name: str) -> bool:
         >>> smaller_is_better("val_loss"), smaller_is_better("val_acc")
         (True, False)
     """
-    return any(word in name.lower() for word in _SMALLER_IS_BETTER)
+    return direction_of_name(name) == "min"
 
 
 def metric_label(name: str) -> str:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from lightning_caq.evaluation.sweep import variant_metrics
 from lightning_caq.profile import CurvatureProfile, LayerCurvature
-from lightning_caq.report import QuantizationReport
+from lightning_caq.report import QuantizationReport, as_factor, in_figures
 from lightning_caq.reporting.metrics import headline_metric, smaller_is_better
-
-CLASS = "lightning_caq.CurvatureQuantizationCallback"
+from lightning_caq.scores import Difference, LogRatio
+from lightning_caq.studies import LayerReason
 
 
 def in_words(report: QuantizationReport) -> list[str]:
@@ -52,7 +51,8 @@ def in_words(report: QuantizationReport) -> list[str]:
     if (held := report.tightness) is not None:
         told.append(
             f"With the plan's bits and nearest rounding the output is off by {held.observed:.3g} (its own unit, rms "
-            f"over samples); Φ predicts {held.ratios['bound']:.2f} times as much, the signed first-order sum "
+            "over samples). Φ, the errors of all layers carried to the output and added as if they all pointed the "
+            f"same way, is {held.ratios['bound']:.2f} times as much; their signed first-order sum is "
             f"{held.ratios['linear']:.2f} times."
         )
     told.append("Quantization is simulated: weights lie on their grids, arithmetic is in floating point.")
@@ -65,16 +65,95 @@ def _metric_in_words(report: QuantizationReport, metric: str) -> list[str]:
         return []
     mine = values.pop("quantized")
     told = f"{metric} is {mine:.4g}"
+    sure = report.certainty.get(f"quantized/{metric}")
+    if sure is not None:
+        told += f" ± {sure.stderr:.2g} on {sure.samples:,} samples"
     if "float" in values:
         before = values.pop("float")
+        difference = report.difference("quantized", "float", metric)
         change = f"a change of {mine - before:+.2g}".replace("-", "−") if mine != before else "no change"
+        if difference is not None and difference.stderr is not None:
+            change = f"{in_figures(difference)}, {_verdict(difference)}"
         told += f", against {before:.4g} of the float network ({change})"
     told += "."
     if values:
         better = min if smaller_is_better(metric) else max
         best = better(values, key=lambda v: values[v])
-        told += f" The best of the networks it was compared with, {best}, has {values[best]:.4g}."
-    return [told]
+        told += f" The best of the networks it was compared with, {best}, has {values[best]:.4g}"
+        difference = report.difference(best, "quantized", metric)
+        if difference is not None and difference.stderr is not None:
+            told += f" ({in_figures(difference)} from the quantized one, {_verdict(difference)})"
+        told += "."
+    return [told, *_errors_in_words(report)]
+
+
+def _verdict(difference: Difference | LogRatio) -> str:
+    """Whether a difference can be told from none."""
+    limit = "2 standard errors, paired by samples"
+    return f"within noise: less than {limit}" if difference.within_noise else f"more than {limit}"
+
+
+def _errors_in_words(report: QuantizationReport) -> list[str]:
+    """How the output errors of the compared networks stand to that of the quantized one."""
+    ratios = {v: x.ratio for v, x in report.output_errors.items() if x.ratio is not None and x.ratio.stderr is not None}
+    if not ratios:
+        return []
+    listed = "; ".join(f"{v} {as_factor(x)} ({_verdict(x)})" for v, x in ratios.items())
+    samples = next(iter(ratios.values())).samples
+    return [
+        f"Errors of the output as multiples of the quantized network's, sample by sample on {samples:,} calibration "
+        f"samples that nothing was fitted to: {listed}. Every sample counts here, so that networks can be told apart "
+        "whose other metrics agree."
+    ]
+
+
+def reason_in_words(reason: LayerReason) -> str:
+    """Why a layer has its bits, in one sentence.
+
+    Example:
+        >>> reason_in_words(LayerReason("fc", "cet", "nat", 3, 2, 4, 1.0, 5.0, 0.5, 8000, "modelled"))
+        'fc has 3 bits: cet predicts 1 nat of damage (modelled); at 2 bits it would be 5, so that the last step bought
+        4 nat/kB; at 4 bits it would be 0.5, and the next step would buy 0.5 nat/kB.'
+    """
+    bits = f"{reason.name} has {reason.bits:.3g} bits"
+    if reason.damage is None:
+        why = {
+            "searched": f"{reason.method} chose those of all layers together, by a search, not by a cost of each",
+            "uniform": "all layers have the same bits, as nearly as the budget allows",
+        }
+        return f"{bits}: {why.get(reason.source, f'{reason.method} predicts nothing of it alone')}."
+    unit, rate = (f" {reason.unit}", f" {reason.unit}/kB") if reason.unit else ("", " a kB")
+    told = f"{bits}: {reason.method} predicts {reason.damage:.2g}{unit} of damage ({reason.source})"
+    if reason.fewer is None or reason.damage_fewer is None or reason.bought is None:
+        told += "; there is no smaller width"
+    else:
+        told += f"; at {reason.fewer:.3g} bits it would be {reason.damage_fewer:.2g}, so that the last step bought "
+        told += f"{reason.bought:.2g}{rate}"
+    if reason.more is None or reason.damage_more is None or reason.next is None:
+        return f"{told}; there is no larger width."
+    return (
+        f"{told}; at {reason.more:.3g} bits it would be {reason.damage_more:.2g}, and the next step would buy "
+        f"{reason.next:.2g}{rate}."
+    )
+
+
+def reasons_in_words(report: QuantizationReport) -> list[str]:
+    """How the bits came about as a whole: what steps bought that were taken, and would buy that were not."""
+    known = [reason for reason in report.reasons if reason.damage is not None]
+    if not known:
+        return []
+    told = (
+        f"Bits follow from the damage that {known[0].method} predicts for each layer at each width, within the budget."
+    )
+    if report.method != known[0].method:
+        told = f"Bits are those of {report.method}; the damage is what {known[0].method} predicts of them."
+    bought, more = ([x for r in known if (x := getattr(r, name)) is not None] for name in ("bought", "next"))
+    if bought and more:
+        unit = f" {known[0].unit}/kB" if known[0].unit else " a kB"
+        told += (
+            f" The last steps bought {min(bought):.2g}{unit} or more, further ones would buy {max(more):.2g} at most."
+        )
+    return [f"{told} κ and L are measures of a layer by itself and not what its bits were chosen by."]
 
 
 def layer_columns(
@@ -89,10 +168,12 @@ def layer_columns(
     measured = {row.name: row for row in profile.layers} if profile else {}
     rows: list[dict[str, Any]] = []
     chosen = report.method if report else ""  # goes by "quantized" alone
+    why = {reason.name: reason for reason in report.reasons} if report else {}
     for row in report.layers if report else ():
         line = {"layer": row.name, "kind": row.kind, "weights": row.weights, "MACs": row.macs}
         for what, found in (("bits", row.bits), ("input bits", row.input_bits)):
             line |= {what if v == "quantized" else f"{what}, {v}": b for v, b in found.items() if v != chosen}
+        line |= _why(why.get(row.name))
         line |= {"κ (out²/in²)": row.kappa, "L (out/in)": row.lipschitz}
         rows.append(line | _measured(measured.get(row.name), row.bits.get("quantized")))
     if report is None:
@@ -103,6 +184,20 @@ def layer_columns(
         c for c in dict.fromkeys(c for line in rows for c in line) if any(line.get(c) is not None for line in rows)
     ]
     return columns, [[line.get(column) for column in columns] for line in rows]
+
+
+def _why(reason: LayerReason | None) -> dict[str, str | float | None]:
+    """What the method predicts of a layer, column by column."""
+    if reason is None or reason.damage is None:
+        return {}
+    unit = f" ({reason.unit})" if reason.unit else ""
+    return {
+        f"predicted damage{unit}": reason.damage,
+        f"a width less{unit}": reason.damage_fewer,
+        f"a width more{unit}": reason.damage_more,
+        f"last step bought{unit and f' ({reason.unit}/kB)'}": reason.bought,
+        "by": reason.source,
+    }
 
 
 def _measured(row: LayerCurvature | None, bits: float | None) -> dict[str, float | None]:
@@ -140,33 +235,3 @@ def comparison(runs: Mapping[str, QuantizationReport]) -> tuple[list[str], list[
             budget = "" if variant == "float" else report.budget
             rows.append([run, report.title(variant), budget, size.avg_bits, size.ratio, size.bytes / 1000, *measured])
     return header, rows
-
-
-def reproduce(report: QuantizationReport) -> tuple[str, str]:
-    """The run as a YAML list of callbacks, and as a call of ``quantize``.
-
-    Example:
-        >>> yaml, python = reproduce(QuantizationReport("cet", "", (), {}, {}, options={"avg_bits": 3, "seed": 0}))
-        >>> print(yaml)
-        trainer:
-          callbacks:
-            - class_path: lightning_caq.CurvatureQuantizationCallback
-              init_args:
-                avg_bits: 3
-                seed: 0
-        >>> print(python)
-        from lightning_caq import quantize
-        <BLANKLINE>
-        result = quantize(
-            model,
-            batches,
-            avg_bits=3,
-            seed=0,
-        )
-    """
-    options = {name: value for name, value in report.options.items() if value is not None}
-    # JSON is YAML.
-    args = "".join(f"\n        {name}: {json.dumps(value)}" for name, value in options.items())
-    yaml = f"trainer:\n  callbacks:\n    - class_path: {CLASS}\n      init_args:{args}"
-    keywords = "".join(f"\n    {name}={value!r}," for name, value in options.items())
-    return yaml, f"from lightning_caq import quantize\n\nresult = quantize(\n    model,\n    batches,{keywords}\n)"

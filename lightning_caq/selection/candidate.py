@@ -30,6 +30,7 @@ from lightning_caq.quantizers.rounding.moments import samples_needed
 from lightning_caq.quantizers.rounding.passes import PairedPasses
 from lightning_caq.quantizers.rounding.round_layer import round_layer
 from lightning_caq.quantizers.rounding.round_steps import StepRounding
+from lightning_caq.scores import Score
 from lightning_caq.selection.long_axis import LongAxisRounding
 from lightning_caq.sizes import LayerSizes, width_bits
 
@@ -45,15 +46,17 @@ class Candidate:
         plan: What was done to the network.
         choice: The bits, or the steps, that it was made with.
         error: The output error on the samples that nothing was fitted to, a part of the output.
-        notes: What the reader of the report should know; none as a rule.
+        dropped: What was seen of a repair that was dropped; empty as a rule.
         metrics: Metrics of the network by name; empty where it was not evaluated.
+        distances: ‖F_q(x) − F(x)‖ of each of these samples.
     """
 
     plan: QuantizationPlan
     choice: Choice | StepChoice
     error: float
-    notes: tuple[str, ...] = ()
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    dropped: str = ""
+    metrics: Mapping[str, Score] = field(default_factory=dict)
+    distances: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ class CandidateMaker:
         made_for = weights_fingerprint(self.model, [layer.name for layer in self.layers])
         plans, inputs = self._rounded(choice)
         with rounded_inputs(self.model, self.layers, inputs):
-            repairs, note = self.repair(self.model) if self.repair is not None else ({}, "")
+            repairs, dropped = self.repair(self.model) if self.repair is not None else ({}, "")
         widths = sum(map(width_bits, choice.bits)) if isinstance(choice, Choice) else 0
         plan = QuantizationPlan(
             method=method,
@@ -145,7 +148,14 @@ class CandidateMaker:
             repairs=repairs,
         ).cpu()
         plan.write(self.model)  # what is judged is what the plan makes of the network
-        return Candidate(plan, choice, self.held_out.error(self.model), notes=(note,) if note else ())
+        distances = self.held_out.distances(self.model)
+        return Candidate(
+            plan,
+            choice,
+            self.held_out.relative(distances),
+            dropped=dropped,
+            distances=tuple(distances.tolist()),
+        )
 
     def _rounded(self, choice: Choice | StepChoice) -> Rounded:
         if isinstance(choice, StepChoice):
@@ -229,7 +239,7 @@ def prepare_candidates(
         layers=layers,
         sizes=sizes,
         rounding=options.rounding,
-        quantizer=options.grids,
+        quantizer=replace(options.values, keep_zeros=options.zeros_kept),
         fitted=fitted,
         held_out=held_out,
         repair=prepare_repair(model, layers, fitted, held_out) if options.batchnorm == "recentre" else None,

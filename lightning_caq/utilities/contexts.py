@@ -14,7 +14,8 @@ from torch.nn.parameter import is_lazy
 from lightning_caq.utilities.structures import map_tensors
 from lightning_caq.utilities.unseen import checkpointing_off
 
-Evaluate = Callable[[nn.Module], Mapping[str, float]]
+Evaluate = Callable[[nn.Module], Mapping[str, Any]]
+"""Metrics of a network by name: numbers, or tensors with one number for each sample."""
 
 
 @contextmanager
@@ -125,7 +126,7 @@ class InFloat32:
     def outside(self, evaluate: Evaluate) -> Evaluate:
         """``evaluate``, run in the module's own precision while this context is entered."""
 
-        def run(model: nn.Module) -> Mapping[str, float]:
+        def run(model: nn.Module) -> Mapping[str, Any]:
             self.__exit__()
             try:
                 return evaluate(model)

@@ -174,3 +174,13 @@ def test_a_ratio_counts_tables():
     with pytest.raises(BudgetError, match="already met"):
         check_budget(Ratio(0.99 * sizes.ratio([3, 3])), sizes, (2, 3))
     check_budget(AvgBits(2), sizes, (2, 3))  # tables are no part of the average
+
+
+def test_a_ratio_counts_zero_points_of_groups():
+    sizes = LayerSizes((640, 1280), (5, 10), groups=(2, 2), scale_bits=16)
+    ratio = 32 * 1920 / (640 * 3 + 1280 * 2 + 30 * 16 + 40 + 64)  # zero points: 10 of 4 bits, 20 of 3 in whole bytes
+    assert sizes.ratio([3, 2]) == pytest.approx(ratio)
+    limit = Ratio(ratio).constraints(sizes, (2, 3))[0]
+    assert limit.total([1, 0]) == pytest.approx(limit.limit)
+    with pytest.raises(BudgetError, match="cannot be met"):
+        check_budget(Ratio(1.01 * sizes.ratio([2, 2])), sizes, (2, 3))

@@ -7,7 +7,22 @@ import pytest
 import pytorch_lightning
 import torch
 import torch.nn.functional as F
-from lit import AtHook, Classifier, at, classifier, own_metrics, snapshot, train_loader, trainer, val_loader
+from lit import (
+    CLASSES,
+    AtHook,
+    Classifier,
+    at,
+    blobs,
+    classifier,
+    own_metrics,
+    snapshot,
+    train_loader,
+    trainer,
+    val_loader,
+)
+from torch.utils.data import DataLoader, Subset
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision, MulticlassRecall
 
 from lightning_caq.bridge.validation import isolated_validation
 
@@ -143,3 +158,81 @@ def test_an_error_in_validation_restores_the_trainer(tmp_path):
         return t.callbacks is callbacks and t.fit_loop.epoch_loop.val_loop is loop
 
     assert at("on_train_end", act, tmp_path, Fails())
+
+
+def per_sample(package):
+    """A module that logs metrics by ``forward``, by ``update``, of a collection that shares states, and batch means."""
+
+    class PerSample(classifier(package)):
+        def __init__(self):
+            super().__init__()
+            self.micro, self.wrong = (MulticlassAccuracy(CLASSES, average="micro") for _ in range(2))
+            self.both = MetricCollection({"prec": MulticlassPrecision(CLASSES), "rec": MulticlassRecall(CLASSES)})
+
+        def validation_step(self, batch, batch_idx):
+            logits = 0.2 * self(batch[0]) + torch.cos(40 * batch[0][:, :CLASSES])
+            self.micro(logits, batch[1])
+            self.wrong.update(logits.roll(1, 0), target=batch[1])
+            self.both.update(logits, batch[1])
+            self.log("micro", self.micro)
+            self.log("wrong", self.wrong)
+            self.log_dict(dict(self.both))
+            self.log("loss", F.cross_entropy(logits, batch[1]))
+            self.log("correct", (logits.argmax(1) == batch[1]).float().mean())
+            self.log("greatest", logits.max(), reduce_fx="max")
+
+    return PerSample()
+
+
+@BOTH
+def test_metrics_come_with_standard_errors(tmp_path, package):
+    generator = torch.Generator().manual_seed(3)
+    shuffled = Subset(blobs(192, seed=1), torch.randperm(192, generator=generator).tolist())
+    loaders = train_loader(), DataLoader(shuffled, batch_size=8)
+    probe = AtHook("on_train_end", lambda t, m: isolated_validation(t, m)(m))
+    trainer(tmp_path, package, callbacks=[probe]).fit(per_sample(package), *loaders)
+    result = probe.results[0]
+    p, q = float(result["micro"]), float(result["wrong"])
+    assert 0.3 < p < 0.95
+    assert result["micro"].stderr == pytest.approx((p * (1 - p) / 191) ** 0.5, rel=0.3)
+    assert result["wrong"].stderr == pytest.approx((q * (1 - q) / 191) ** 0.5, rel=0.3)
+    assert result["correct"].stderr == pytest.approx(result["micro"].stderr, rel=0.4)  # of 24 batches
+    assert result["loss"].stderr > 0
+    for name in ("prec", "rec"):
+        assert result[name].stderr == pytest.approx(result["micro"].stderr, rel=0.5)
+    assert {x.samples for name, x in result.items() if name != "greatest"} == {192}
+    assert result["greatest"].stderr is None
+
+
+def test_the_same_groups_are_left_out_of_every_network(tmp_path):
+    def act(t, m):
+        validate = isolated_validation(t, m)
+        before = validate(m)
+        with torch.no_grad():
+            m.net[4].weight += 0.3
+        return before, validate(m)
+
+    loaders = train_loader(), val_loader(batch_size=4)
+    before, after = at("on_train_end", act, tmp_path, per_sample(lightning.pytorch), loaders)
+    for name in ("micro", "loss"):
+        assert before[name].less(after[name]).stderr is not None
+    # Networks that agree on most samples differ by less than each is uncertain.
+    assert before["loss"].less(after["loss"]).stderr < before["loss"].stderr
+
+
+def test_a_mean_of_few_batches_is_known_by_their_parts(tmp_path):
+    shuffled = Subset(blobs(192, seed=1), torch.randperm(192, generator=torch.Generator().manual_seed(3)).tolist())
+    loaders = train_loader(), DataLoader(shuffled, batch_size=96)
+    before, result, after = at(
+        "on_train_end",
+        lambda t, m: (snapshot(m, t), isolated_validation(t, m)(m), snapshot(m, t)),
+        tmp_path,
+        per_sample(lightning.pytorch),
+        loaders,
+    )
+    assert before == after
+    p = float(result["correct"])
+    assert result["correct"].samples == 192
+    assert result["correct"].stderr == pytest.approx((p * (1 - p) / 191) ** 0.5, rel=0.35)
+    assert result["loss"].stderr > 0
+    assert result["micro"].stderr == pytest.approx(result["correct"].stderr, rel=0.4)

@@ -1,5 +1,7 @@
 """Integers against the grid's own values, to the last bit."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -65,3 +67,44 @@ def test_multiples_of_a_step_are_the_smallest_type_that_spans_them():
         assert torch.equal(stored.scale * (stored.values - stored.zero_point), weight)
     with pytest.raises(ExportError, match="coding='fixed'"):
         to_integers(step * torch.tensor([[0.0, 70_000.0]]), SteppedGrid(step))
+
+
+def _grouped(shape, axis, bits, half, size=16):
+    """A grid with a scale a group, and a weight on it."""
+    channels = tuple(n if d == axis else 1 for d, n in enumerate(shape))
+    groups = math.ceil(math.prod(shape) / shape[axis] / size)
+    draws = torch.Generator().manual_seed(bits)
+    scale = torch.rand((*channels, groups), generator=draws) + 0.1
+    zero = torch.randint(0, 2**bits - 1, (*channels, groups), generator=draws) + half
+    grid = Grid(bits, scale, zero.float(), group_size=size)
+    return grid, _weight(grid, shape)
+
+
+@every("bits", [2, 4, 8])
+@every("half", [0.0, 0.5])
+@every(("shape", "axis"), [((6, 40), 0), ((40, 6), 1), ((6, 4, 3, 3), 0)])
+def test_blocks_are_those_of_onnx(shape, axis, half, bits):
+    grid, weight = _grouped(shape, axis, bits, half)
+    x = to_integers(weight, grid)
+    assert x.group_size == 16
+    assert x.type == SMALLEST[bits][half > 0]
+    # DequantizeLinear with block_size, written down with numpy.
+    length = x.values.shape[x.axis]
+    scale, zero = (np.repeat(y.numpy(), 16, x.axis).take(range(length), x.axis) for y in (x.scale, x.zero_point))
+    found = (x.values.numpy() - zero).astype(np.float32) * scale
+    assert np.array_equal(found.reshape(shape), weight.numpy())
+    assert x.shape == (() if len(shape) == 2 else shape)
+    assert 0 <= int(x.values.min()) <= int(x.values.max()) <= TYPES[x.type]
+
+
+def test_one_group_a_channel_is_no_block():
+    grid, weight = _grouped((6, 16), 0, 4, 0.0)
+    x = to_integers(weight, grid)
+    assert (x.group_size, x.axis, tuple(x.scale.shape)) == (None, 0, (6,))
+    assert torch.equal((x.values - x.zero_point[:, None]).float() * x.scale[:, None], weight)
+
+
+def test_blocks_need_a_late_opset():
+    grid, weight = _grouped((6, 40), 0, 4, 0.0)
+    with pytest.raises(ExportError, match="block_size of DequantizeLinear, which ONNX has from opset 21 on"):
+        to_integers(weight, grid, ("uint8",))

@@ -2,17 +2,17 @@
 
 import copy
 import io
+from itertools import pairwise
 from pathlib import Path
 
 import nets
 import pytest
 import torch
 from every import every
-from safetensors.torch import load_file
 from torch import nn
 
 from lightning_caq import quantize
-from lightning_caq.errors import LayerError, PlanError
+from lightning_caq.errors import LayerError, OptionError, PlanError
 from lightning_caq.export.packed import load_quantized, save_quantized
 from lightning_caq.export.sealed import read_sealed, write_sealed
 from lightning_caq.network.layers import quantizable_layers
@@ -62,6 +62,10 @@ def _same_state(a, b):
     state, other = a.state_dict(), b.state_dict()
     assert state.keys() == other.keys()
     assert all(torch.equal(v, other[k]) for k, v in state.items())
+
+
+def _tensors(path):
+    return read_sealed(path)[1]
 
 
 def _stored_bytes(tensors):
@@ -132,7 +136,7 @@ def test_other_floating_point_types(dtype, tmp_path):
 def test_tied_weights_are_stored_once_and_stay_tied(tmp_path):
     net = _swapped(nets.Words(), 3)
     path = save_quantized(net, tmp_path / "f")
-    assert sorted(load_file(path)) == sorted(
+    assert sorted(_tensors(path)) == sorted(
         [f"{key}.{part}" for key in ("table.weight", "mix.weight") for part in ("codes", "scale", "doubled_zero_point")]
         + ["mix.bias"]
     )
@@ -156,12 +160,12 @@ def test_a_network_of_one_layer(tmp_path):
 
 def test_the_files_bytes_are_those_that_the_plan_counts(done, tmp_path):
     _, _, plan, path = done
-    assert _stored_bytes(load_file(path)) == plan.bytes
+    assert _stored_bytes(_tensors(path)) == plan.bytes
     for seed, shapes in enumerate([(5, 7, 3), (3, 3, 3), (1, 1, 1), (13, 11, 2)]):
         torch.manual_seed(seed)  # layers whose weights end inside a byte
         net = nn.Sequential(nn.Linear(*shapes[:2]), nn.Tanh(), nn.Linear(*shapes[1:]))
         plan = _quantized(net, torch.randn(32, shapes[0]), avg_bits=3)
-        assert _stored_bytes(load_file(save_quantized(net, tmp_path / "f"))) == plan.bytes
+        assert _stored_bytes(_tensors(save_quantized(net, tmp_path / "f"))) == plan.bytes
 
 
 def test_packed_in_memory(done):
@@ -315,16 +319,19 @@ def _without(name):
     ],
 )
 def test_files_with_a_right_fingerprint_that_hold_something_else(done, tmp_path, edit, match):
-    description, tensors = read_sealed(done[3], 1)
-    del description["version"]
+    description, tensors = read_sealed(done[3])
     edit(description, tensors)
-    _refused(nets.small_cnn(), write_sealed(tmp_path / "f", 1, description, tensors), match)
+    _refused(nets.small_cnn(), write_sealed(tmp_path / "f", description, tensors), match)
 
 
-def test_a_newer_format(done, tmp_path):
-    description, tensors = read_sealed(done[3], 1)
-    del description["version"]
-    _refused(nets.small_cnn(), write_sealed(tmp_path / "f", 2, description, tensors), "has format 2")
+def test_a_file_of_the_first_format(tmp_path):
+    """Written by version 0.1.0 of the code, with the outputs that its network had then."""
+    net = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).eval()
+    load_quantized(net, Path(__file__).parent / "data" / "format_1.safetensors")
+    x = torch.linspace(-1, 1, 12).reshape(2, 6)
+    expected = [[-0.3903243839, -0.1194128394, -0.3042926788], [-0.4230895936, -0.0894879103, -0.2604683638]]
+    torch.testing.assert_close(net(x), torch.tensor(expected))
+    assert save_quantized(net, tmp_path / "f").stat().st_size < 1000  # in the present format, for 1,610
 
 
 def test_torch_export_of_the_swapped_network(done):
@@ -345,11 +352,49 @@ def test_resnet20_in_a_thirteenth(tmp_path, monkeypatch):
 
     torch.manual_seed(0)
     net, x = ResNet(3), torch.randn(8, 3, 32, 32)
+    net.train()(x)  # statistics of their own
     plan = _quantized(net, x, avg_bits=2.25, batchnorm="keep")
-    stored = _stored_bytes(load_file(save_quantized(net, tmp_path / "f")))
+    path = save_quantized(net, tmp_path / "f")
+    stored, statistics = _stored_bytes(_tensors(path)), 4 * sum(p.numel() for p in net.state_dict().values())
     floats = 4 * sum(p.numel() for p in net.parameters() if p.ndim > 1)
     assert stored == plan.bytes <= floats / 13
-    assert torch.equal(load_quantized(ResNet(3).eval(), tmp_path / "f", packed=True)(x), net(x))
+    assert path.stat().st_size - stored - (statistics - floats) < 2000  # the header, and counters of eight bytes
+    assert torch.equal(load_quantized(ResNet(3).eval(), path, packed=True)(x), net(x))
+    half = save_quantized(net, tmp_path / "half", other_dtype="float16")
+    assert half.stat().st_size <= 1.1 * plan.bytes
+    found = load_quantized(ResNet(3).eval(), half)(x)
+    assert (found - net(x)).norm() < 2e-3 * net(x).norm()
+
+
+def test_the_header_of_a_small_network_is_small(tmp_path):
+    widths = [32, 64, 64, 64, 48, 48, 10]
+    layers = [x for a, b in pairwise(widths) for x in (nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU())]
+    net = _swapped(nn.Sequential(*layers), 4)
+    path = save_quantized(net, tmp_path / "f")
+    assert path.stat().st_size - sum(x.nbytes for x in _tensors(path).values()) < 1200  # of 54 tensors in 12 modules
+
+
+def test_half_precision_is_for_statistics_and_biases_in_its_range(tmp_path):
+    make = lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4), nn.Linear(4, 2))  # noqa: E731
+    net = make()
+    with torch.no_grad():
+        net[1].running_mean.copy_(torch.tensor([0.1, -3.0, 0.0, 1e3, 7.7]))
+        net[1].running_var.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0, 1e-7]))  # half precision has no such number
+        net[2].bias.fill_(1e6)  # nor this
+    grid = fit_grid(net[0].weight, 3, (5, 1))
+    with torch.no_grad():
+        net[0].weight.copy_(grid.nearest(net[0].weight))
+    swap(net, {"0": grid})
+    other = load_quantized(make(), save_quantized(net, tmp_path / "f", other_dtype="float16"))
+    state, found = net.state_dict(), other.state_dict()
+    rounded = {key for key, x in state.items() if not torch.equal(x, found[key])}
+    assert rounded == {"0.bias", "1.running_mean", "3.bias"}
+    assert all(torch.equal(found[key], state[key].half().float()) for key in rounded)
+    assert all(found[key].dtype == x.dtype for key, x in state.items())
+    again = save_quantized(other, tmp_path / "again", other_dtype="float16")  # nothing is lost a second time
+    assert again.read_bytes() == (tmp_path / "f").read_bytes()
+    with pytest.raises(OptionError, match=r"other_dtype='int8' is not known; give 'float16', or None"):
+        save_quantized(net, tmp_path / "f", other_dtype="int8")
 
 
 def _with_inputs(net, bits=3):
@@ -393,8 +438,7 @@ def test_loading_a_file_without_input_grids_takes_inputs_as_they_are(tmp_path):
 
 def test_a_damaged_input_grid(tmp_path):
     path = save_quantized(_with_inputs(nets.small_cnn()), tmp_path / "f")
-    description, tensors = read_sealed(path, 1)
-    del description["version"]
+    description, tensors = read_sealed(path)
     description["layers"][0]["input_grid"]["scale"] = 0.0
     with pytest.raises(PlanError, match="damaged: OptionError"):
-        load_quantized(nets.small_cnn(), write_sealed(path, 1, description, tensors))
+        load_quantized(nets.small_cnn(), write_sealed(path, description, tensors))

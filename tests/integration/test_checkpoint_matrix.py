@@ -237,13 +237,16 @@ def test_a_stand_alone_run(tmp_path, network, name, use, by_path, attached):
     callback, net = (quantizer() if attached else None), Net(kind)
     run = getattr(trainer(tmp_path, callbacks=[callback] if attached else []), use)
     quiet = {} if use == "predict" else {"verbose": False}
+    as_float = attached and use != "validate" and not (by_path and checkpoint.holds == QUANTIZED)
+    told = pytest.warns(UserWarning, match=f"{use} runs the float network") if as_float else nullcontext()
     if by_path:
-        with missing(checkpoint, attached):
+        with missing(checkpoint, attached), told:
             run(net, ckpt_path=checkpoint.path, **quiet)
     else:
         net.configure_model()
         net.load_state_dict(torch.load(checkpoint.path, weights_only=True)["state_dict"])
-        run(net, **quiet)
+        with told:
+            run(net, **quiet)
     if use == "validate" and attached and not (by_path and checkpoint.holds == QUANTIZED):
         assert is_quantized(net, callback.plan)  # a network without a plan is quantized ahead of validation
     else:

@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.usefixtures("no_figures"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
 ]
-FLOAT_WEIGHTS = pytest.mark.filterwarnings("ignore:.*do not lie on its grids")
+FLOAT_WEIGHTS = pytest.mark.filterwarnings("ignore:.*do not lie on its grids|caq. test runs the float network")
 
 
 def quantizer(**options):
@@ -84,10 +84,14 @@ def test_test_validate_and_predict_use_the_quantized_network(tmp_path, package):
 
 
 @BOTH
+@pytest.mark.filterwarnings("ignore:caq. predict runs the float network")
 def test_the_best_checkpoint_is_float_and_runs_as_float_with_a_warning(tmp_path, package):
     fitted = Fitted(tmp_path, package)
     state = torch.load(fitted.keep.best_model_path, weights_only=True)["state_dict"]
-    with pytest.warns(UserWarning, match="do not lie on its grids"):
+    with (
+        pytest.warns(UserWarning, match=r"test runs the float network.* lies in .*ckpt.quantized\.ckpt"),
+        pytest.warns(UserWarning, match="do not lie on its grids"),
+    ):
         result = fitted.trainer.test(ckpt_path="best", dataloaders=val_loader(), verbose=False)[0]
     plain = classifier(package)()
     plain.load_state_dict(state)
@@ -230,7 +234,10 @@ def test_a_checkpoint_with_a_plan_and_other_weights_runs_as_float(fitted):
     checkpoint["state_dict"]["net.0.weight"] += 0.01
     torch.save(checkpoint, fitted.quantized)
     fresh, callback = Classifier(), quantizer()
-    with pytest.warns(UserWarning, match="do not lie on the plan's grid"):
+    with (
+        pytest.warns(UserWarning, match="predict runs the float network"),
+        pytest.warns(UserWarning, match="do not lie on the plan's grid"),
+    ):
         fitted.new_trainer(callback).predict(fresh, val_loader(), ckpt_path=fitted.quantized)
     assert not quantized_modules(fresh)
     assert callback.plan is None

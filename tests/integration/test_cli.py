@@ -100,6 +100,29 @@ def test_a_mistyped_option_is_told_without_a_page_of_usage(example, capsys, argu
     assert words in end.value.code
     assert len(end.value.code.splitlines()) <= 3
     assert "usage" not in capsys.readouterr().err
+    if argument == "avgbits=3":
+        assert end.value.code == "CurvatureQuantizationCallback has no option 'avgbits'; did you mean 'avg_bits'?"
+
+
+@BOTH
+def test_a_value_that_is_not_allowed_is_one_line_without_any_wrapper(tmp_path, package):
+    from pytorch_lightning.cli import LightningCLI as OtherCLI
+
+    kind = LightningCLI if package is lightning.pytorch else OtherCLI
+    for options, sentence in (
+        ({"avg_bits": 3, "method": "magic"}, "method='magic' is not known; choose from .*"),
+        ({"avg_bits": 99}, "avg_bits=99 cannot be met with .*"),
+        ({"avg_bits": 3, "bits": [0]}, "bits=.* is not allowed; .*"),
+        ({"avg_bits": 3, "monitor_every_n_epochs": -1}, "monitor_every_n_epochs=-1 is not allowed; .*"),
+    ):
+        settings = {"accelerator": "cpu", "callbacks": [{"class_path": CALLBACK, "init_args": options}]}
+        (tmp_path / "wrong.yaml").write_text(yaml.safe_dump({"trainer": settings}))
+        arguments = {"args": ["--config", str(tmp_path / "wrong.yaml")], "run": False}
+        with pytest.raises(SystemExit) as end:
+            kind(classifier(package), **arguments)
+        assert re.fullmatch(sentence, end.value.code)
+        with pytest.raises(Exception, match=sentence):  # for a parser that is not to end the program
+            kind(classifier(package), parser_kwargs={"exit_on_error": False}, **arguments)
 
 
 def printed_config(example, capsys, config):

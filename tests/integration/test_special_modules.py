@@ -169,9 +169,9 @@ NETWORKS: dict[str, tuple[Any, set[str]]] = {
     "channels_last": (images, {"net.1", "net.4"}),
     "parametrized": (
         lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 6)), nn.ReLU(), nn.Linear(6, 3)),
-        {"net.2"},
+        {"net.0", "net.2"},
     ),
-    "lstm": (Recurrent, {"net.out"}),
+    "lstm": (Recurrent, {"net.lstm.ih_l0", "net.lstm.hh_l0", "net.out"}),
     "attention": (Attention, {"net.qkv", "net.out"}),
     "one module twice": (Twice, {"net.first", "net.out"}),
 }

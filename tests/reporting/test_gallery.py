@@ -18,6 +18,7 @@ from lightning_caq.studies import Studies
 
 TAGS = [
     "bits",
+    "last_bit",
     "pareto",
     "rate_distortion",
     "curvature",
@@ -64,19 +65,12 @@ def test_what_is_not_there_is_not_drawn_and_is_told() -> None:
 def test_a_report_alone_gives_the_figures_that_need_no_profile(make_run) -> None:
     report, _ = make_run(MANY[:4])
     gallery = draw_gallery(report, None)
-    assert list(gallery.figures) == [
-        "bits",
-        "pareto",
-        "rate_distortion",
-        "tightness",
-        "landscape",
-        "eigenpairs",
-        "training",
-    ]
-    bare = draw_gallery(replace(report, studies=Studies(), metrics={}, rate_limit=None), None)
+    shown = ["bits", "last_bit", "pareto", "rate_distortion", "tightness", "landscape", "eigenpairs", "training"]
+    assert list(gallery.figures) == shown
+    bare = draw_gallery(replace(report, studies=Studies(), metrics={}, rate_limit=None, reasons=()), None)
     assert list(bare.figures) == ["bits"]
-    assert bare.missing["landscape"] == "The loss was not computed on a plane."
-    assert bare.missing["eigenpairs"] == "No other numbers of eigenpairs were tried."
+    assert bare.missing["landscape"] == "The loss was not computed on a plane; study=True does that."
+    assert bare.missing["eigenpairs"] == "No other numbers of eigenpairs were tried; study=True does that."
 
 
 def test_numbers_that_are_none_nan_or_infinite_never_break_a_figure(make_run) -> None:

@@ -7,13 +7,12 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-import yaml
 
 from lightning_caq.plan import LayerPlan, QuantizationPlan
 from lightning_caq.quantizers.grids.affine import Grid
 from lightning_caq.reporting.gallery import ENTRIES, Gallery, draw_gallery
 from lightning_caq.reporting.html import table, write_comparison, write_html
-from lightning_caq.reporting.words import in_words, reproduce
+from lightning_caq.reporting.words import in_words
 from lightning_caq.sizes import LayerSizes
 
 VOID = {"meta", "img", "br"}
@@ -90,20 +89,6 @@ def test_the_table_of_layers_carries_numbers_to_sort_by(page, names) -> None:
 def test_words_are_escaped_and_notes_are_there(page) -> None:
     assert "A note &lt;of&gt; the run." in page
     assert "val_acc is 0.9, against 0.915 of the float network" in page
-
-
-def test_the_configuration_is_yaml_that_gives_the_options_back(make_run, names) -> None:
-    report, _ = make_run(names)
-    text, python = reproduce(report)
-    (callback,) = yaml.safe_load(text)["trainer"]["callbacks"]
-    assert callback["class_path"] == "lightning_caq.CurvatureQuantizationCallback"
-    assert callback["init_args"] == {"method": "cet", "avg_bits": 3.0, "bits": [2, 3, 4], "seed": 7}
-    called = {}
-    exec(
-        python.partition("\n\n")[2],
-        {"quantize": lambda *args, **kwargs: called.update(kwargs), "model": 0, "batches": 0},
-    )
-    assert called == callback["init_args"]
 
 
 def test_a_run_of_which_little_is_left_says_so(tmp_path, make_run, names) -> None:

@@ -1,10 +1,12 @@
 """What a run makes, and which network it keeps."""
 
 import copy
+import re
 from contextlib import contextmanager
 from types import SimpleNamespace
 
 import nets
+import numpy as np
 import pytest
 import torch
 from every import every
@@ -18,6 +20,7 @@ from lightning_caq.errors import BudgetError, OptionError
 from lightning_caq.options import QuantizationOptions
 from lightning_caq.profile import CurvatureProfile, LayerCurvature
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules
+from lightning_caq.scores import Score
 from lightning_caq.selection.candidate import Candidate
 from lightning_caq.selection.select import Selector
 from lightning_caq.sizes import LayerSizes
@@ -95,7 +98,8 @@ class MadeUp:
         yield Candidate(SimpleNamespace(method=method, avg_bits=3.0), choice, self.methods[method]["error"])
 
     def judge(self):
-        return {"distill": self.methods[self.made[-1]]["error"], "acc": self.methods[self.made[-1]].get("acc")}
+        method = self.methods[self.made[-1]]
+        return {"distill": Score(method["error"]), "acc": Score(method.get("acc") or 0.0)}
 
     def select(self, keeps=None, **options):
         return Selector(
@@ -104,7 +108,7 @@ class MadeUp:
             judge=self.judge,
             options=QuantizationOptions(**options),
             progress=Progress(),
-            float_metrics={"acc": 0.91},
+            float_metrics={"acc": Score(0.91)},
         ).select()
 
 
@@ -132,7 +136,7 @@ def test_the_same_bits_are_not_made_twice_for_the_guard():
 def test_the_guard_loses_no_more_of_the_metric_than_max_drop_allows(accuracy, kept):
     cet = {"bits": (2, 4), "error": 0.3, "acc": 0.9}
     networks = MadeUp(cet=cet, uniform={"bits": (3, 3), "error": 0.2, "acc": accuracy})
-    chosen = networks.select(max_drop=0.02, monitor="acc", compare=()).chosen
+    chosen = networks.select(max_drop=0.02, monitor="acc", monitor_mode="max", compare=()).chosen
     assert (chosen.plan.method, chosen.metrics["acc"]) == (kept, 0.9)
 
 
@@ -174,11 +178,18 @@ def test_a_small_metric_may_be_the_good_one(net):
         return {"loss": 1 - _accuracy(model)["acc"]}
 
     result = quantize(
-        net, _batches(), method="uniform", max_drop=0.02, monitor="loss", monitor_mode="min", evaluate=evaluate,
+        net, _batches(), method="uniform", max_drop=0.02, monitor="loss", evaluate=evaluate,  # by its name
         compare=(), **FAST,
     )  # fmt: skip
     metrics = result.report.metrics
     assert metrics["quantized/loss"] <= metrics["float/loss"] + 0.02
+
+
+def test_a_metric_of_which_nobody_knows_the_better_way_is_refused_before_measuring(net):
+    said, options = [], {"max_drop": 0.1, "monitor": "energy", **FAST}
+    with pytest.raises(OptionError, match="large or a small 'energy'; give monitor_mode='max' or 'min'"):
+        quantize(net, _batches(), evaluate=lambda model: {"energy": 1.0}, say=said.append, **options)
+    assert not any("measuring" in line for line in said)
 
 
 def test_a_drop_that_nothing_meets_is_refused_and_the_float_network_left(net):
@@ -251,3 +262,61 @@ def test_search_methods_run_on_the_network_and_leave_it_float_between(net):
 def test_bad_budgets_are_refused(net, options, words):
     with pytest.raises(OptionError, match=words):
         quantize(net, _batches(), **options, **FAST)
+
+
+class Noisy:
+    """A search over bits b from 2 to 8 of which single samples are right or wrong: more of them wrong at fewer bits."""
+
+    def __init__(self, samples, wrong):
+        rng = np.random.default_rng(0)
+        self.hard, self.wrong, self.bits, self.said = rng.random(samples), wrong, 8.0, []
+
+    def score(self, bits):
+        return Score.of_samples(self.hard > self.wrong(bits))
+
+    @contextmanager
+    def made(self, method, budget, choice):
+        self.bits = choice.bits[0]
+        yield Candidate(SimpleNamespace(method=method, avg_bits=self.bits), choice, 0.1)
+
+    def select(self, **options):
+        return Selector(
+            chooser=SimpleNamespace(choose=lambda method, budget: Choice((budget.value,))),
+            maker=SimpleNamespace(made=self.made, shortage=""),
+            judge=lambda: {"acc": self.score(self.bits)},
+            options=QuantizationOptions(monitor="acc", compare=(), guard=False, **options),
+            progress=Progress(self.said.append),
+            float_metrics={"acc": self.score(32.0)},
+        ).select()
+
+
+def test_max_drop_is_kept_with_two_standard_errors():
+    networks = Noisy(2000, lambda bits: 0.02 + 0.05 * 4.0 ** (2 - bits))
+    selection = networks.select(max_drop=0.01)
+    chosen = selection.chosen
+    drop = networks.score(32.0).less(chosen.metrics["acc"])
+    assert drop.value + 2 * drop.stderr <= 0.01
+    smaller = networks.score(32.0).less(networks.score(chosen.plan.avg_bits - 0.5))
+    assert smaller.value + 2 * smaller.stderr > 0.01
+    (note,) = selection.notes
+    assert note.severity == "information"
+    assert "on 2,000 samples, of which 0.01 are 20" in note
+    assert any(re.search(r"bits on average: acc 0\.\d+ \(−0\.\d+ ± 0\.\d+\)$", line) for line in networks.said)
+
+
+@pytest.mark.filterwarnings("ignore:caq. max_drop")
+def test_too_few_samples_are_said_with_how_many_it_takes():
+    networks = Noisy(60, lambda bits: 0.02 * (bits < 20))
+    networks.hard = (np.arange(60) + 0.5) / 60  # one of 60 becomes wrong: 0.017 ± 0.017
+    (note,) = networks.select(max_drop=0.02).notes
+    assert note.severity == "warning"
+    assert "no network is certain to be within the budget" in note
+    needed = int(re.search(r"takes about ([\d,]+) samples", note)[1].replace(",", ""))
+    assert needed == pytest.approx(60 * (2 / 60 / 0.02) ** 2, abs=1)
+
+
+def test_where_only_a_value_is_known_that_is_said(net):
+    result = quantize(
+        net, _batches(), method="uniform", max_drop=0.1, monitor="acc", evaluate=_accuracy, compare=(), **FAST
+    )
+    assert any("one value for each sample" in note for note in result.report.notes)

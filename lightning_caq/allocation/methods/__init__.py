@@ -34,7 +34,8 @@ class AllocationMethod(Protocol):
         needs: Names of the measures it uses, from ``lightning_caq.measures.registry``.
 
     A method whose costs are changes of the loss in nat has a second attribute, ``in_nat = True``: those of rounded
-    inputs can be added to them.
+    inputs can be added to them. One whose costs have another unit may say so, ``unit = "out²"``, and one that takes
+    them from the network itself, with one layer rounded at a time, ``measured = True``.
     """
 
     needs: ClassVar[frozenset[str]]

@@ -27,6 +27,7 @@ class Method:
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"amplification", "kappa", "inputs"})
+    unit: ClassVar[str] = "out²"
 
     def costs(self, profile: CurvatureProfile, bits: Sequence[int]) -> NDArray[np.float64]:
         """cost[i, b] = (A_i(b) e_i(b))²."""

@@ -27,6 +27,7 @@ class Method:
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"distribution_distance"})
+    unit: ClassVar[str] = "nat"
 
     def costs(self, profile: CurvatureProfile, bits: Sequence[int]) -> NDArray[np.float64]:
         """cost[i, b] = n_i JS_i(b)."""

@@ -29,6 +29,7 @@ class Method:
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"gradient_norm", "rounding_error"})
+    unit: ClassVar[str] = "nat"
 
     def costs(self, profile: CurvatureProfile, bits: Sequence[int]) -> NDArray[np.float64]:
         """cost[i, b] = ‖g_i‖ ‖Δ_i(b)‖."""

@@ -27,6 +27,7 @@ class Method:
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"top_eigenvalue", "rounding_error"})
+    unit: ClassVar[str] = "nat"
 
     def costs(self, profile: CurvatureProfile, bits: Sequence[int]) -> NDArray[np.float64]:
         """cost[i, b] = |λ_max(H_ii)| ‖Δ_i(b)‖²."""

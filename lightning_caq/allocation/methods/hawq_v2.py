@@ -26,6 +26,7 @@ class Method:
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"trace", "rounding_error"})
+    unit: ClassVar[str] = "nat"
 
     def costs(self, profile: CurvatureProfile, bits: Sequence[int]) -> NDArray[np.float64]:
         """cost[i, b] = tr(H_ii) / n_i · ‖Δ_i(b)‖²."""

@@ -26,6 +26,8 @@ class Method:
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"kl"})
+    unit: ClassVar[str] = "nat"
+    measured: ClassVar[bool] = True
     in_nat: ClassVar[bool] = True
 
     def costs(self, profile: CurvatureProfile, bits: Sequence[int]) -> NDArray[np.float64]:

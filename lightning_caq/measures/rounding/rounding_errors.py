@@ -65,6 +65,7 @@ def nearest_errors(
         True
     """
     weight = layer_weight(model, layer).detach().clone()
+    quantizer = quantizer.of_layer(layer)
     grids = {b: quantizer.fit(weight, b, layer.channel_shape) for b in bits}
     return NearestErrors(weight, grids, {b: grid.codes(weight).to(torch.uint8) for b, grid in grids.items()})
 
@@ -87,7 +88,13 @@ def weight_range(model: nn.Module, layer: Layer) -> float:
 
 def profile_quantizer(profile: CurvatureProfile) -> Quantizer:
     """The values that a profile's rounding errors are errors from."""
-    return Quantizer(profile.quantizer, profile.range, profile.symmetry)
+    return Quantizer(
+        profile.quantizer,
+        profile.range,
+        profile.symmetry,
+        group_size=profile.group_size,
+        scale_dtype=profile.scale_dtype,
+    )
 
 
 def layer_errors(measurement: Measurement) -> dict[str, NearestErrors[int]]:

@@ -6,10 +6,13 @@ large steps alike.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from lightning_caq.quantizers.grids.activations import InputGrid
 from lightning_caq.quantizers.grids.affine import Grid
+from lightning_caq.quantizers.grids.least_squares import in_type
 
 _LEAST = 1e-3  # factors stay above this
 
@@ -21,7 +24,7 @@ def stretched(grid: Grid, factor: Tensor) -> Grid:
         grid: The grid as it was calibrated.
         factor: One a channel, in the shape of its scales.
     """
-    return Grid(grid.bits, grid.scale * factor.clamp_min(_LEAST), grid.zero_point, grid.channel_bits)
+    return replace(grid, scale=in_type(grid.scale.float() * factor.clamp_min(_LEAST), grid.scale.dtype))
 
 
 def lsq_round(weight: Tensor, grid: Grid, factor: Tensor) -> Tensor:
@@ -49,8 +52,11 @@ def lsq_round(weight: Tensor, grid: Grid, factor: Tensor) -> Tensor:
     """
     share = (weight.numel() / factor.numel() * grid.top).rsqrt()
     slow = factor.detach() + (factor - factor.detach()) * share
-    grid = stretched(grid, slow)
-    place = (weight.float() / grid.scale + grid.zero_point).clamp(min=0).minimum(grid.top)
+    learned = grid.scale.float() * slow.clamp_min(_LEAST)
+    stored = stretched(grid, factor.detach()).scale.float()
+    grid = replace(grid, scale=stored + (learned - learned.detach()))
+    scale, zero_point = grid.per_weight(weight.shape)
+    place = (weight.float() / scale + zero_point).clamp(min=0).minimum(grid.top)
     code = place.detach().round() + (place - place.detach())
     return grid.values(code).to(weight.dtype)
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_caq.errors import LayerError
+from lightning_caq.network.parts.part import weight_identity
 from lightning_caq.quantizers.fake_quant.state import LEARNED, PREFIX, rounding_state
 from lightning_caq.quantizers.fake_quant.swap import quantized_modules
 from lightning_caq.quantizers.grids.affine import Grid
@@ -52,12 +53,13 @@ def learning_scales(model: nn.Module) -> Iterator[None]:
             f"{type(model).__name__} has no layer with an affine grid; run quantize() on it, with quantizer='affine', "
             "before its scales are learned."
         )
-    first = {id(module.weight): rounding_state(module) for module in reversed(modules)}
+    first = {weight_identity(module): rounding_state(module) for module in reversed(modules)}
     for module in modules:
-        owner, state, device = first[id(module.weight)], rounding_state(module), module.weight.device
+        owner, state, device = first[weight_identity(module)], rounding_state(module), module.weight.device
         if owner.scale_factor is None:  # tied modules learn together
             assert isinstance(owner.calibrated, Grid)
-            owner.scale_factor = nn.Parameter(torch.ones_like(owner.calibrated.scale, device=device))
+            ones = torch.ones_like(owner.calibrated.scale, dtype=torch.float32, device=device)
+            owner.scale_factor = nn.Parameter(ones)
             if owner.input_grid is not None and owner.input_grid.zero_point == 0:
                 owner.clip_factor = nn.Parameter(torch.ones((), device=device))
         state.scale_factor, state.clip_factor = owner.scale_factor, owner.clip_factor

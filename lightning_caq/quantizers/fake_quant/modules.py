@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_caq.network.parts.part import LinearPart, TablePart, WeightPart
 from lightning_caq.quantizers.fake_quant.state import PREFIX, FakeQuantState, rounding_state
 from lightning_caq.quantizers.grids.activations import change_first
 from lightning_caq.quantizers.grids.values import Values
@@ -37,7 +38,7 @@ class FakeQuant:
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
         missing: list[str] = args[2]
         missing[:] = [key for key in missing if not key.startswith(prefix + PREFIX)]
-        if prefix + "weight" not in state_dict:
+        if not (self.loaded if isinstance(self, WeightPart) else prefix + "weight" in state_dict):
             return
         state = rounding_state(self)
         state.quantizing = on_grid(self.weight, state.grid.to(self.weight.device))
@@ -52,6 +53,23 @@ class FakeQuant:
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made on demand and has no importable name, so copies and pickles name the class it was made from.
         return _rebuild, (self._lightning_caq_base,), self.__dict__.copy()
+
+
+def weight_key(module: Any, prefix: str) -> str:
+    """State-dict key of the parameter that a module's weight lies in.
+
+    Args:
+        module: The module.
+        prefix: What its own keys begin with.
+
+    Example:
+        >>> weight_key(nn.Linear(1, 1), "net.0.")
+        'net.0.weight'
+    """
+    if not isinstance(module, WeightPart) or module.is_split:
+        return prefix + "weight"
+    owner, _, _ = prefix.removesuffix(".").rpartition(".")
+    return f"{owner}.{module.view.parameter}".removeprefix(".")
 
 
 def quantized_weight(module: FakeQuant) -> Tensor:
@@ -101,7 +119,31 @@ class _Embedding(FakeQuant):
         )
 
 
+class _Part(FakeQuant):
+    """What a part adds, whose weight another module may hand to torch itself."""
+
+    @property
+    def applied_weight(self) -> Tensor:
+        """What inputs are multiplied by."""
+        return quantized_weight(self)
+
+    @property
+    def rounds_input(self) -> bool:
+        """Whether inputs are rounded before they are multiplied."""
+        return rounding_state(self).input_grid is not None
+
+
+class _LinearPart(_Part, _Linear):
+    pass
+
+
+class _TablePart(_Part, _Embedding):
+    pass
+
+
 _MIXINS: tuple[tuple[tuple[type[nn.Module], ...], type[FakeQuant]], ...] = (
+    ((LinearPart,), _LinearPart),
+    ((TablePart,), _TablePart),
     ((nn.Linear,), _Linear),
     ((nn.Conv1d, nn.Conv2d, nn.Conv3d), _Conv),
     ((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _ConvTranspose),
@@ -171,4 +213,4 @@ def on_grid(weight: Tensor, grid: Values) -> bool:
     nearest = grid.nearest(weight)
     if torch.finfo(weight.dtype).bits < 32:  # its values are coarse, and a value of the grid is rounded to one of them
         return bool(torch.equal(nearest.to(weight.dtype), weight))
-    return bool(((nearest - weight.float()).abs() <= grid.tolerance).all())
+    return bool(((nearest - weight.float()).abs() <= grid.tolerance(weight.shape)).all())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,9 +58,8 @@ class Codebook:
         """Bits that the basis takes."""
         return FLOAT_BITS * self.basis.numel()
 
-    @property
-    def tolerance(self) -> Tensor:
-        """How far a stored weight may be from its value for rounding's sake, in a shape that broadcasts to it."""
+    def tolerance(self, shape: Sequence[int]) -> Tensor:
+        """How far a stored weight may be from its value for rounding's sake, in a shape that broadcasts to its own."""
         return 1e-5 * self.table.abs().amax(-1)
 
     def to(self, device: torch.device | str) -> Codebook:

@@ -25,7 +25,27 @@ Pair = tuple[Tensor, Tensor]
 """Scale and zero point of each channel, shape (channels, 1)."""
 
 
-def search_grid(rows: Tensor, top: Tensor, full: Pair, zero_is_fixed: bool, importance: Tensor | None = None) -> Pair:
+def in_type(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
+    """Scales in the type that they are stored in, none of them zero.
+
+    Example:
+        >>> in_type(torch.tensor([0.1, 0.0]), torch.float16)
+        tensor([9.9976e-02, 5.9605e-08], dtype=torch.float16)
+    """
+    stored = scale.float().to(scale_dtype)
+    info = torch.finfo(scale_dtype)
+    return torch.where(stored > 0, stored, info.tiny * info.eps).clamp(max=info.max)
+
+
+def search_grid(
+    rows: Tensor,
+    top: Tensor,
+    full: Pair,
+    zero_is_fixed: bool,
+    importance: Tensor | None = None,
+    *,
+    scale_dtype: torch.dtype = torch.float32,
+) -> Pair:
     """A grid of close to the least (weighted) squared error, channel by channel.
 
     Computed in float32, by blocks of channels: some 60 passes over the weights, or 30 where channels are long.
@@ -36,9 +56,10 @@ def search_grid(rows: Tensor, top: Tensor, full: Pair, zero_is_fixed: bool, impo
         full: Scale and zero point of the grid on the full range.
         zero_is_fixed: Whether the zero point has to stay.
         importance: How much the squared error of each weight counts, shape (channels, weights).
+        scale_dtype: Type that scales are stored in.
 
     Returns:
-        Scale, a float32 number, and zero point, a multiple of one half. The error never exceeds that of ``full``.
+        Scale, a number of that type, and zero point, a multiple of one half. The error never exceeds that of ``full``.
 
     Example:
         >>> rows, top = torch.tensor([[-9.0, -1.0, 0.0, 1.0, 2.0, 9.0]]), torch.tensor([[3.0]])
@@ -49,22 +70,34 @@ def search_grid(rows: Tensor, top: Tensor, full: Pair, zero_is_fixed: bool, impo
     size = max(_BLOCK_NUMBERS // rows.shape[1], 1)
     whole = (rows, top.expand(len(rows), 1), *full, *(() if importance is None else (importance,)))
     blocks = zip(*(x.split(size) for x in whole), strict=True)
-    pairs = [_search_block(*(x.float() for x in block), zero_is_fixed=zero_is_fixed) for block in blocks]
+    pairs = [
+        _search_block(*(x.float() for x in block), zero_is_fixed=zero_is_fixed, scale_dtype=scale_dtype)
+        for block in blocks
+    ]
     scale, zero = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     return scale, zero
 
 
 def _search_block(
-    rows: Tensor, top: Tensor, scale: Tensor, zero: Tensor, importance: Tensor | None = None, *, zero_is_fixed: bool
+    rows: Tensor,
+    top: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    importance: Tensor | None = None,
+    *,
+    zero_is_fixed: bool,
+    scale_dtype: torch.dtype,
 ) -> Pair:
     full = scale, zero
     if rows.shape[1] <= _FEW_WEIGHTS:
         starts = [full, *narrower_grids(rows, top, full, zero_is_fixed)]
     else:
         coarse = narrower_grids(rows, top, full, zero_is_fixed, fractions=_FRACTIONS[1::2], shifts=(0.0,))
-        best = least_squares_grid(rows, top, [full, *coarse], zero_is_fixed, importance, refinements=0)
+        best = least_squares_grid(
+            rows, top, [full, *coarse], zero_is_fixed, importance, refinements=0, scale_dtype=scale_dtype
+        )
         starts = [best, *nearby_grids(rows, top, best, zero_is_fixed)]
-    return least_squares_grid(rows, top, starts, zero_is_fixed, importance)
+    return least_squares_grid(rows, top, starts, zero_is_fixed, importance, scale_dtype=scale_dtype)
 
 
 def narrower_grids(
@@ -134,6 +167,7 @@ def least_squares_grid(
     importance: Tensor | None = None,
     *,
     refinements: int = _REFINEMENTS,
+    scale_dtype: torch.dtype = torch.float32,
 ) -> Pair:
     """The best of some grids by (weighted) squared error, refined.
 
@@ -147,9 +181,10 @@ def least_squares_grid(
         zero_is_fixed: Whether the zero points of the starts have to stay.
         importance: How much the squared error of each weight counts, shape (channels, weights).
         refinements: Most steps of the iteration.
+        scale_dtype: Type that scales are stored in.
 
     Returns:
-        Scale, a float32 number, and zero point, a multiple of one half.
+        Scale, a number of that type, and zero point, a multiple of one half.
 
     Example:
         >>> rows, top = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).double(), torch.tensor([[3.0]]).double()
@@ -183,9 +218,9 @@ def least_squares_grid(
     best_scale, best_zero, least = rows[:, :1], rows[:, :1], rows.new_full((len(rows), 1), torch.inf)
 
     def offer(scale: Tensor, zero: Tensor) -> Tensor:
-        """Take a scale and a zero point where they round better; tells where."""
+        """Take a scale and a zero point where they round better, judged by the number that is stored; tells where."""
         nonlocal best_scale, best_zero, least
-        scale = scale.float().to(rows)  # judge the number that will be stored
+        scale = (scale.float() if scale_dtype == torch.float32 else in_type(scale, scale_dtype)).to(rows)
         # Σ (s (c − z) − w)² as s² Σ (c − (w / s + z))², which takes fewer passes over the weights.
         places = torch.addcdiv(zero.to(rows), rows, scale)
         gaps = places.round().clamp_(zeros, top).sub_(places)
@@ -201,3 +236,31 @@ def least_squares_grid(
         if not bool(offer(*regress(codes(best_scale, best_zero), best_scale, best_zero)).any()):
             break
     return best_scale, best_zero
+
+
+_RANGES = (1.0, 0.85, 0.7, 0.55, 0.4)  # fractions of the range that holds every weight
+
+
+def whole_zero_grid(rows: Tensor, top: Tensor, pair: Pair, *, scale_dtype: torch.dtype = torch.float32) -> Pair:
+    """The grid on whose values zero lies that rounds best, near one that was fitted: its zero point is a code.
+
+    Args:
+        rows: Weights, shape (channels, weights).
+        top: The largest code of each channel, 2^b − 1, shape (channels, 1) or (1, 1).
+        pair: Scale and zero point of the grid that was fitted.
+        scale_dtype: Type that scales are stored in.
+
+    Example:
+        >>> rows, top = torch.tensor([[1.0, 2.0, 3.0]]).double(), torch.tensor([[3.0]]).double()
+        >>> fitted = torch.tensor([[1.0]]).double(), torch.tensor([[-0.5]]).double()
+        >>> [x.item() for x in whole_zero_grid(rows, top, fitted)]
+        [1.0, 0.0]
+    """
+    scale, zero = pair
+    above, below = rows.amax(1, keepdim=True).clamp_min(0), (-rows.amin(1, keepdim=True)).clamp_min(0)
+    starts = []
+    for whole in (zero.floor().clamp_min(0).minimum(top), zero.ceil().clamp_min(0).minimum(top)):
+        full = torch.maximum(above / (top - whole).clamp_min(0.5), below / whole.clamp_min(0.5))
+        full = torch.where(full > 0, full, scale)
+        starts += [(scale, whole), *((full * fraction, whole) for fraction in _RANGES)]
+    return least_squares_grid(rows, top, starts, zero_is_fixed=True, scale_dtype=scale_dtype)

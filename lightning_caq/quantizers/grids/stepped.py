@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -29,9 +30,8 @@ class SteppedGrid:
         """The bits a code."""
         return self.bits
 
-    @property
-    def tolerance(self) -> Tensor:
-        """How far a stored weight may be from its value for rounding's sake, in a shape that broadcasts to it."""
+    def tolerance(self, shape: Sequence[int]) -> Tensor:
+        """How far a stored weight may be from its value for rounding's sake, in a shape that broadcasts to its own."""
         return 1e-3 * self.step
 
     def to(self, device: torch.device | str) -> SteppedGrid:

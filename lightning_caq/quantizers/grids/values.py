@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
+from lightning_caq.network.layers import Layer
 from lightning_caq.quantizers.grids.abc_net import abc_net_basis
 from lightning_caq.quantizers.grids.affine import Grid, channel_rows, fit_grid
 from lightning_caq.quantizers.grids.codebook import Codebook
 from lightning_caq.quantizers.grids.deep_compression import kmeans_basis
 from lightning_caq.quantizers.grids.dorefa import dorefa_basis
+from lightning_caq.quantizers.grids.groups import layer_group_size
 from lightning_caq.quantizers.grids.levels import levels
 from lightning_caq.quantizers.grids.lq_nets import lq_nets_basis
 from lightning_caq.quantizers.grids.series import series_basis
@@ -39,12 +42,20 @@ class Quantizer:
         range: Of an affine grid, see ``affine.fit_grid``.
         symmetry: Of an affine grid, see ``affine.fit_grid``.
         keep_zeros: Whether exact zeros of a weight stay zero when it is rounded, see ``zeros.kept_zeros``.
+        group_size: Weights of a channel that share a scale of an affine grid; ``None`` where all do.
+        scale_dtype: Name of the type that scales of an affine grid are stored in.
     """
 
     name: str = "affine"
     range: str = "mse"
     symmetry: str = "asymmetric"
     keep_zeros: bool | None = False
+    group_size: int | None = None
+    scale_dtype: str = "float32"
+
+    def of_layer(self, layer: Layer) -> Quantizer:
+        """The same for a certain layer, in which groups may not be had."""
+        return replace(self, group_size=layer_group_size(layer, self.group_size))
 
     def fit(
         self, weight: Tensor, bits: Width, channel_shape: tuple[int, ...], importance: Tensor | None = None
@@ -65,7 +76,14 @@ class Quantizer:
         """
         if self.name == "affine":
             return fit_grid(
-                weight, bits, channel_shape, range=self.range, symmetry=self.symmetry, importance=importance
+                weight,
+                bits,
+                channel_shape,
+                range=self.range,
+                symmetry=self.symmetry,
+                importance=importance,
+                group_size=self.group_size,
+                scale_dtype=getattr(torch, self.scale_dtype),
             )
         assert isinstance(bits, int)
         return fit_codebook(weight, bits, channel_shape, self.name)
@@ -90,7 +108,14 @@ def numbers(values: Values) -> dict[str, Tensor]:
     return {"scale": values.scale, "zero_point": values.zero_point, **widths}
 
 
-def from_numbers(quantizer: str, bits: int, stored: Mapping[str, Tensor], transposed: int = 0) -> Values:
+def from_numbers(
+    quantizer: str,
+    bits: int,
+    stored: Mapping[str, Tensor],
+    *,
+    transposed: int = 0,
+    group_size: int | None = None,
+) -> Values:
     """The values that ``numbers`` was given.
 
     Args:
@@ -98,6 +123,7 @@ def from_numbers(quantizer: str, bits: int, stored: Mapping[str, Tensor], transp
         bits: Bit-width.
         stored: What ``numbers`` gave.
         transposed: Of a stepped grid, see there.
+        group_size: Of an affine grid, see there.
 
     Raises:
         KeyError: If a tensor is missing.
@@ -106,7 +132,7 @@ def from_numbers(quantizer: str, bits: int, stored: Mapping[str, Tensor], transp
     if quantizer == SteppedGrid.quantizer:
         return SteppedGrid(stored["step"], bits, transposed)
     if quantizer == "affine":
-        return Grid(bits, stored["scale"], stored["zero_point"], stored.get("channel_bits"))
+        return Grid(bits, stored["scale"], stored["zero_point"], stored.get("channel_bits"), group_size)
     basis = stored["basis"]
     if quantizer not in CODEBOOKS or basis.shape[-1] != len(levels(quantizer, bits)):
         raise TypeError(f"a basis {list(basis.shape)} is none of {quantizer!r} at {bits} bits")

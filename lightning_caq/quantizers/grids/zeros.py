@@ -7,12 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_caq.quantizers.grids.affine import Grid, channel_rows
+from lightning_caq.quantizers.grids.affine import Grid, channel_rows, joined_groups
 from lightning_caq.quantizers.grids.codebook import Codebook
-from lightning_caq.quantizers.grids.least_squares import least_squares_grid
+from lightning_caq.quantizers.grids.least_squares import Pair, in_type, whole_zero_grid
 
 PRUNED = 0.2  # of the weights; a layer with more exact zeros was pruned
-_FRACTIONS = (1.0, 0.85, 0.7, 0.55, 0.4)  # of the range that holds every weight
 
 
 def kept_zeros(weight: Tensor, keep: bool | None) -> Tensor | None:
@@ -46,23 +45,27 @@ def with_zero(values: Grid | Codebook, weight: Tensor, zeros: Tensor) -> Grid | 
     Example:
         >>> grid = Grid(2, torch.tensor([[1.0]]), torch.tensor([[1.5]]))
         >>> with_zero(grid, torch.tensor([[-1.0, 0.0, 1.0, 2.0]]), torch.tensor([[False, True, False, False]]))
-        Grid(bits=2, scale=tensor([[1.]]), zero_point=tensor([[1.]]), channel_bits=None)
+        Grid(bits=2, scale=tensor([[1.]]), zero_point=tensor([[1.]]), channel_bits=None, group_size=None)
     """
     if isinstance(values, Codebook):
         nearest = values.basis.abs() == values.basis.abs().amin(-1, keepdim=True)
         return Codebook.of(values.quantizer, values.bits, values.basis.masked_fill(nearest, 0.0))
-    shape = tuple(values.scale.shape)
-    rows, held = channel_rows(weight, shape), channel_rows(zeros, shape).any(1, keepdim=True)
-    scale, zero, top = (x.double().reshape(-1, 1) for x in (values.scale, values.zero_point, values.top.expand(shape)))
-    above, below = rows.amax(1, keepdim=True).clamp_min(0), (-rows.amin(1, keepdim=True)).clamp_min(0)
-    starts = []
-    for whole in (zero.floor().clamp_min(0).minimum(top), zero.ceil().clamp_min(0).minimum(top)):
-        full = torch.maximum(above / (top - whole).clamp_min(0.5), below / whole.clamp_min(0.5))
-        full = torch.where(full > 0, full, scale)
-        starts += [(scale, whole), *((full * fraction, whole) for fraction in _FRACTIONS)]
-    new_scale, new_zero = least_squares_grid(rows, top, starts, zero_is_fixed=True)
-    return replace(
-        values,
-        scale=torch.where(held, new_scale, scale).float().reshape(shape),
-        zero_point=torch.where(held, new_zero, zero).float().reshape(shape),
-    )
+    size = values.group_size
+    shape = tuple(values.scale.shape if size is None else values.scale.shape[:-1])
+    rows, kept = channel_rows(weight, shape), channel_rows(zeros, shape)
+    top = values.top.double().expand(shape).reshape(-1, 1)
+    if size is None:
+        pair = _with_zero(rows, top, (values.scale.reshape(-1, 1), values.zero_point.reshape(-1, 1)), kept)
+        scale, zero_point = (x.reshape(shape) for x in pair)
+        return replace(values, scale=scale, zero_point=zero_point)
+    of_groups = (x.flatten(0, -2).split(1, 1) for x in (values.scale, values.zero_point))
+    parts = zip(rows.split(size, 1), zip(*of_groups, strict=True), kept.split(size, 1), strict=True)
+    return joined_groups(values.bits, [_with_zero(part, top, *rest) for part, *rest in parts], shape, size)
+
+
+def _with_zero(rows: Tensor, top: Tensor, pair: Pair, zeros: Tensor) -> Pair:
+    """Scale and zero point of each row, the latter a whole code in the rows that have zeros to keep."""
+    scale, zero_point = pair
+    here, dtype = zeros.any(1, keepdim=True), scale.dtype
+    new_scale, new_zero = whole_zero_grid(rows, top, (scale.double(), zero_point.double()), scale_dtype=dtype)
+    return torch.where(here, in_type(new_scale, dtype), scale), torch.where(here, new_zero.float(), zero_point)

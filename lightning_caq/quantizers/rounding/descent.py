@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_caq.network.layer_matrix import from_matrix, to_matrix
 from lightning_caq.network.layers import Layer
 from lightning_caq.quantizers.grids.affine import Grid
+from lightning_caq.quantizers.grids.least_squares import in_type
 from lightning_caq.quantizers.rounding.moments import damped
 
 _ROUNDS = 2
@@ -40,7 +41,8 @@ def improve(
 
     A sweep visits the columns in order and gives each code the value that is best while all others are kept, which is
     exact: along one code the error is a parabola (coordinate descent, as in QuantEase, Behdin et al. 2023). The scale
-    of each channel then follows in closed form, s = (w H u) / (u H u) with u = c − z.
+    of each channel then follows in closed form, s = (w H u) / (u H u) with u = c − z; those of groups one after the
+    other, w then being what the other groups leave.
 
     Args:
         layer: The layer.
@@ -64,17 +66,17 @@ def improve(
     # Columns become rows: what the loop touches then lies together in memory.
     w, c, z = (
         to_matrix(layer, x.float().expand(layer.shape)).transpose(1, 2).contiguous()
-        for x in (weight.detach(), codes, grid.zero_point)
+        for x in (weight.detach(), codes, grid.per_weight(layer.shape)[1])
     )
     fixed = None if zeros is None else to_matrix(layer, zeros).transpose(1, 2).contiguous()
-    scale, top = grid.scale, to_matrix(layer, grid.top.expand(layer.shape))[:, :, 0]
+    top = to_matrix(layer, grid.top.expand(layer.shape))[:, :, 0]
     for _ in range(_ROUNDS):
-        s = to_matrix(layer, scale.expand(layer.shape))[:, :, 0]
+        s = to_matrix(layer, grid.per_weight(layer.shape)[0].expand(layer.shape)).transpose(1, 2)
         for _ in range(_SWEEPS):
             if not _sweep(w, c, s, z, top, h, fixed):
                 break
-        scale = _fit_scale(layer, w, c - z, h, scale)
-    return replace(grid, scale=scale), from_matrix(layer, c.transpose(1, 2)).to(torch.uint8).contiguous()
+        grid = replace(grid, scale=_fit_scales(layer, w, c - z, h, s, grid))
+    return grid, from_matrix(layer, c.transpose(1, 2)).to(torch.uint8).contiguous()
 
 
 def _sweep(w: Tensor, c: Tensor, s: Tensor, z: Tensor, top: Tensor, h: Tensor, fixed: Tensor | None = None) -> bool:
@@ -84,10 +86,10 @@ def _sweep(w: Tensor, c: Tensor, s: Tensor, z: Tensor, top: Tensor, h: Tensor, f
     column, for all others once a block, by one product of matrices. Most columns stay as they are: those left of the
     block are looked at together, as far as the first that changes.
 
-    Shapes: w, c, z and fixed (groups, columns, outputs), s and top (groups, outputs), h (groups, columns, columns).
+    Shapes: w, c, s, z and fixed (groups, columns, outputs), top (groups, outputs), h (groups, columns, columns).
     """
-    slope = h @ (s[:, None] * (c - z) - w)  # half the gradient of the error
-    inverse = 1 / (h.diagonal(dim1=1, dim2=2)[..., None] * s[:, None])
+    slope = h @ (s * (c - z) - w)  # half the gradient of the error
+    inverse = 1 / (h.diagonal(dim1=1, dim2=2)[..., None] * s)
     changed, low, top = False, torch.zeros_like(top)[:, None], top[:, None]
     for start in range(0, w.shape[1], _BLOCK):
         stop = min(start + _BLOCK, w.shape[1])
@@ -105,7 +107,7 @@ def _sweep(w: Tensor, c: Tensor, s: Tensor, z: Tensor, top: Tensor, h: Tensor, f
             first = moving.index(True)
             column += first
             c[:, start + column] += steps[:, first]
-            moves[:, column] = steps[:, first] * s
+            moves[:, column] = steps[:, first] * s[:, start + column]
             near.baddbmm_(block[:, :, column, None], moves[:, column, None])
             column += 1
             changed = True
@@ -113,11 +115,30 @@ def _sweep(w: Tensor, c: Tensor, s: Tensor, z: Tensor, top: Tensor, h: Tensor, f
     return changed
 
 
-def _fit_scale(layer: Layer, w: Tensor, u: Tensor, h: Tensor, scale: Tensor) -> Tensor:
-    """Least-squares scale of every channel; the old one where there is none above zero."""
-    hu = h @ u
-    along, square = (w * hu).sum(1), (u * hu).sum(1)
-    if layer.transposed:  # a scale serves the same place in every group
-        along, square = along.sum(0), square.sum(0)
-    along, square = along.reshape(scale.shape), square.reshape(scale.shape)
-    return torch.where((along > 0) & (square > 0), along / square.clamp_min(1e-30), scale)
+def _fit_scales(layer: Layer, w: Tensor, u: Tensor, h: Tensor, s: Tensor, grid: Grid) -> Tensor:
+    """Least-squares scales of every channel, group after group; the old one where there is none above zero.
+
+    The error is a parabola along a scale, so that the number of its type next to the best one is the best of them.
+
+    Args:
+        layer: The layer.
+        w: The weight, shape (groups, columns, outputs).
+        u: c − z, same shape.
+        h: Shape (groups, columns, columns).
+        s: The scales of each weight, in the shape of ``w``.
+        grid: The grid with the scales as they are.
+    """
+    size = grid.group_size or w.shape[1]
+    rest = w - s * u
+    scales = []
+    for start in range(0, w.shape[1], size):
+        here = slice(start, start + size)
+        rest[:, here] = w[:, here]
+        hu = h[:, :, here] @ u[:, here]
+        along, square = (rest * hu).sum(1), (u[:, here] * hu[:, here]).sum(1)
+        if layer.transposed:  # a scale serves the same place in every group
+            along, square = along.sum(0, keepdim=True), square.sum(0, keepdim=True)
+        best = torch.where((along > 0) & (square > 0), along / square.clamp_min(1e-30), s[: len(along), start])
+        scales.append(in_type(best, grid.scale.dtype))
+        rest[:, here] -= scales[-1].float()[:, None] * u[:, here]
+    return torch.stack(scales, -1).reshape(grid.scale.shape)

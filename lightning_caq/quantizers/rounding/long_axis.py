@@ -49,7 +49,7 @@ def round_long_axis(weights: Sequence[Tensor], grids: Sequence[Grid], model: Qua
         nearest.append(code)
         other.append(beside)
         errors.append((value.double() - w.double()).flatten().cpu())
-        steps.append((grid.scale.double() * (beside - code).double()).flatten().cpu())
+        steps.append((grid.per_weight(w.shape)[0].double() * (beside - code).double()).flatten().cpu())
     flipped = exchanges(torch.cat(errors), torch.cat(steps), model).split(model.sizes)
     return [
         torch.where(mask.reshape(a.shape).to(a.device), b, a).to(torch.uint8)

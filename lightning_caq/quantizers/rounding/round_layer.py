@@ -71,38 +71,41 @@ def round_error_feedback(
     return from_matrix(layer, codes.to(torch.uint8)).contiguous()
 
 
-ColumnRounding = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""A column, one weight an output, to its codes and values."""
+ColumnRounding = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+"""A column, one weight an output, and its place, to its codes and values."""
 
 
 def _column_roundings(layer: Layer, grid: Values) -> list[ColumnRounding]:
     """How each group rounds a column to the nearest values."""
 
-    def outputs(of_channel: Tensor) -> Tensor:
-        return to_matrix(layer, of_channel.expand(layer.shape))[:, :, 0]
+    def columns(numbers: Tensor) -> Tensor:
+        return to_matrix(layer, numbers.expand(layer.shape)).transpose(1, 2)
 
     def affine(s: Tensor, z: Tensor, top: Tensor) -> ColumnRounding:
+        top = top[0]
         low = torch.zeros_like(top)
 
-        def rounding(column: Tensor) -> tuple[Tensor, Tensor]:
-            code = (column / s + z).round_().clamp_(low, top)
-            return code, s * (code - z)
+        def rounding(column: Tensor, place: int) -> tuple[Tensor, Tensor]:
+            scale, zero = s[place], z[place]
+            code = (column / scale + zero).round_().clamp_(low, top)
+            return code, scale * (code - zero)
 
         return rounding
 
     def table(values: Tensor) -> ColumnRounding:
-        def rounding(column: Tensor) -> tuple[Tensor, Tensor]:
+        def rounding(column: Tensor, place: int) -> tuple[Tensor, Tensor]:
             code = nearest_codes(values, column[:, None])
             return code[:, 0].float(), values.gather(1, code)[:, 0]
 
         return rounding
 
     if isinstance(grid, Grid):
-        return [affine(*x) for x in zip(outputs(grid.scale), outputs(grid.zero_point), outputs(grid.top), strict=True)]
+        scale, zero = grid.per_weight(layer.shape)
+        return [affine(*x) for x in zip(columns(scale), columns(zero), columns(grid.top), strict=True)]
     assert isinstance(grid, Codebook)  # multiples of a step are rounded with their bits in mind, in ``rate``
     tables = grid.table.flatten(0, -2)
     channel = torch.arange(len(tables), device=tables.device).reshape(grid.table.shape[:-1])
-    return [table(tables[index]) for index in outputs(channel)]
+    return [table(tables[index[0]]) for index in columns(channel)]
 
 
 def _feedback(matrix: Tensor, rounding: ColumnRounding, curvature: Tensor, zeros: Tensor | None) -> Tensor:
@@ -110,12 +113,13 @@ def _feedback(matrix: Tensor, rounding: ColumnRounding, curvature: Tensor, zeros
     order = curvature.diagonal().argsort(descending=True, stable=True)
     w = matrix[:, order].T.contiguous()  # columns become rows: what the loop touches then lies together in memory
     factor = _inverse_factor(curvature[order][:, order])
-    codes = torch.empty_like(w)
+    codes, places = torch.empty_like(w), order.tolist()
     for start in range(0, len(w), _BLOCK):
         stop = min(start + _BLOCK, len(w))
         errors = torch.empty_like(w[start:stop])
         for j in range(start, stop):
-            code, value = rounding(w[j] if zeros is None else w[j].masked_fill(zeros[:, order[j]], 0.0))
+            place = places[j]
+            code, value = rounding(w[j] if zeros is None else w[j].masked_fill(zeros[:, place], 0.0), place)
             error = (w[j] - value) / factor[j, j]
             w[j:stop].addr_(factor[j, j:stop], error, alpha=-1)
             codes[j], errors[j - start] = code, error
@@ -192,6 +196,7 @@ def round_layer(
     moments = input_moments(layer, weight, passes) if looks else None
     importance = None if moments is None else _importance(layer, moments.curvature)
     zeros = kept_zeros(weight, quantizer.keep_zeros)
+    quantizer = quantizer.of_layer(layer)
 
     def fitted(target: Tensor) -> Values:
         if zeros is None:

@@ -53,7 +53,7 @@ def curvature_bars(report: QuantizationReport, profile: CurvatureProfile) -> Fig
         [row.name for row in report.layers],
         title="Curvature κ and bits of each layer",
         subtitle=f"{report.title('quantized')} at {report.budget}. κ says how sharply a layer's output energy bends "
-        f"with its input; it is one of several measures. {agreement(kappa[both], bits[both])}",
+        f"with its input; bits were not chosen by it. {agreement(kappa[both], bits[both])}",
         width=3.4,
         right=0.1,
         header=0.5,

@@ -37,7 +37,7 @@ def eigenpair_curve(points: Sequence[SweepPoint], floats: Mapping[str, float], m
         [[50.0, 0.02], [100.0, 0.01]]
     """
     if not points:
-        raise ValueError("No other numbers of eigenpairs were tried.")
+        raise ValueError("No other numbers of eigenpairs were tried; study=True does that.")
     names = list(dict.fromkeys(name for point in points for name in point.metrics))
     metric = metric or next((name for name in names if "loss" in name.lower()), headline_metric(names))
     drawn = sorted(
@@ -45,7 +45,7 @@ def eigenpair_curve(points: Sequence[SweepPoint], floats: Mapping[str, float], m
         key=lambda p: p.eigenpairs,
     )
     if metric is None or not drawn:
-        raise ValueError("No network has a finite value of a metric to draw.")
+        raise ValueError("No network has a finite value of a metric to draw; log one in validation, or give evaluate.")
     low, high = min(p.avg_bits for p in drawn), max(p.avg_bits for p in drawn)
     size = f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
     figure, (axes,) = board(

@@ -52,7 +52,7 @@ def kappa_vs_bits(report: QuantizationReport, profile: CurvatureProfile) -> Figu
     bits = numbers(row.bits.get("quantized") for row in report.layers)
     drawn = np.flatnonzero(np.isfinite(kappa) & (kappa > 0) & np.isfinite(bits))
     if not len(drawn):
-        raise ValueError("No layer has a positive κ and bits.")
+        raise ValueError("No layer has a positive κ and bits; measure with 'kappa' among needs.")
     names = short_names([row.name for row in report.layers])
     kappa, bits = kappa[drawn], bits[drawn]
     limits = tuple(np.array(decades(kappa)) * (0.8, 1.25))

@@ -45,7 +45,7 @@ def loss_gap(gaps: Sequence[LossGap]) -> Figure:
     """
     compared = [g for g in gaps if g.gap is not None and np.isfinite(g.gap)]
     if not compared:
-        raise ValueError("No loss change was measured.")
+        raise ValueError("No loss change was measured; method='cet' or study=True does that.")
     layers = list(dict.fromkeys(g.name for g in gaps))
     worst = {name: max((g.gap or 0.0 for g in compared if g.name == name), default=0.0) for name in layers}
     shown = [layers[i] for i in largest([worst[name] for name in layers], SHOWN)]

@@ -42,7 +42,7 @@ def pareto(points: Sequence[SweepPoint], floats: Mapping[str, float], metric: st
     metric = metric or headline_metric(list(dict.fromkeys(name for point in points for name in point.metrics)))
     drawn = [p for p in mean_points(points) if metric is not None and np.isfinite(p.metrics.get(metric, np.nan))]
     if metric is None or not drawn:
-        raise ValueError("No network has a finite value of a metric to draw.")
+        raise ValueError("No network has a finite value of a metric to draw; log one in validation, or give evaluate.")
     methods = list(dict.fromkeys(point.method for point in drawn))
     labels = [shorten(method, 40) for method in methods]
     figure, (axes,) = board(

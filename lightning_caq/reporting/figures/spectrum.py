@@ -48,7 +48,7 @@ def spectrum(profile: CurvatureProfile) -> Figure:
     """
     values = np.array([x for x in profile.eigenvalues if np.isfinite(x)])
     if not len(values):
-        raise ValueError("No eigenvalue was computed.")
+        raise ValueError("No eigenvalue was computed; method='cet' or study=True does that.")
     names, shares, sizes = _shares(profile)
     frames = [
         (0.75, 2.9),

@@ -42,7 +42,7 @@ def subspace(shares: Sequence[SubspaceShare]) -> Figure:
     """
     energies = [e for s in shares for e in (s.nearest, s.chosen) if e is not None]
     if not energies:
-        raise ValueError("No energy of a rounding error was measured.")
+        raise ValueError("No energy of a rounding error was measured; study=True does that.")
     compared = any(s.chosen for s in shares)
     texts = [_change(s) for s in shares]
     figure, panels = sheet(

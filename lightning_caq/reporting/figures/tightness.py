@@ -48,7 +48,7 @@ def tightness_curves(found: Mapping[int, Tightness], plan: tuple[float, Tightnes
         [[2.0, 3.0], [4.0, 2.0]]
     """
     if not found and plan is None:
-        raise ValueError("The predicted output error was not compared with the observed one.")
+        raise ValueError("The predicted output error was not compared with the observed one; coding='fixed' does that.")
     labels = [label for _, label, *_ in _PREDICTIONS]
     figure, (errors, ratios) = board(
         [(0.85, 3.1), (0.75, 2.6)],

@@ -42,7 +42,7 @@ def error_waterfall(shares: Sequence[ErrorShare]) -> Figure:
     """
     known = sorted((s for s in shares if np.isfinite(_predicted(s))), key=_predicted, reverse=True)
     if not known:
-        raise ValueError("No layer's part of the output error was predicted.")
+        raise ValueError("No layer's part of the output error was predicted; method='caq' or study=True does that.")
     shown, others = known[:SHOWN], known[SHOWN:]
     names, bits = [s.name for s in shown], [f"{s.bits:.3g}" for s in shown]
     parts = [_predicted(s) for s in shown]

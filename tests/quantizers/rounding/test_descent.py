@@ -1,6 +1,7 @@
 """Descent against brute force, least squares by numpy, and its own promise never to make things worse."""
 
 import itertools
+from dataclasses import replace
 
 import nets
 import numpy as np
@@ -59,10 +60,10 @@ def test_never_makes_a_layer_worse(name, bits):
 
 def _column_by_column(w, c, s, z, top, h):
     """A sweep as it is defined, each column looked at alone."""
-    slope = h @ (s[:, None] * (c - z) - w)
+    slope = h @ (s * (c - z) - w)
     for j in range(w.shape[1]):
-        best = (c[:, j] - slope[:, j] / (h[:, j, j, None] * s)).round().clamp(min=0).minimum(top)
-        slope += h[:, :, j, None] * ((best - c[:, j]) * s)[:, None]
+        best = (c[:, j] - slope[:, j] / (h[:, j, j, None] * s[:, j])).round().clamp(min=0).minimum(top)
+        slope += h[:, :, j, None] * ((best - c[:, j]) * s[:, j])[:, None]
         c[:, j] = best
 
 
@@ -70,14 +71,15 @@ def _column_by_column(w, c, s, z, top, h):
 def test_a_sweep_over_blocks_is_one_column_by_column(start):
     """Most columns stay after rounding to nearest, none does where all codes begin at 0."""
     a, w = torch.randn(2, 29, 40).double(), torch.randn(2, 29, 5).double()
-    h, s, z, top = a @ a.mT / 40, torch.full((2, 5), 0.3).double(), torch.full((2, 29, 5), 3.0), torch.full((2, 5), 7.0)
-    c = (w / 0.3 + 3).round().clamp(0, 7) if start == "nearest" else torch.zeros_like(w)
+    s = torch.tensor([0.3] * 16 + [0.4] * 13).double()[None, :, None].expand(2, 29, 5)  # two groups of columns
+    h, z, top = a @ a.mT / 40, torch.full((2, 29, 5), 3.0), torch.full((2, 5), 7.0)
+    c = (w / s + 3).round().clamp(0, 7) if start == "nearest" else torch.zeros_like(w)
     expected = c.clone()
     _column_by_column(w, expected, s, z, top, h)
     before = c.clone()
     assert module_under_test._sweep(w, c, s, z, top, h) == (not torch.equal(expected, before))
     assert torch.equal(c, expected)
-    assert not module_under_test._sweep(s[:, None] * (c - z), c, s, z, top, h)  # no error is left to lower
+    assert not module_under_test._sweep(s * (c - z), c, s, z, top, h)  # no error is left to lower
 
 
 def test_no_single_code_is_left_to_improve(monkeypatch):
@@ -128,3 +130,42 @@ def test_a_channel_without_a_better_scale_keeps_its_own():
     better, codes = improve(layer, torch.zeros(2, 3), grid, torch.ones(2, 3), torch.eye(3)[None])
     assert torch.equal(better.scale, grid.scale)
     assert torch.equal(codes, torch.ones(2, 3, dtype=torch.uint8))
+
+
+@every("bits", [2, 4])
+@every("size", [16, 32])
+def test_scales_of_groups_solve_the_same_least_squares_as_numpy(size, bits):
+    """With the codes that were found, going through the groups again and again ends at the joint solution."""
+    draws = torch.Generator().manual_seed(bits)
+    layer, w = Layer("fc", "linear", (4, 50)), torch.randn(4, 50, generator=draws)
+    a = torch.randn(50, 80, generator=draws)
+    h = (a @ a.T / 80)[None]
+    grid = fit_grid(w, bits, (4, 1), group_size=size)
+    before = output_error(layer, w, grid.nearest(w), damped(h))
+    better, codes = improve(layer, w, grid, round_nearest(w, grid), h)
+    assert bool((output_error(layer, w, better.values(codes), damped(h)) <= before).all())
+    for _ in range(200):
+        u, s = (codes - better.per_weight(w.shape)[1]).T[None], better.per_weight(w.shape)[0].T[None]
+        scale = module_under_test._fit_scales(layer, w.T[None], u, damped(h).float(), s, better)
+        better = replace(better, scale=scale)
+    root = np.linalg.cholesky(damped(h)[0].numpy()).T  # the error is ‖root e‖²
+    for row, (row_codes, zero) in enumerate(zip(codes, better.per_weight(w.shape)[1], strict=True)):
+        u = (row_codes - zero).double().numpy()
+        groups = np.arange(50) // size
+        columns = np.stack([root @ (u * (groups == g)) for g in range(groups.max() + 1)], 1)
+        best, *_ = np.linalg.lstsq(columns, root @ w[row].double().numpy(), rcond=None)
+        assert np.allclose(better.scale[row, 0].numpy(), best, rtol=2e-3, atol=1e-4)
+
+
+def test_short_scales_are_the_best_numbers_of_their_type():
+    layer, w = Layer("fc", "linear", (3, 40)), torch.randn(3, 40)
+    grid = fit_grid(w, 3, (3, 1), group_size=32, scale_dtype=torch.bfloat16)
+    better, codes = improve(layer, w, grid, round_nearest(w, grid), torch.eye(40)[None])
+    assert better.scale.dtype == torch.bfloat16
+    least = (better.values(codes) - w).square()
+    for factor in (1 - 2**-8, 1 + 2**-8):
+        other = replace(better, scale=(better.scale.float() * factor).to(torch.bfloat16))
+        assert not torch.equal(other.scale, better.scale)
+        errors = (other.values(codes) - w).square()
+        for part in (slice(0, 32), slice(32, 40)):
+            assert bool((errors[:, part].sum(1) >= least[:, part].sum(1)).all())

@@ -86,6 +86,23 @@ def test_equals_optimal_brain_quantization(name, bits):
     assert codes.is_contiguous()
 
 
+@every("bits", [2, 4])
+@every("name", ["linear", "several_blocks", "stride_padding", "groups"])
+def test_groups_equal_optimal_brain_quantization_with_a_scale_for_every_weight(name, bits):
+    net, module, layer, x = _layer(name)
+    curvature = rounding_help.moments(net, layer, [x], {}).curvature
+    grid = fit_grid(module.weight, bits, layer.channel_shape, group_size=8)
+    rows = torch.Size(layer.channel_shape).numel()
+    columns = module.weight[0].numel()
+    spread = (np.repeat(y.numpy().reshape(rows, -1), 8, 1)[:, :columns] for y in (grid.scale, grid.zero_point))
+    scale, zero = (y.reshape(layer.groups, -1, columns) for y in spread)
+    w = to_matrix(layer, module.weight.detach()).numpy()
+    expected = np.concatenate([_obq(w[g], scale[g], zero[g], bits, curvature[g].numpy()) for g in range(layer.groups)])
+    codes = round_error_feedback(layer, module.weight, grid, curvature).flatten(1)
+    same = (codes == torch.from_numpy(expected).to(torch.uint8)).all(1)
+    assert int((~same).sum()) <= len(same) // 10
+
+
 def _output_error(w, rounded, h):
     d = (rounded - w).double()
     return float((d @ h.double() * d).sum())

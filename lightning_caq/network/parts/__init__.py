@@ -1,0 +1,1 @@
+"""Parts: weights that a module multiplies by itself, each as a layer of its own."""
