@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from lightning_caq.allocation.methods import available_methods, register_method
+from lightning_caq.export.latency import Latency, benchmark
 from lightning_caq.export.onnx import OnnxExport, export_onnx
 from lightning_caq.export.packed import load_quantized, save_quantized
 from lightning_caq.measures.measure import measure
@@ -17,11 +18,13 @@ if TYPE_CHECKING:
 __all__ = [
     "CurvatureProfile",
     "CurvatureQuantizationCallback",
+    "Latency",
     "OnnxExport",
     "QuantizationPlan",
     "QuantizationReport",
     "QuantizationResult",
     "available_methods",
+    "benchmark",
     "export_onnx",
     "load_quantized",
     "measure",

@@ -17,6 +17,7 @@ from lightning_caq.errors import BudgetError, OptionError
 from lightning_caq.network.meaning import Output
 from lightning_caq.network.prepare import ForwardFunction, ModelUse
 from lightning_caq.quantizers.grids.groups import GROUP_SIZES
+from lightning_caq.quantizers.grids.ranges import SIGNED_BYTE
 from lightning_caq.quantizers.grids.values import Quantizer
 from lightning_caq.utilities.metric_names import Direction
 
@@ -64,6 +65,9 @@ class QuantizationOptions:
         group_size: Weights along the input of a layer that share a scale and a zero point: 32, 64 or 128. ``None``
             gives each output channel one of both. Transposed convolutions have one a channel in any case.
         scale_dtype: Type that scales are stored in: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+        runtime: What will execute the network: ``"onnxruntime"`` restricts grids of weights to what its integer kernels
+            take, before anything is rounded, for ``export_onnx(integers="all")``; the report says what that costs.
+            ``"any"`` restricts nothing.
         batchnorm: ``"recentre"`` moves the batch-norm statistics, and the biases of layers without batch-norm, by what
             quantization changed; ``"keep"`` leaves them.
         keep_zeros: Whether weights that are exactly zero, as after pruning, stay zero; for ``quantizer="affine"`` and
@@ -119,6 +123,7 @@ class QuantizationOptions:
     symmetry: Literal["asymmetric", "symmetric", "mid_rise"] = "asymmetric"
     group_size: int | None = None
     scale_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    runtime: Literal["any", "onnxruntime"] = "any"
     batchnorm: Literal["recentre", "keep"] = "recentre"
     keep_zeros: bool | None = None
     objective: Literal["distill", "task"] = "distill"
@@ -161,6 +166,7 @@ class QuantizationOptions:
         _ = self.use
         self._check_inputs()
         self._check_coding()
+        self._check_runtime()
         seconds = self.time_budget
         if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, Real) or not seconds > 0):
             raise OptionError(f"time_budget={seconds!r} is not allowed; give a number of seconds above 0.")
@@ -186,7 +192,7 @@ class QuantizationOptions:
         return Quantizer(
             self.quantizer,
             range=self.range,
-            symmetry=self.symmetry,
+            symmetry=self.symmetry if self.runtime == "any" else SIGNED_BYTE,
             group_size=self.group_size,
             scale_dtype=self.scale_dtype,
         )
@@ -265,6 +271,21 @@ class QuantizationOptions:
             raise OptionError("rounding='long_axis' is for coding='fixed'; give 'error_feedback' or 'nearest'.")
         for name in self.methods:
             check_continuous(name)
+
+    def _check_runtime(self) -> None:
+        if self.runtime == "any":
+            return
+        for name, allowed in (
+            ("quantizer", "affine"),
+            ("symmetry", "asymmetric"),
+            ("coding", "fixed"),
+            ("group_size", None),
+        ):
+            if getattr(self, name) != allowed:
+                raise OptionError(
+                    f"{name}={getattr(self, name)!r} does not go with runtime={self.runtime!r}, which chooses grids of "
+                    f"whole signed bytes; leave {name}={allowed!r}."
+                )
 
     def _check_inputs(self) -> None:
         a = self.activation_bits

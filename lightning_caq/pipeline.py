@@ -18,6 +18,7 @@ from lightning_caq.allocation.choose import Chooser
 from lightning_caq.allocation.mixed import MIXED, input_candidates
 from lightning_caq.errors import BudgetError, LayerError
 from lightning_caq.evaluation.explain_run import explain
+from lightning_caq.evaluation.grid_cost import restriction_cost
 from lightning_caq.evaluation.rate_limit import plan_limit
 from lightning_caq.evaluation.run_report import run_report
 from lightning_caq.evaluation.same_metrics import WatchedEvaluation, same_metrics_note
@@ -542,6 +543,17 @@ class _Steps:
         if self.options.range == "curvature":
             notes.append(
                 Note("Bits were chosen by rounding errors of grids in whose range all weights count the same.")
+            )
+        plan = selection.chosen.plan
+        if self.options.runtime != "any" and plan.widths:
+            own, widths = self.options.values, list(plan.widths.values())
+            free = replace(own, symmetry=self.options.symmetry)
+            more = restriction_cost(network.model, network.layers, widths, restricted=own, free=free)
+            notes.append(
+                Note(
+                    f"Grids of weights are those that {self.options.runtime} executes fast; the squared error of "
+                    f"rounding to the nearest values is {more:.3g} times that of free grids."
+                )
             )
         for note in notes:
             self.progress.tell(note)

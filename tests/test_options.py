@@ -74,6 +74,14 @@ def test_long_axis_rounding_is_for_evenly_spaced_values():
         QuantizationOptions(avg_bits=3, quantizer="codebook", rounding="long_axis")
 
 
+def test_a_runtime_chooses_the_grids():
+    assert QuantizationOptions(avg_bits=3).values.symmetry == "asymmetric"
+    assert QuantizationOptions(avg_bits=3, runtime="onnxruntime").values.symmetry == "signed_byte"
+    for name, value in (("quantizer", "codebook"), ("symmetry", "mid_rise"), ("coding", "entropy")):
+        with pytest.raises(OptionError, match=f"{name}='{value}' does not go with runtime='onnxruntime'"):
+            QuantizationOptions(avg_bits=3, runtime="onnxruntime", **{name: value})
+
+
 def test_the_budget_is_checked_with_the_rest():
     with pytest.raises(BudgetError, match="no budget"):
         QuantizationOptions()

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from lightning_caq.errors import ExportError
+from lightning_caq.export.integer_check import checked_integers
+from lightning_caq.export.integer_export import check_input_grids, to_integer_graph
 from lightning_caq.export.integers import TYPES, Integers, to_integers
 from lightning_caq.export.onnx_axes import candidate_axes, fix_single_values, free_axes, several_samples, traced_shapes
 from lightning_caq.export.onnx_check import FLIPS, Reference, add_settings, checked, largest
@@ -33,6 +35,7 @@ from lightning_caq.export.packed_modules import check_quantized
 from lightning_caq.network.parts.expand import split_weights
 from lightning_caq.quantizers.fake_quant.modules import FakeQuant, quantized_weight
 from lightning_caq.quantizers.fake_quant.state import rounding_state
+from lightning_caq.quantizers.fake_quant.swap import quantized_modules
 from lightning_caq.quantizers.grids.activations import InputGrid, change_first
 from lightning_caq.quantizers.grids.affine import Grid
 from lightning_caq.quantizers.grids.stepped import SteppedGrid
@@ -82,6 +85,7 @@ def export_onnx(
     *,
     dynamic_shapes: DynamicShapes | None = None,
     opset: int = OPSET,
+    integers: Literal["weights", "all"] = "weights",
     fused: bool = False,
 ) -> OnnxExport:
     """Write a quantized network as ONNX with integer weights, and check every output in ONNX Runtime.
@@ -105,6 +109,11 @@ def export_onnx(
             is faster and takes less memory. It then rounds inputs of products to 8 bits, unless a session is made with
             ``session.qdq_matmulnbits_accuracy_level`` set to ``"1"``; the file's metadata say so. By default weights
             are written such that products are taken in floating point in any session.
+        integers: ``"weights"`` stores weights as integers and computes in floating point. ``"all"`` computes in
+            integers, in the pattern that ONNX Runtime turns into its integer kernels; inputs of layers have to be
+            rounded to 8 bits (``activation_bits=8``), and weights fit into a signed byte (``runtime="onnxruntime"``).
+            What else is rounded, such as the sums of residual blocks, takes its ranges from ``example_input``: give it
+            some dozens of samples.
 
     Returns:
         The path, the types, notes on what was widened, and the differences.
@@ -126,7 +135,9 @@ def export_onnx(
     """
     check_quantized(model)
     with split_weights(model):
-        return _exported(model, path, example_input, dynamic_shapes=dynamic_shapes, opset=opset, fused=fused)
+        return _exported(
+            model, path, example_input, dynamic_shapes=dynamic_shapes, opset=opset, fused=fused, integers=integers
+        )
 
 
 def _exported(
@@ -137,22 +148,26 @@ def _exported(
     dynamic_shapes: DynamicShapes | None,
     opset: int,
     fused: bool,
+    integers: str,
 ) -> OnnxExport:
     """What ``export_onnx`` does, once every weight is a parameter of a layer."""
     modules = check_quantized(model)
-    if missing := [name for name in PACKAGES if find_spec(name) is None]:
-        raise ExportError(f"export_onnx needs {', '.join(missing)}; run pip install 'lightning-caq[onnx]'.")
+    check_packages("export_onnx")
     if any(rounding_state(module).input_grid is not None for module in modules.values()) and not hasattr(
         torch.onnx, "ops"
     ):
         raise ExportError("Rounded activations are exported by torch 2.8 and later; install a newer torch.")
     if opset not in _OPSETS:
         raise ExportError(f"opset={opset!r} is not allowed; give a number from {_OPSETS[0]} to {_OPSETS[-1]}.")
+    if integers not in ("weights", "all"):
+        raise ExportError(f"integers={integers!r} is not known; give 'weights' or 'all'.")
+    if fused and integers == "all":
+        raise ExportError("fused=True is for integers='weights'; leave it out with integers='all'.")
     example = read_example(model, example_input)
     check_shapes(example, dynamic_shapes)
     weights = _weights(model, modules)
     types = ("uint8",) if opset < OPSET else tuple(TYPES)
-    integers = {k: to_integers(quantized_weight(module), _affine(k, module), types) for k, module in weights.items()}
+    stored = {k: to_integers(quantized_weight(module), _affine(k, module), types) for k, module in weights.items()}
     with preserved(model), torch.no_grad(), _without_caches(model):
         references = [_reference(model, modules, example)]
         with _opened(modules):
@@ -165,23 +180,69 @@ def _exported(
                 references.append(_reference(model, modules, example.enlarged(varying)))
             except ExportError:
                 notes.append("The network cannot take inputs twice as large: only the size of the example was checked.")
-    for key, stored in integers.items():
-        dequantize_input(proto.graph, key, stored, fused=fused)
-    quantize_rounded(proto)
+    if integers == "all":
+        check_input_grids(proto)
+    plain = type(proto)()
+    plain.CopyFrom(proto)
+    _store(plain, stored, fused=fused)
     if fused:
-        add_settings(proto)
-    check = checked(proto, references)
+        add_settings(plain)
+    check, kinds = checked(plain, references), {key: x.type for key, x in stored.items()}
+    kept = stored
+    if integers == "all":
+        graph = to_integer_graph(proto, stored, plain, example.named)
+        kept = {key: x for key, x in stored.items() if key in graph.left}
+        _store(proto, kept, fused=False)
+        check, kinds = checked_integers(proto, references, graph.layers), kinds | graph.types
+        notes += graph.notes
+    widened = _notes({key: rounding_state(weights[key]).bits for key in kept}, kept)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(check.payload)
-    widened = _notes({key: rounding_state(module).bits for key, module in weights.items()}, integers)
     return OnnxExport(
         path=path,
-        types={key: stored.type for key, stored in integers.items()},
+        types=kinds,
         notes=(*widened, *notes, *check.notes),
         differences=check.differences,
         default_differences=check.default_differences,
     )
+
+
+def float_graph(model: nn.Module, example: ExampleInputs) -> Any:
+    """A network as an ONNX graph in floating point, its weights and inputs of layers not rounded.
+
+    Args:
+        model: The network, quantized or not; left as it was.
+        example: What it is called with.
+
+    Returns:
+        The ``onnx.ModelProto``.
+
+    Raises:
+        ExportError: If it cannot take the example, or holds an operator that ONNX lacks.
+    """
+    modules = quantized_modules(model)
+    with preserved(model), torch.no_grad(), _inputs_kept(modules), _opened(modules):
+        model.eval()
+        outputs = [x for x in tree_leaves(_output(model, example)) if isinstance(x, Tensor)]
+        return _traced(model, {}, example, _output_names(None, len(outputs)), None, OPSET)
+
+
+def _store(proto: Any, weights: Mapping[str, Integers], *, fused: bool) -> None:
+    """Put weights and roundings of inputs into a graph."""
+    for key, stored in weights.items():
+        dequantize_input(proto.graph, key, stored, fused=fused)
+    quantize_rounded(proto)
+
+
+def check_packages(function: str) -> None:
+    """Refuse to go on without the packages of the extra ``onnx``.
+
+    Raises:
+        ExportError: If one is missing.
+    """
+    if missing := [name for name in PACKAGES if find_spec(name) is None]:
+        raise ExportError(f"{function} needs {', '.join(missing)}; run pip install 'lightning-caq[onnx]'.")
 
 
 class _Opened(nn.Module):

@@ -14,9 +14,10 @@ from lightning_caq.errors import ExportError
 
 # Largest difference from PyTorch's outputs, relative to the largest of them: sums in another order, no more.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-# Where inputs are rounded, a value half-way between two codes, up to such differences, may fall to either side. Few do:
-# what that changes has to stay below this part of what the rounding of all inputs changes.
-FLIPS = 0.5
+# Where inputs are rounded, a value half-way between two codes, up to such differences, may fall to either side, and
+# others behind it with it. After some layers two runs differ as two independent roundings do: outputs may differ by
+# this many times what the rounding of all inputs changes.
+FLIPS = 1.5
 # ONNX Runtime makes products with a DequantizeLinear node into ones whose inputs it rounds to 8 bits, unless told.
 PRODUCTS = "session.qdq_matmulnbits_accuracy_level"
 

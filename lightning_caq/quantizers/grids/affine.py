@@ -11,7 +11,13 @@ from torch import Tensor
 
 from lightning_caq.quantizers.grids.groups import spread
 from lightning_caq.quantizers.grids.least_squares import Pair, in_type, search_grid, whole_zero_grid
-from lightning_caq.quantizers.grids.ranges import fixed_zero_point, range_ends, spanning_grid
+from lightning_caq.quantizers.grids.ranges import (
+    SIGNED_BYTE,
+    fixed_zero_point,
+    range_ends,
+    signed_byte_grid,
+    spanning_grid,
+)
 from lightning_caq.sizes import Width
 
 
@@ -120,7 +126,8 @@ def fit_grid(
         channel_shape: Shape of one scale per channel, broadcastable to the weight, such as ``(16, 1, 1, 1)``.
         range: A name of ``ranges.RANGES``.
         symmetry: ``"asymmetric"`` lets the zero point lie where it is best; ``"symmetric"`` fixes it at the code
-            2^(b−1), so that zero is a value; ``"mid_rise"`` between the two middle codes, so that values come in pairs.
+            2^(b−1), so that zero is a value; ``"mid_rise"`` between the two middle codes, so that values come in pairs;
+            ``"signed_byte"`` keeps codes less zero point within −128 and 127, see ``ranges.signed_byte_grid``.
         importance: How much the squared error of each weight counts, same shape as the weight, for ``"curvature"``;
             without it all count the same.
         group_size: Weights of a channel that share a scale and a zero point, for one bit-width; all by default.
@@ -176,19 +183,21 @@ class _Rule:
         top, fixed = (2**self.widths - 1).double(), fixed_zero_point(self.widths, self.symmetry)
         low, high = range_ends(rows, self.widths, self.range, centred=fixed is not None)
         scale, zero_point = spanning_grid(low, high, top, fixed)
-        if self.range in ("mse", "curvature"):
-            scale, zero_point = search_grid(
-                rows,
-                top,
-                (scale, zero_point),
-                fixed is not None,
-                importance,
-                scale_dtype=self.scale_dtype,
-            )
+        pair = self._searched(rows, top, (scale, zero_point), fixed is not None, importance)
+        if self.symmetry == SIGNED_BYTE:
+            pair = signed_byte_grid(rows.amin(1, keepdim=True), rows.amax(1, keepdim=True), top, pair)
+            pair = self._searched(rows, top, pair, True, importance)
+        scale, zero_point = pair
         if self.in_codes and bool((outside := (zero_point < 0) | (zero_point > top)).any()):
             inside = whole_zero_grid(rows, top, (scale, zero_point), scale_dtype=self.scale_dtype)
             scale, zero_point = (torch.where(outside, *x) for x in zip(inside, (scale, zero_point), strict=True))
         return in_type(scale, self.scale_dtype), zero_point.float()
+
+    def _searched(self, rows: Tensor, top: Tensor, pair: Pair, zero_is_fixed: bool, importance: Tensor | None) -> Pair:
+        """The grid of least error near another one, where the range is searched for; else that one."""
+        if self.range not in ("mse", "curvature"):
+            return pair
+        return search_grid(rows, top, pair, zero_is_fixed, importance, scale_dtype=self.scale_dtype)
 
 
 def joined_groups(bits: int, pairs: Sequence[Pair], channel_shape: tuple[int, ...], group_size: int) -> Grid:

@@ -9,6 +9,7 @@ from lightning_caq.quantizers.grids.aciq import clipping
 
 RANGES = ("mse", "minmax", "percentile", "aciq", "curvature")
 SYMMETRIES = ("asymmetric", "symmetric", "mid_rise")
+SIGNED_BYTE = "signed_byte"  # what a runtime asks for, rather than a user
 LARGEST_ZERO_POINT = 16_000.0
 _PERCENTILE = 0.999
 
@@ -41,7 +42,7 @@ def fixed_zero_point(widths: Tensor, symmetry: str) -> Tensor | None:
 
     Args:
         widths: Bit-width of each channel, whole numbers.
-        symmetry: A name of ``SYMMETRIES``.
+        symmetry: A name of ``SYMMETRIES``, or ``SIGNED_BYTE``, which depends on where zero would lie otherwise.
 
     Returns:
         Float64, in the shape of ``widths``.
@@ -51,7 +52,7 @@ def fixed_zero_point(widths: Tensor, symmetry: str) -> Tensor | None:
         (tensor([[2.]], dtype=torch.float64), tensor([[1.5000]], dtype=torch.float64))
     """
     codes = (2**widths).double()
-    return {"asymmetric": None, "symmetric": codes / 2, "mid_rise": (codes - 1) / 2}[symmetry]
+    return {"symmetric": codes / 2, "mid_rise": (codes - 1) / 2}.get(symmetry)
 
 
 def spanning_grid(low: Tensor, high: Tensor, top: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -85,6 +86,35 @@ def spanning_grid(low: Tensor, high: Tensor, top: Tensor, zero_point: Tensor | N
     scale = torch.maximum((high - low) / top, smallest_scale(low, high))
     scale = torch.where(constant, largest.clamp_min(1e-30), scale)
     return scale, to_halves(torch.where(constant, torch.where(low < 0, top, 0.0), -low / scale))
+
+
+def signed_byte_grid(low: Tensor, high: Tensor, top: Tensor, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """A grid near another one whose codes less zero point fit into a signed byte, as integer kernels want weights.
+
+    Zero becomes one of its ends or lies between them. With 8 bits it is the code 128; with 4 and 7 bits it is a whole
+    code, since doubled codes would take a wider type.
+
+    Args:
+        low: Smallest value of each channel, float64, shape (channels, 1).
+        high: The largest.
+        top: The largest code of each channel, 2^b − 1.
+        pair: Scale and zero point of the other grid.
+
+    Returns:
+        Both, float64, shape (channels, 1). Where the zero point had to move, the grid reaches from ``low`` to ``high``.
+
+    Example:
+        >>> low, high, top = (torch.tensor([[x]]).double() for x in (1.0, 3.0, 15.0))
+        >>> [x.item() for x in signed_byte_grid(low, high, top, (torch.tensor([[0.1]]), torch.tensor([[-7.5]])))]
+        [0.2, 0.0]
+    """
+    scale, zero = pair
+    whole = torch.where((top == 15) | (top == 127), zero.round(), zero).clamp(min=0).minimum(top)
+    whole = torch.where(top == 255, 128.0, whole)
+    above = torch.where(top > whole, high.clamp(min=0) / (top - whole).clamp_min(0.5), 0.0)
+    below = torch.where(whole > 0, -low.clamp(max=0) / whole.clamp_min(0.5), 0.0)
+    reaching = torch.maximum(above, below)
+    return torch.where((whole == zero) | (reaching == 0), scale.to(reaching), reaching), whole.to(reaching)
 
 
 def smallest_scale(low: Tensor, high: Tensor) -> Tensor:

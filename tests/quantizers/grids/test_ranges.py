@@ -7,7 +7,7 @@ import torch
 from every import every
 
 from lightning_caq.quantizers.grids.affine import fit_grid
-from lightning_caq.quantizers.grids.ranges import RANGES, SYMMETRIES
+from lightning_caq.quantizers.grids.ranges import RANGES, SIGNED_BYTE, SYMMETRIES
 
 
 def _draw(rows=4, columns=500, seed=0):
@@ -98,3 +98,27 @@ def test_channels_along_the_second_dimension(range_):
     one = fit_grid(w[:, 2:3], 3, (1, 1, 1, 1), range=range_)
     assert grid.scale.shape == (1, 4, 1, 1)
     torch.testing.assert_close(grid.scale[:, 2:3], one.scale)
+
+
+@every("bits", [1, 2, 3, 4, 5, 6, 7, 8])
+@every("range_", RANGES)
+def test_signed_bytes_hold_codes_less_zero_point(bits, range_):
+    for shift in (0.0, 0.05, 3.0, -3.0):  # around zero, beside it, and far from it on either side
+        w = _draw() + shift
+        grid = fit_grid(w, bits, (4, 1), range=range_, symmetry=SIGNED_BYTE)
+        factor = 1 if bits in (4, 7, 8) else 2  # zero may lie between two codes where doubled codes fit as well
+        whole = factor * torch.stack([-grid.zero_point, grid.top - grid.zero_point])
+        assert bool((whole == whole.round()).all())
+        assert -128 <= float(whole.min()) <= 0 <= float(whole.max()) <= 127
+        if range_ == "minmax" and bits > 1:
+            assert bool(((grid.nearest(w) - w).abs() <= 1.01 * grid.scale).all())
+
+
+def test_signed_bytes_are_near_the_best_of_a_fine_search():
+    w = _draw(rows=1, columns=300, seed=3) + 0.03
+    x = w.double().numpy()
+    best = min(
+        np.square(s * (np.clip(np.round(x / s + z), 0, 15) - z) - x).sum()
+        for s, z in itertools.product(np.linspace(0.01, 0.06, 600), range(16))
+    )
+    assert _error(fit_grid(w, 4, (1, 1), symmetry=SIGNED_BYTE), w) <= 1.05 * best
