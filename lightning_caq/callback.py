@@ -31,7 +31,7 @@ from lightning_caq.bridge.undisturbed import undisturbed
 from lightning_caq.bridge.validation import isolated_validation
 from lightning_caq.bridge.watched_metric import WatchedMetric
 from lightning_caq.errors import OptionError, exiting_with_parser
-from lightning_caq.evaluation.run_report import retrained_report
+from lightning_caq.evaluation.run_report import RETRAINED, retrained_report
 from lightning_caq.network.layers import chosen_layers
 from lightning_caq.network.parts.expand import every_weight_a_layer
 from lightning_caq.options import QuantizationOptions, plain
@@ -321,6 +321,7 @@ class CurvatureQuantizationCallback(Callback):
             validate = isolated_validation(trainer, pl_module) if self.evaluate else None
             metrics = {} if validate is None else validate(pl_module)
             outcome = Outcome(plan, before.profile, retrained_report(before.report, metrics))
+            Progress(rank_zero_info, told=self._told).tell(RETRAINED)
             write(trainer, directory, outcome, {})
             self._keep(pl_module, outcome)
 

@@ -47,7 +47,7 @@ def test_report_goes_on_without_a_file_and_says_so(runs, capsys) -> None:
     main(["report", str(runs / "a")])
     told = capsys.readouterr()
     assert "report.json is missing." in told.err
-    (line,) = (line for line in told.out.splitlines() if line.startswith("not drawn: bits, pareto, "))
+    (line,) = (line for line in told.out.splitlines() if line.startswith("not drawn: bits, last_bit, pareto, "))
     assert line.endswith(". There is no report.")
     assert (runs / "a" / "caq" / "spectrum.png").exists()
 
@@ -70,7 +70,7 @@ def test_report_of_one_layer_with_a_long_name_and_no_kappa(tmp_path, capsys) -> 
     (tmp_path / "profile.json").write_text(replace(profile, layers=(replace(layer, kappa=math.nan),)).to_json())
     main(["report", str(tmp_path)])
     out = capsys.readouterr().out
-    assert "not drawn: kappa_vs_bits. No layer has a positive κ and bits." in out
+    assert "not drawn: kappa_vs_bits. No layer has a positive κ and bits" in out
     assert f"{len(ENTRIES) - 1} figures and" in out
 
 

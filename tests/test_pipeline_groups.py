@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_caq import export_onnx, load_quantized, quantize, save_quantized
 from lightning_caq.errors import ExportError, OptionError
+from lightning_caq.export.sealed import read_sealed
 from lightning_caq.options import QuantizationOptions
 from lightning_caq.plan import QuantizationPlan
 from lightning_caq.quantizers.fake_quant.learning import learning_scales
@@ -68,11 +69,9 @@ def test_weights_lie_on_the_grids_of_their_groups(done):
 
 def test_the_file_holds_the_bytes_that_are_counted(done, tmp_path):
     path = save_quantized(done.model, tmp_path / "net.safetensors")
-    with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     parts = {"codes", "scale", "zero_points", "doubled_zero_point"}
-    stored = {k: x["data_offsets"] for k, x in header.items() if k.rpartition(".")[2] in parts}
-    assert sum(end - start for start, end in stored.values()) == done.plan.bytes
+    _, stored = read_sealed(path)
+    assert sum(x.nbytes for name, x in stored.items() if name.rpartition(".")[2] in parts) == done.plan.bytes
     sizes = done.plan.sizes
     width = {"float32": 32, "float16": 16, "bfloat16": 16}[str(done.plan.layers[0].grid.scale.dtype)[6:]]
     groups = 20 * 2 + 16 * 5 + 70 * 2 + 5 * 3

@@ -79,6 +79,10 @@ def run_report(
 BEFORE = "before training on"
 """The variant that the quantized network was until it was trained on."""
 
+RETRAINED = Note(
+    "The quantized network was trained on; its metrics are those after that, and all else is as measured before."
+)
+
 T = TypeVar("T")
 
 
@@ -104,15 +108,12 @@ def retrained_report(report: QuantizationReport, metrics: Mapping[str, Score]) -
         if score.samples is not None and score.stderr is not None
     }
     now = {f"quantized/{name}": float(score) for name, score in metrics.items()}
-    note = Note(
-        "The quantized network was trained on; its metrics are those after that, and all else is as measured before."
-    )
     return replace(
         report,
         metrics=_of_others(earlier) | now,
         certainty=_of_others(sure) | certain,
         sizes=sizes,
-        notes=tuple(dict.fromkeys((*report.notes, note))),
+        notes=tuple(dict.fromkeys((*report.notes, RETRAINED))),
     )
 
 
