@@ -55,6 +55,13 @@ def test_bytes_are_those_of_the_budget_and_of_the_file(tmp_path: Path) -> None:
     assert 5150 < sizes[2][2] <= 5200
 
 
+def test_a_file_may_be_far_smaller_than_its_budget(tmp_path: Path) -> None:
+    net = network()
+    plan = quantize(net, [images()], **QUICK, max_bytes=10_000_000).plan
+    assert 12 < plan.avg_bits <= 16
+    assert save_quantized(net, tmp_path / "net.safetensors").stat().st_size < 10_000_000
+
+
 def test_the_file_gives_the_network_back_to_the_bit(tmp_path: Path) -> None:
     net, fresh = network(), network()
     quantize(net, [images()], **QUICK, avg_bits=2)

@@ -22,6 +22,7 @@ from lightning_caq.studies import RatePoint
 
 _SAMPLES = 128  # what rules are compared with
 _START = 0.5  # standard deviations
+_MOST_BITS = 16  # a weight; more change no output that float32 can tell
 
 
 @dataclass
@@ -98,7 +99,10 @@ class StepSearch:
         return choice(best), tried[best].output_error, list(tried.values())
 
     def _limit(self, budget: Budget, maker: CandidateMaker) -> float:
-        """Bytes that the stream of codes may take."""
+        """Bytes that the stream of codes may take; no more than are of use."""
+        return min(self._granted(budget, maker), _MOST_BITS * sum(self._weights) / 8)
+
+    def _granted(self, budget: Budget, maker: CandidateMaker) -> float:
         sizes = maker.sizes
         if isinstance(budget, AvgBits):
             return budget.value * sum(sizes.weights) / 8
