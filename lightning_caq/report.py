@@ -215,7 +215,8 @@ class QuantizationReport:
         with_inputs = [v for v in quantized if any(v in r.input_bits for r in self.layers)]
         why = {reason.name: reason for reason in self.reasons if reason.damage is not None}
         unit = next((reason.unit for reason in why.values()), "")
-        header = ["layer", "kind", "weights", *(self._bits_title("bits", v) for v in quantized)]
+        total = sum(r.weights for r in self.layers)
+        header = ["layer", "kind", "weights", "share", *(self._bits_title("bits", v) for v in quantized)]
         header += [self._bits_title("input bits", v) for v in with_inputs]
         header += [f"damage{f' ({unit})' if unit else ''}", "a width less", "a width more", "bought/kB"] if why else []
         header += ["κ", "L"]
@@ -224,6 +225,7 @@ class QuantizationReport:
                 r.name,
                 r.kind,
                 f"{r.weights:,}",
+                f"{100 * r.weights / max(total, 1):.0f} %",
                 *(_bits(r.bits.get(v)) for v in quantized),
                 *(_bits(r.input_bits.get(v)) for v in with_inputs),
                 *(_reason_cells(why.get(r.name)) if why else ()),

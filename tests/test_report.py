@@ -86,10 +86,10 @@ def test_table_shows_layers_and_networks(report) -> None:
     notes, layers, networks = report.table().split("\n\n")
     assert notes == "Note: A note."
     assert layers.splitlines() == [
-        "layer   kind    weights  bits  bits uniform     κ    L",
-        "------  ------  -------  ----  ------------  ----  ---",
-        "conv1   conv2d      432     8             3  12.3  1.5",
-        "linear  linear   12,345     2             3     –    –",
+        "layer   kind    weights  share  bits  bits uniform     κ    L",
+        "------  ------  -------  -----  ----  ------------  ----  ---",
+        "conv1   conv2d      432    3 %     8             3  12.3  1.5",
+        "linear  linear   12,345   97 %     2             3     –    –",
     ]
     assert networks.splitlines() == [
         "network          avg bits   ratio    kB  val_acc  val_loss",

@@ -115,6 +115,6 @@ def test_summary_tables_are_well_formed(plan, names, make_report, make_profile) 
     for table in tables:
         assert len({line.replace(r"\|", "").count("|") for line in table}) == 1
     assert "| quantized (cet) | 2.96 | 10.26x | 0.4 | 0.9 |" in text
-    assert r"| a\|b | conv2d | 100 | 2 | 3 | 1 | 1 |" in text
+    assert r"| a\|b | conv2d | 100 | 10 % | 2 | 3 | 1 | 1 |" in text
     assert "1 repaired" in text
     assert text.endswith("- Not repaired.")
