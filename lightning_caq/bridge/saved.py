@@ -172,8 +172,9 @@ def _lines(pl_module: LightningModule, written: Sequence[Path], ratio: float, co
 
 
 def _short(path: Path) -> str:
-    """A path as it is typed from here."""
-    return min(str(path), os.path.relpath(path), key=len)
+    """A path as it is typed from here: relative where it lies below."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def _configuration(trainer: Any, folder: Path) -> Path | None:
