@@ -104,8 +104,9 @@ class Score(float):
             >>> a.less(b), a.less(0.5).stderr is None
             (Difference(value=1.0, stderr=0.0), True)
         """
-        paired = isinstance(other, Score) and np.array_equal(self.sizes, other.sizes)
-        stderr = jackknife_stderr(self.groups - other.groups, self.sizes) if paired else None  # type: ignore[attr-defined]
+        stderr = None
+        if isinstance(other, Score) and np.array_equal(self.sizes, other.sizes):
+            stderr = jackknife_stderr(self.groups - other.groups, self.sizes)
         return Difference(float(self) - float(other), stderr)
 
 

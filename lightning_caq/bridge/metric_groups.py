@@ -138,14 +138,15 @@ class MetricGroups:
 
 def _alone(metric: Metric) -> Metric:
     """A copy that does not talk to other processes."""
-    copied: Any = metric.clone()
+    alone = metric.clone()
+    copied: Any = alone
     copied.sync_on_compute = copied._to_sync = copied.dist_sync_on_step = False
     for name in ("update", "forward"):  # those of the original may be watched
         vars(copied).pop(name, None)
     copied.update = copied._wrap_update(type(copied).update.__get__(copied))
     if hasattr(copied, "validate_args"):
         copied.validate_args = False
-    return copied  # type: ignore[no-any-return]
+    return alone
 
 
 def _kept(value: Any) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook, SpectralNormStateDictHook
 from torch.nn.utils.weight_norm import WeightNorm
@@ -84,7 +84,8 @@ def _computed(module: Any) -> torch.Tensor:
             for hook in module._forward_pre_hooks.values():
                 if isinstance(hook, _COMPUTING):
                     hook(module, ())
-            return module.weight.detach().clone()  # type: ignore[no-any-return]
+            weight: Tensor = module.weight.detach().clone()
+            return weight
     finally:
         module.training = training
 

@@ -20,11 +20,11 @@ def _route_conv1d(module: Any, func: Any, args: tuple[Any, ...], kwargs: dict[st
     return module.linear(args[1]) + args[0]
 
 
-def _route_bilinear(module: nn.Bilinear, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _route_bilinear(module: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func is not F.bilinear:
         return NotImplemented
     first, second, _, bias = args
-    products: Tensor = module.linear((first.unsqueeze(-1) * second.unsqueeze(-2)).flatten(-2))  # type: ignore[operator]
+    products: Tensor = module.linear((first.unsqueeze(-1) * second.unsqueeze(-2)).flatten(-2))
     return products if bias is None else products + bias
 
 
